@@ -1,0 +1,170 @@
+"""ATSS: which locations learn which ground truth (Zhang et al., CVPR 2020), for a batch at once.
+
+Every step is dense tensor algebra on fixed shapes; nothing waits for the host. The nearest
+locations on a level lie in a small window around the object's centre, so the cost grows with the
+objects, not with the image.
+
+Shapes: B images, G padded ground truths, L levels, K window cells, T candidates per level,
+P locations.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from gfl.boxes import box_iou
+from gfl.points import Points
+
+PRIOR_SCALE = 8
+"""Side of a location's square prior, in strides."""
+
+INSIDE_MARGIN_PX = 0.01
+"""How far inside every edge of an object a positive location lies, at least."""
+
+
+@dataclass(frozen=True)
+class Targets:
+    """Ground truths of a batch, padded to equal counts.
+
+    Attributes:
+        boxes: `xyxy` in px of the network's input, (B, G, 4).
+        labels: Classes, (B, G), int64.
+        mask: Which entries are objects and not padding, (B, G).
+        sizes: (height, width) in px of every image without its padding, (B, 2).
+    """
+
+    boxes: Tensor
+    labels: Tensor
+    mask: Tensor
+    sizes: Tensor
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """The nearest locations of every ground truth: (B, G, L * T) each, `xy` (B, G, L * T, 2)."""
+
+    index: Tensor
+    xy: Tensor
+    stride: Tensor
+    mask: Tensor
+
+
+def pad_targets(boxes: Sequence[Tensor], labels: Sequence[Tensor], sizes: Tensor) -> Targets:
+    """Return ground truths padded to the largest count, and to one at least: no shape is empty.
+
+    Args:
+        boxes: Per image (G_i, 4).
+        labels: Per image (G_i,).
+        sizes: (height, width) of every image, (B, 2).
+    """
+    present = [torch.ones_like(classes, dtype=torch.bool) for classes in labels]
+    return Targets(_pad(boxes).float(), _pad(labels), _pad(present), sizes)
+
+
+def _pad(values: Sequence[Tensor]) -> Tensor:
+    """Return `values` (G_i, ...) stacked and filled up with zeros, (B, max(1, G_i), ...)."""
+    one = values[0].new_zeros(1, *values[0].shape[1:])
+    return pad_sequence([*values, one], batch_first=True)[:-1]
+
+
+def padded_extent(sizes: Tensor) -> Tensor:
+    """Return image `sizes` (B, 2) rounded up to 32 px; locations beyond it are not trained."""
+    return (sizes + 31) // 32 * 32
+
+
+def valid_locations(points: Points, sizes: Tensor) -> Tensor:
+    """Return (B, P): which locations lie on the image rounded up to 32 px."""
+    extent = padded_extent(sizes).flip(-1).unsqueeze(1)  # (B, 1, 2), as x, y
+    return (points.xy < extent).all(dim=-1)
+
+
+def assign(points: Points, targets: Targets, topk: int) -> Tensor:
+    """Return the ground truth that every location learns, (B, P) int64, -1 where none.
+
+    Per ground truth the `topk` nearest locations of every level are candidates; those whose prior
+    overlaps it by mean + standard deviation over all candidates, and which lie inside it, are
+    positive. A location that several claim goes to the highest overlap, on a tie to the first.
+    Equal distances go to the lowest index.
+    """
+    candidates = nearest_locations(points, targets, topk)
+    boxes = targets.boxes.unsqueeze(2)  # (B, G, 1, 4)
+    half = candidates.stride.unsqueeze(-1) * (PRIOR_SCALE / 2)
+    priors = torch.cat([candidates.xy - half, candidates.xy + half], dim=-1)
+    overlap = box_iou(priors, boxes)  # (B, G, L * T)
+    edges = torch.cat([candidates.xy - boxes[..., :2], boxes[..., 2:] - candidates.xy], dim=-1)
+    positive = (
+        candidates.mask
+        & (overlap >= _threshold(overlap, candidates.mask))
+        & (edges.amin(dim=-1) > INSIDE_MARGIN_PX)
+    )
+    return _resolve(candidates.index, overlap, positive, locations=len(points.xy))
+
+
+def nearest_locations(points: Points, targets: Targets, topk: int) -> Candidates:
+    """Return the `topk` locations of every level nearest to each ground truth's centre."""
+    index, xy, distance = _window(points, targets, reach=topk)  # (B, G, L, K)
+    # Cells are in index order, so a stable sort gives ties to the lowest index; `topk` may not.
+    distance, order = distance.sort(dim=-1, stable=True)
+    distance, order = distance[..., :topk], order[..., :topk]
+    stride = points.level_stride.expand_as(distance)
+    mask = distance.isfinite() & targets.mask[:, :, None, None]
+    xy = xy.gather(3, order.unsqueeze(-1).expand(*order.shape, 2))
+    return Candidates(
+        index=index.gather(-1, order).flatten(2),
+        xy=xy.flatten(2, 3),
+        stride=stride.flatten(2),
+        mask=mask.flatten(2),
+    )
+
+
+def _window(points: Points, targets: Targets, reach: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Return index, position (px) and distance (px) of the cells around each centre.
+
+    The index is (B, G, L, K), likewise the distance, which is infinite where there is no cell; the
+    position is (B, G, L, K, 2).
+
+    The `reach` nearest columns to the centre are consecutive, and a cell outside of them has
+    `reach` nearer ones in its own row; likewise for rows. One more on either side covers rounding.
+    """
+    stride = points.level_stride
+    # An image that is smaller than its batch has fewer cells.
+    cells = torch.ceil(padded_extent(targets.sizes).flip(-1).unsqueeze(1) / stride)  # (B, L, 2)
+    cells = cells.long().minimum(points.level_shape).unsqueeze(1)  # (B, 1, L, 2)
+    side = reach + 2
+    centre = (targets.boxes[..., :2] + targets.boxes[..., 2:]) / 2  # (B, G, 2)
+    middle = (centre.unsqueeze(2) / stride).round().long()  # (B, G, L, 2)
+    first = (middle - side // 2).minimum(cells - side).clamp(min=0)
+    offset = torch.arange(side, device=cells.device)
+    rows, columns = torch.meshgrid(offset, offset, indexing="ij")
+    steps = torch.stack([columns, rows], dim=-1).flatten(0, 1)  # (K, 2)
+    cell = first.unsqueeze(3) + steps  # (B, G, L, K, 2)
+    exists = (cell < cells.unsqueeze(3)).all(dim=-1)
+    xy = cell * stride.unsqueeze(-1)
+    distance = (xy - centre[:, :, None, None]).pow(2).sum(dim=-1).sqrt()
+    columns_of_level = points.level_shape[:, :1]
+    index = points.level_start.unsqueeze(1) + cell[..., 1] * columns_of_level + cell[..., 0]
+    return index.where(exists, 0), xy, distance.where(exists, torch.inf)
+
+
+def _threshold(overlap: Tensor, mask: Tensor) -> Tensor:
+    """Return mean + sample standard deviation of each ground truth's candidates, (B, G, 1)."""
+    count = mask.sum(dim=-1, keepdim=True)
+    mean = overlap.where(mask, 0).sum(dim=-1, keepdim=True) / count.clamp(min=1)
+    square = (overlap - mean).square().where(mask, 0).sum(dim=-1, keepdim=True)
+    return mean + (square / (count - 1).clamp(min=1)).sqrt()
+
+
+def _resolve(index: Tensor, overlap: Tensor, positive: Tensor, locations: int) -> Tensor:
+    """Return the ground truth that wins every location, (B, P), -1 where none is positive."""
+    batch, count, _ = overlap.shape
+    claim = overlap.where(positive, -1).flatten(1)
+    index = index.flatten(1)
+    best = claim.new_full((batch, locations), -1).scatter_reduce(1, index, claim, "amax")
+    truth = torch.arange(count, device=index.device).view(1, -1, 1).expand_as(overlap).flatten(1)
+    wins = positive.flatten(1) & (claim == best.gather(1, index))
+    first = truth.where(wins, count)
+    winner = first.new_full((batch, locations), count).scatter_reduce(1, index, first, "amin")
+    return winner.where(winner < count, -1)

@@ -1,0 +1,54 @@
+"""Boxes: `xyxy` corners, `ltrb` distances from a point to the four edges, and their overlaps.
+
+Shapes: every function broadcasts over leading dimensions; the last one holds the 4 coordinates.
+"""
+
+import torch
+from torch import Tensor
+
+EPSILON = 1e-6
+"""Least area that divides an overlap, in squared units of the boxes (the reference's value)."""
+
+
+def ltrb_to_xyxy(points: Tensor, ltrb: Tensor) -> Tensor:
+    """Return boxes (..., 4) with edges `ltrb` (..., 4) from `points` (..., 2), all in one unit."""
+    return torch.cat([points - ltrb[..., :2], points + ltrb[..., 2:]], dim=-1)
+
+
+def xyxy_to_ltrb(points: Tensor, boxes: Tensor) -> Tensor:
+    """Return `ltrb` (..., 4) from `points` (..., 2) to the edges of `boxes` (..., 4).
+
+    A side is negative where its point lies outside of it.
+    """
+    return torch.cat([points - boxes[..., :2], boxes[..., 2:] - points], dim=-1)
+
+
+def box_area(boxes: Tensor) -> Tensor:
+    """Return the signed product of width and height of `boxes` (..., 4), without any "+ 1"."""
+    return (boxes[..., 2] - boxes[..., 0]) * (boxes[..., 3] - boxes[..., 1])
+
+
+def _intersection_and_union(boxes: Tensor, others: Tensor) -> tuple[Tensor, Tensor]:
+    least = torch.maximum(boxes[..., :2], others[..., :2])
+    most = torch.minimum(boxes[..., 2:], others[..., 2:])
+    intersection = (most - least).clamp(min=0).prod(dim=-1)
+    union = box_area(boxes) + box_area(others) - intersection
+    return intersection, union.clamp(min=EPSILON)
+
+
+def box_iou(boxes: Tensor, others: Tensor) -> Tensor:
+    """Return the intersection over union (...) of `boxes` and `others`, (..., 4), pair by pair."""
+    intersection, union = _intersection_and_union(boxes, others)
+    return intersection / union
+
+
+def box_giou(boxes: Tensor, others: Tensor) -> Tensor:
+    """Return the generalised IoU (...) of `boxes` and `others`, (..., 4), pair by pair.
+
+    It lies in [-1, 1] (Rezatofighi et al., CVPR 2019).
+    """
+    intersection, union = _intersection_and_union(boxes, others)
+    least = torch.minimum(boxes[..., :2], others[..., :2])
+    most = torch.maximum(boxes[..., 2:], others[..., 2:])
+    enclosure = (most - least).clamp(min=0).prod(dim=-1).clamp(min=EPSILON)
+    return intersection / union - (enclosure - union) / enclosure

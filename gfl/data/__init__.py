@@ -1,0 +1,31 @@
+"""From annotation files to batches."""
+
+from pathlib import Path
+
+from gfl.config import Config
+from gfl.data import shapes
+from gfl.data.coco import CocoSplit, read_coco
+
+__all__ = ["load_splits", "render_shapes"]
+
+
+def render_shapes(config: Config) -> None:
+    """Render the synthetic set that `data.shapes` asks for, if any, unless it is there already."""
+    wanted = config.data.shapes
+    if wanted is not None:
+        folder = Path(wanted.folder)
+        # Held-out images come from another seed.
+        shapes.render(folder / "train", count=wanted.train, size=wanted.size, seed=2 * wanted.seed)
+        shapes.render(folder / "val", count=wanted.val, size=wanted.size, seed=2 * wanted.seed + 1)
+
+
+def load_splits(config: Config) -> tuple[CocoSplit, CocoSplit]:
+    """Return the checked training and evaluation sets of `config`.
+
+    Raises:
+        DataError: a set that cannot be used.
+    """
+    render_shapes(config)
+    classes = config.model.num_classes
+    train = read_coco(config.data.train, classes, training=True)
+    return train, read_coco(config.data.val, classes, training=False)

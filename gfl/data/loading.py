@@ -1,0 +1,216 @@
+"""Samples, batches and who gets which: the same for any number of workers, and from any step on.
+
+A global step has one global batch; each worker takes its share of it. Augmentation draws from a
+generator seeded by (seed, epoch, image), so neither the number of workers nor an interruption
+changes a sample.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, fields, replace
+from math import ceil
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from gfl.assigner import Targets, pad_targets
+from gfl.config import Config
+from gfl.data.coco import CocoSplit, DataError
+from gfl.data.transforms import as_sample, build_transforms, read_image
+
+SIZE_MULTIPLE = 32
+"""Batches are padded right and bottom to a multiple of this many px."""
+
+Key = tuple[int, int]
+"""(epoch, image): what a sample of training is drawn by."""
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One image, ready to be batched; boxes `xyxy` in px of `pixels`."""
+
+    pixels: Tensor
+    boxes: Tensor
+    labels: Tensor
+    image: int
+    original_size: tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Padded images with their ground truths.
+
+    Attributes:
+        pixels: RGB in 0..255, (B, 3, H, W), uint8, padded with 0.
+        targets: Ground truths in px of `pixels`.
+        images: Index of every image in its split, (B,).
+        original_sizes: (height, width) in px before any transform, (B, 2).
+    """
+
+    pixels: Tensor
+    targets: Targets
+    images: Tensor
+    original_sizes: Tensor
+
+    def to(self, device: torch.device) -> "Batch":
+        """Return the batch on `device`, copied without waiting where memory is pinned."""
+        return _map_tensors(self, lambda tensor: tensor.to(device, non_blocking=True))
+
+    def pin_memory(self) -> "Batch":
+        """Return the batch in page-locked memory (called by the DataLoader)."""
+        return _map_tensors(self, Tensor.pin_memory)
+
+
+class DetectionDataset(Dataset[Sample]):
+    """The samples of a split."""
+
+    def __init__(self, split: CocoSplit, config: Config, *, training: bool) -> None:
+        self.split = split
+        self._seed = config.seed
+        self._transforms = build_transforms(config.data, training=training)
+
+    def __len__(self) -> int:
+        return len(self.split.records)
+
+    def __getitem__(self, key: Key) -> Sample:
+        epoch, image = key
+        record = self.split.records[image]
+        pixels = read_image(record.path)
+        if tuple(pixels.shape[-2:]) != record.size:
+            height, width = record.size
+            raise DataError(
+                f"{record.path}: is {pixels.shape[-1]} x {pixels.shape[-2]} px, but its "
+                f"annotations say {width} x {height}; correct {self.split.annotations}"
+            )
+        with _seeded(self._seed, epoch, image):
+            pixels, boxes = self._transforms(*as_sample(pixels, record.boxes))
+        return Sample(
+            pixels.as_subclass(Tensor), boxes.as_subclass(Tensor), record.labels, image, record.size
+        )
+
+
+class TrainBatches(Sampler[list[Key]]):
+    """This worker's share of every global batch, from `start_step` to the end of training.
+
+    Every epoch is a permutation of the images; its last batch is filled up from its beginning.
+    """
+
+    def __init__(self, images: int, config: Config, rank: int, world: int, start_step: int) -> None:
+        batch = config.data.batch
+        if batch % world:
+            raise DataError(
+                f"data.batch: {batch} images cannot be shared equally by {world} workers; "
+                f"use a multiple of {world}"
+            )
+        self.images = images
+        self.batch = batch
+        self.steps_per_epoch = ceil(images / batch)
+        self.total_steps = self.steps_per_epoch * config.schedule.epochs
+        self._seed = config.seed
+        self._share = slice(rank * (batch // world), (rank + 1) * (batch // world))
+        self._start_step = start_step
+
+    def __len__(self) -> int:
+        return self.total_steps - self._start_step
+
+    def __iter__(self) -> Iterator[list[Key]]:
+        for step in range(self._start_step, self.total_steps):
+            yield self.keys(step)
+
+    def keys(self, step: int) -> list[Key]:
+        """Return the samples of this worker at global `step`."""
+        epoch, batch = divmod(step, self.steps_per_epoch)
+        order = self._order(epoch)[batch * self.batch : (batch + 1) * self.batch]
+        return [(epoch, image) for image in order[self._share]]
+
+    def _order(self, epoch: int) -> list[int]:
+        if getattr(self, "_epoch", None) != epoch:
+            generator = torch.Generator().manual_seed(_mix(self._seed, epoch))
+            order = torch.randperm(self.images, generator=generator)
+            repeats = ceil(self.steps_per_epoch * self.batch / self.images)
+            self._epoch, self._images_of_epoch = epoch, order.repeat(repeats).tolist()
+        return self._images_of_epoch
+
+
+class EvaluationBatches(Sampler[list[Key]]):
+    """Every `world`-th batch of a split, in order.
+
+    No image comes twice and none is left out, whatever the remainder. The batches themselves do not
+    depend on `world`, hence neither do the detections.
+    """
+
+    def __init__(self, images: int, batch: int, rank: int, world: int) -> None:
+        starts = range(0, images, batch)[rank::world]
+        self._batches = [
+            [(0, image) for image in range(start, min(start + batch, images))] for start in starts
+        ]
+
+    def __len__(self) -> int:
+        return len(self._batches)
+
+    def __iter__(self) -> Iterator[list[Key]]:
+        return iter(self._batches)
+
+
+def build_loader(
+    dataset: DetectionDataset, batches: Sampler[list[Key]], workers: int, *, pin: bool
+) -> DataLoader[Batch]:
+    """Return a loader of `batches`; `workers` processes load ahead, `pin` page-locks for a GPU."""
+    return DataLoader(
+        dataset,  # type: ignore[arg-type]
+        batch_sampler=batches,
+        num_workers=workers,
+        collate_fn=collate,
+        pin_memory=pin,
+    )
+
+
+def collate(samples: list[Sample]) -> Batch:
+    """Return `samples` as a batch, padded right and bottom to multiples of `SIZE_MULTIPLE` px."""
+    height = _round_up(max(sample.pixels.shape[1] for sample in samples))
+    width = _round_up(max(sample.pixels.shape[2] for sample in samples))
+    pixels = torch.stack(
+        [
+            pad(s.pixels, (0, width - s.pixels.shape[2], 0, height - s.pixels.shape[1]))
+            for s in samples
+        ]
+    )
+    sizes = torch.tensor([sample.pixels.shape[1:] for sample in samples])
+    return Batch(
+        pixels=pixels,
+        targets=pad_targets([s.boxes for s in samples], [s.labels for s in samples], sizes),
+        images=torch.tensor([sample.image for sample in samples]),
+        original_sizes=torch.tensor([sample.original_size for sample in samples]),
+    )
+
+
+def _round_up(side: int) -> int:
+    return ceil(side / SIZE_MULTIPLE) * SIZE_MULTIPLE
+
+
+def _map_tensors(batch: Batch, convert: Callable[[Tensor], Tensor]) -> Batch:
+    def converted(part: Batch | Targets) -> dict[str, Tensor]:
+        values = {field.name: getattr(part, field.name) for field in fields(part)}
+        return {name: convert(v) for name, v in values.items() if isinstance(v, Tensor)}
+
+    targets = replace(batch.targets, **converted(batch.targets))
+    return replace(batch, targets=targets, **converted(batch))
+
+
+def _mix(*numbers: int) -> int:
+    """Return one seed that depends on every one of `numbers`."""
+    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0])
+
+
+@contextmanager
+def _seeded(*numbers: int) -> Iterator[None]:
+    """Seed torch's CPU generator, which the transforms draw from, and put it back afterwards."""
+    state = torch.get_rng_state()
+    torch.default_generator.manual_seed(_mix(*numbers))
+    try:
+        yield
+    finally:
+        torch.set_rng_state(state)

@@ -1,0 +1,57 @@
+"""The head: two towers shared over levels, class logits and edge-distribution logits.
+
+Shapes: B images, C classes, R = reg_max + 1 bins, (H, W) the cells of a level.
+"""
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from gfl.config import ModelConfig
+from gfl.points import STRIDES
+
+PRIOR_PROBABILITY = 0.01
+"""Score of every class at the start of training (Lin et al., ICCV 2017)."""
+
+GROUP_WIDTH = 8
+"""Channels per group of GroupNorm: the reference's 256 in 32 groups, as wide in other towers."""
+
+
+def _tower(channels: int, depth: int) -> nn.Sequential:
+    layers: list[nn.Module] = []
+    for _ in range(depth):
+        layers.append(nn.Conv2d(channels, channels, 3, padding=1, bias=False))
+        layers.append(nn.GroupNorm(channels // GROUP_WIDTH, channels))
+        layers.append(nn.ReLU(inplace=True))
+    return nn.Sequential(*layers)
+
+
+class Head(nn.Module):
+    """Class logits and distribution logits of every location of every level."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        channels = config.channels
+        self.cls_tower = _tower(channels, config.tower_convs)
+        self.reg_tower = _tower(channels, config.tower_convs)
+        self.cls_logits = nn.Conv2d(channels, config.num_classes, 3, padding=1)
+        self.reg_logits = nn.Conv2d(channels, 4 * (config.reg_max + 1), 3, padding=1)
+        self.scales = nn.ParameterList(nn.Parameter(torch.tensor(1.0)) for _ in STRIDES)
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.normal_(module.weight, std=0.01)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+        prior_logit = -math.log((1 - PRIOR_PROBABILITY) / PRIOR_PROBABILITY)
+        assert self.cls_logits.bias is not None
+        nn.init.constant_(self.cls_logits.bias, prior_logit)
+
+    def forward(self, levels: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+        """Return class logits (B, C, H, W) and distribution logits (B, 4 * R, H, W) per level."""
+        cls_logits = [self.cls_logits(self.cls_tower(level)) for level in levels]
+        reg_logits = [
+            self.reg_logits(self.reg_tower(level)) * scale
+            for level, scale in zip(levels, self.scales, strict=True)
+        ]
+        return cls_logits, reg_logits

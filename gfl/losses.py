@@ -1,0 +1,57 @@
+"""The three losses of Generalized Focal Loss (Li et al., NeurIPS 2020): unreduced, in float32.
+
+Shapes: every function broadcasts over leading dimensions (...); R = reg_max + 1 bins.
+"""
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from gfl.boxes import box_giou
+
+MODULATION_FLOOR = 1e-6
+"""Least |y - sigmoid(z)| raised to 0 < beta < 1; below, loss and gradient are 0, not infinite."""
+
+REACH_MARGIN = 0.1
+"""How far below the last bin a DFL target stays, in bins (the reference's value)."""
+
+
+def quality_focal_loss(logits: Tensor, quality: Tensor, beta: float) -> Tensor:
+    """Return `|y - sigmoid(z)|^beta * BCE(z, y)` elementwise (equation 3).
+
+    Args:
+        logits: z of every location and class, (...).
+        quality: y in [0, 1], same shape: the IoU where an object of the class is, 0 elsewhere.
+        beta: Any real >= 0; 0 is plain binary cross-entropy.
+    """
+    logits = logits.float()
+    cross_entropy = F.binary_cross_entropy_with_logits(logits, quality, reduction="none")
+    if beta == 0:
+        return cross_entropy
+    error = (quality - logits.sigmoid()).abs()
+    if beta >= 1:
+        return error.pow(beta) * cross_entropy
+    modulation = error.clamp(min=MODULATION_FLOOR).pow(beta) * (error > MODULATION_FLOOR)
+    return modulation * cross_entropy
+
+
+def distribution_focal_loss(logits: Tensor, target: Tensor) -> Tensor:
+    """Return the cross-entropy to the two bins around `target`, weighted by nearness (equation 6).
+
+    Args:
+        logits: Of the bins of one edge, (..., R).
+        target: Distance in bins, (...); values beyond [0, R - 1 - REACH_MARGIN] are clamped to it.
+    """
+    target = target.float().clamp(min=0, max=logits.shape[-1] - 1 - REACH_MARGIN)
+    left = target.floor()
+    to_right = target - left
+    log_probability = logits.float().log_softmax(dim=-1)
+    # A NaN has no bin, and an index out of bounds would kill a GPU's context: let the loss be NaN.
+    index = left.long().clamp(min=0, max=logits.shape[-1] - 2).unsqueeze(-1)
+    at_left = log_probability.gather(-1, index).squeeze(-1)
+    at_right = log_probability.gather(-1, index + 1).squeeze(-1)
+    return -(at_left * (1 - to_right) + at_right * to_right)
+
+
+def giou_loss(boxes: Tensor, targets: Tensor) -> Tensor:
+    """Return `1 - GIoU` (...) of `boxes` and `targets`, both (..., 4) `xyxy` in one unit."""
+    return 1 - box_giou(boxes.float(), targets.float())

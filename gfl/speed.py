@@ -1,0 +1,58 @@
+"""Frames per second under a recorded protocol.
+
+As GFocal measured it: one image at a time, post-processing included, loading excluded, the device
+synchronised, after warm-up.
+"""
+
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from gfl.config import Config
+from gfl.data.coco import CocoSplit
+from gfl.data.loading import Batch, DetectionDataset, collate
+from gfl.detector import Detector
+
+WARM_UP = 5
+
+
+def measure_fps(
+    detector: Detector, split: CocoSplit, config: Config, device: torch.device, images: int = 200
+) -> tuple[float, dict[str, Any]]:
+    """Return frames per second over the first `images` of `split`, and the protocol."""
+    dataset = DetectionDataset(split, config, training=False)
+    count = min(images, len(dataset))
+    batches = [collate([dataset[0, image]]).to(device) for image in range(count)]
+    detector.eval()
+    _time(detector, batches[:WARM_UP], device)
+    seconds = _time(detector, batches, device)
+    protocol = {
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "precision": "float32",
+        "batch": 1,
+        "images": count,
+        "annotations": split.digest,
+        "short_side": config.data.short_side,
+        "long_side": config.data.long_side,
+        "postprocess": config.postprocess.model_dump(),
+    }
+    return count / seconds, protocol
+
+
+def _time(detector: Detector, batches: Sequence[Batch], device: torch.device) -> float:
+    _synchronize(device)
+    start = time.perf_counter()
+    for batch in batches:
+        sizes = batch.targets.sizes
+        detector.predict(detector.normalize(batch.pixels, sizes), sizes, batch.original_sizes)
+    _synchronize(device)
+    return time.perf_counter() - start
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

@@ -1,0 +1,1 @@
+"""Entry points of `python -m jobs.NAME`, on a laptop or through `ray job submit`."""

@@ -1,0 +1,121 @@
+"""What all jobs share: their command line, one-line errors, live progress and tables."""
+
+import argparse
+import logging
+import sys
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from rich.console import Console
+from rich.live import Live
+from rich.logging import RichHandler
+from rich.table import Table
+
+PLAIN_LINE_SECONDS = 10.0
+"""Between lines of progress where there is no terminal to redraw."""
+
+console = Console()
+
+
+def parser(description: str, example: str) -> argparse.ArgumentParser:
+    """Return a parser with a job's description, an example and the options of every job."""
+    made = argparse.ArgumentParser(
+        description=description,
+        epilog=f"example: {example}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    made.add_argument("--debug", action="store_true", help="on an error, show the traceback")
+    return made
+
+
+def add_overrides(made: argparse.ArgumentParser) -> None:
+    """Let a job take `section.key=value`."""
+    made.add_argument(
+        "overrides",
+        nargs="*",
+        metavar="key=value",
+        help="change the configuration: loss.qfl.beta=1.5",
+    )
+
+
+def run(job: Callable[[argparse.Namespace], None], arguments: argparse.Namespace) -> None:
+    """Run a job; an error is one line, and the exit status 1."""
+    level = logging.DEBUG if arguments.debug else logging.INFO
+    handler = RichHandler(console=console, show_path=False, show_time=False, show_level=False)
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[handler])
+    for package in ("gfl", "gfl_platform", "jobs"):
+        logging.getLogger(package).setLevel(level)
+    try:
+        job(arguments)
+    except KeyboardInterrupt:
+        sys.exit(
+            _report(
+                "interrupted; the same command with --resume goes on, if it was a training", 130
+            )
+        )
+    except Exception as error:
+        if arguments.debug:
+            raise
+        expected = isinstance(error, (ValueError, RuntimeError))
+        text = str(error) if expected else f"{type(error).__name__}: {error}; --debug shows where"
+        sys.exit(_report(" ".join(text.split()), 1))
+
+
+def _report(message: str, status: int) -> int:
+    sys.stderr.write(f"error: {message}\n")
+    return status
+
+
+def show_table(title: str, rows: Mapping[str, object]) -> None:
+    """Print a two-column table."""
+    table = Table(title=title, show_header=False, title_justify="left")
+    for name, value in rows.items():
+        table.add_row(name, f"{value:.4f}" if isinstance(value, float) else str(value))
+    console.print(table)
+
+
+class Progress:
+    """Shows a training: one line that is redrawn on a terminal, a line now and then elsewhere."""
+
+    def __init__(self) -> None:
+        self._live = Live(console=console, refresh_per_second=4) if console.is_terminal else None
+        self._last_line = 0.0
+        self._quality = ""
+
+    def __enter__(self) -> "Progress":
+        if self._live:
+            self._live.start()
+            self._live.update("waiting for the workers to start")
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._live:
+            self._live.stop()
+
+    def show(self, event: Mapping[str, Any]) -> None:
+        """Show an event of a training."""
+        match event:
+            case {"kind": "steps"}:
+                self._show_steps(event)
+            case {"kind": "checkpoint", "epoch": epoch, "metrics": dict(metrics)}:
+                self._quality = f"  AP {metrics['AP']:.3f}"
+                console.print(f"epoch {epoch}: AP {metrics['AP']:.4f}  AP50 {metrics['AP50']:.4f}")
+            case {"kind": "failure", "rank": rank, "reason": reason, "final": False}:
+                console.print(
+                    f"worker {rank} stopped ({reason}); going on from the last checkpoint"
+                )
+
+    def _show_steps(self, event: Mapping[str, Any]) -> None:
+        metrics, left = event["metrics"], event["seconds_left"]
+        losses = "  ".join(f"{name} {metrics[name]:.3f}" for name in ("loss", "qfl", "giou", "dfl"))
+        line = (
+            f"epoch {event['epoch']:.2f}  step {event['step']}/{event['total_steps']}  {losses}  "
+            f"{metrics['images_per_second']:.1f} images/s{self._quality}  "
+            f"ETA {left // 60:.0f} min {left % 60:02.0f} s"
+        )
+        if self._live:
+            self._live.update(line)
+        elif time.monotonic() - self._last_line >= PLAIN_LINE_SECONDS:
+            self._last_line = time.monotonic()
+            console.print(line, soft_wrap=True)

@@ -1,0 +1,1 @@
+"""Where and how detectors are trained: Ray, MLflow, storage. Import its modules."""

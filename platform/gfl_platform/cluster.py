@@ -1,0 +1,226 @@
+"""The Ray cluster: which one, what a job needs of it, how its workers run."""
+
+import logging
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from ray.train import UserCallback
+
+from gfl.diagnosis import NonFiniteLossError
+from gfl_platform.config import JobConfig
+from gfl_platform.events import Event, start_event_queue
+
+logger = logging.getLogger(__name__)
+
+DEFAULT_CPU_WORKERS = 2
+DRAIN_SECONDS = 0.5
+
+
+class ClusterError(ValueError):
+    """A cluster that cannot be had, or lacks what the job asks for."""
+
+
+class JobFailedError(RuntimeError):
+    """A worker stopped; the message is what it said."""
+
+
+@dataclass(frozen=True)
+class Workers:
+    """What a job runs on.
+
+    Attributes:
+        count: Training processes.
+        use_gpu: Whether each takes a GPU.
+        cpus: CPUs of each.
+    """
+
+    count: int
+    use_gpu: bool
+    cpus: int
+
+
+def in_cluster() -> bool:
+    """Return whether this process was started by, or pointed at, a running Ray cluster."""
+    return bool(os.environ.get("RAY_ADDRESS"))
+
+
+def connect(*, verbose: bool = False) -> None:
+    """Connect to the cluster this process belongs to, or start one on this machine.
+
+    Raises:
+        ClusterError: a cluster that does not answer.
+    """
+    import ray
+
+    if ray.is_initialized():
+        return
+    level = logging.INFO if verbose else logging.ERROR
+    logging.getLogger("ray").setLevel(level)
+    # Epochs end with a report, which waits for the controller's next look: every 2 s by default.
+    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
+    # Ray will stop hiding GPUs from processes that ask for none; so do we, without its warning.
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    options: dict[str, Any] = {"logging_level": level, "log_to_driver": verbose}
+    try:
+        if in_cluster():
+            ray.init(**options)
+        else:
+            ray.init(address="local", include_dashboard=False, **options)
+    except (ConnectionError, RuntimeError, OSError) as error:
+        raise ClusterError(
+            f"Ray cluster {os.environ.get('RAY_ADDRESS', 'local')}: {error}; check RAY_ADDRESS"
+        ) from error
+
+
+def allot(job: JobConfig) -> Workers:
+    """Return what the job runs on.
+
+    Raises:
+        ClusterError: the cluster has fewer CPUs or GPUs; said at once, for Ray would wait.
+    """
+    import ray
+
+    total = ray.cluster_resources()
+    gpus = int(total.get("GPU", 0))
+    asked = job.cluster
+    use_gpu = asked.use_gpu if asked.use_gpu is not None else gpus > 0
+    count = asked.workers or (max(gpus, 1) if use_gpu else DEFAULT_CPU_WORKERS)
+    workers = Workers(count, use_gpu, asked.cpus_per_worker)
+    needed = {"CPU": count * workers.cpus, "GPU": count if use_gpu else 0}
+    for kind, amount in needed.items():
+        if amount > total.get(kind, 0):
+            raise ClusterError(
+                f"cluster.workers: {count} workers need {amount} {kind}s, but the cluster has "
+                f"{int(total.get(kind, 0))}; lower cluster.workers or add nodes"
+            )
+    if job.data.batch % count:
+        raise ClusterError(
+            f"data.batch: {job.data.batch} images cannot be shared equally by {count} workers; "
+            f"use a multiple of {count}"
+        )
+    return workers
+
+
+def worker_device() -> torch.device:
+    """Return the device of the training process that this is."""
+    import ray.train.torch
+
+    return ray.train.torch.get_device()
+
+
+def run_workers(
+    loop: Callable[[dict[str, Any]], Any],
+    settings: dict[str, Any],
+    workers: Workers,
+    handle: Callable[[list[Event]], None],
+    **run_options: Any,
+) -> Any:
+    """Run `loop(settings)` in every worker, joined in one process group, and return Ray's result.
+
+    Args:
+        loop: Finds the event queue under `settings["queue"]`; what it returns on rank 0 is
+            `result.return_value`.
+        settings: For `loop`.
+        workers: What to run on.
+        handle: Is told of events while the workers run.
+        run_options: Of Ray's `RunConfig`.
+
+    Raises:
+        JobFailedError: a worker stopped, and going on was no use or was tried often enough.
+    """
+    from ray.train import RunConfig, ScalingConfig
+    from ray.train.torch import TorchTrainer
+
+    queue = start_event_queue()
+    resources = {"CPU": workers.cpus} | ({"GPU": 1} if workers.use_gpu else {})
+    trainer = TorchTrainer(
+        loop,
+        train_loop_config=settings | {"queue": queue},
+        scaling_config=ScalingConfig(
+            num_workers=workers.count, use_gpu=workers.use_gpu, resources_per_worker=resources
+        ),
+        run_config=RunConfig(callbacks=[ControllerCallback(queue)], **run_options),
+    )
+    with _pumped(queue, handle):
+        on_interrupt = signal.getsignal(signal.SIGINT)
+        try:
+            return trainer.fit()
+        except SystemExit as error:  # Ray's answer to Ctrl-C, once the workers have stopped
+            raise KeyboardInterrupt from error
+        except Exception as error:
+            raise JobFailedError(one_line(root_cause(error))) from error
+        finally:
+            if threading.current_thread() is threading.main_thread():
+                signal.signal(signal.SIGINT, on_interrupt)
+
+
+@contextmanager
+def _pumped(queue: Any, handle: Callable[[list[Event]], None]) -> Iterator[None]:
+    """Hand the events of `queue` to `handle` in a thread of its own, the last ones at the end."""
+    import ray
+
+    done = threading.Event()
+
+    def pump() -> None:
+        while not done.wait(DRAIN_SECONDS):
+            handle(ray.get(queue.drain.remote()))
+
+    thread = threading.Thread(target=pump, name="events", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
+        if ray.is_initialized():
+            handle(ray.get(queue.drain.remote()))
+
+
+class ControllerCallback(UserCallback):
+    """Tells the driver what the training controller sees; gives up where trying again is no use."""
+
+    def __init__(self, queue: Any) -> None:
+        self._queue = queue
+
+    def after_report(
+        self, run_context: Any, metrics: list[dict[str, Any]], checkpoint: Any
+    ) -> None:
+        """Tell of a checkpoint that lies in storage, with the metrics of rank 0."""
+        if checkpoint is not None:
+            self._queue.add.remote({"kind": "checkpoint", "uri": checkpoint.path, **metrics[0]})
+
+    def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
+        """Tell of workers that stopped; raise, which ends the run, where they would stop again."""
+        for rank, error in sorted(worker_exceptions.items()):
+            cause = root_cause(error)
+            final = isinstance(cause, (ValueError, NonFiniteLossError))
+            reason = one_line(cause)
+            self._queue.add.remote(
+                {"kind": "failure", "rank": rank, "reason": reason, "final": final}
+            )
+            if final:
+                raise JobFailedError(reason)
+
+
+def root_cause(error: BaseException) -> BaseException:
+    """Return what lies inside Ray's wrappings of an exception."""
+    for name in ("_base_exc", "cause", "controller_failure"):
+        inner = getattr(error, name, None)
+        if isinstance(inner, BaseException):
+            return root_cause(inner)
+    return error
+
+
+def one_line(error: BaseException) -> str:
+    """Return what an exception says in one line: the first, or of a traceback as text the last."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    if not lines:
+        return type(error).__name__
+    # torch's DataLoader puts the traceback into the message of the exception that it raises again.
+    return lines[-1].partition(": ")[2] if lines[0].startswith("Caught ") else lines[0]

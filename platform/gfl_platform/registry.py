@@ -1,0 +1,270 @@
+"""MLflow's model registry: register a checkpoint, point aliases at versions, look up, load."""
+
+import difflib
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from gfl.checkpoint import TRAINING, About, load_checkpoint
+from gfl.detector import Detector
+from gfl_platform.config import JobConfig
+from gfl_platform.tracking import connect
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+
+CHECKPOINT = "checkpoint"
+"""Name of the checkpoint among a model's artifacts."""
+
+SCHEMES = "a checkpoint folder, models:/NAME@ALIAS, models:/NAME/VERSION or runs:/RUN_ID"
+
+
+class RegistryError(ValueError):
+    """A model, version, alias or run that does not exist."""
+
+
+@dataclass(frozen=True)
+class Version:
+    """A registered version and what its tags say of it."""
+
+    name: str
+    version: int
+    aliases: list[str]
+    run_id: str
+    created_ms: int
+    tags: dict[str, str]
+
+
+def register(
+    job: JobConfig, name: str, checkpoint: Path, run_id: str, facts: Mapping[str, float]
+) -> int:
+    """Register a checkpoint as a new version of the model `name`, and return the version.
+
+    The model carries its weights without any pickle, and the code that reads them.
+
+    Args:
+        job: Says which registry.
+        name: Of the model, made if it is new.
+        checkpoint: Folder.
+        run_id: The run that trained it.
+        facts: Figures to keep with the version, such as AP and fps.
+    """
+    connect(job)
+    import mlflow
+
+    here = Path(__file__).parent
+    with tempfile.TemporaryDirectory(prefix="gfl-model-") as scratch:
+        model = Path(scratch) / CHECKPOINT
+        model.mkdir()
+        for file in checkpoint.iterdir():
+            if file.name != TRAINING and file.is_file():
+                (model / file.name).write_bytes(file.read_bytes())
+        with mlflow.start_run(run_id=run_id):
+            logged = mlflow.pyfunc.log_model(
+                name=name,
+                python_model=str(here / "pyfunc.py"),
+                artifacts={CHECKPOINT: str(model)},
+                code_paths=[str(here), str(Path(_gfl_folder()))],
+                pip_requirements=_requirements(),
+                registered_model_name=name,
+                metadata={key: float(value) for key, value in facts.items()},
+            )
+        client = mlflow.MlflowClient()
+        client.update_run(run_id, status="RUNNING")  # its owner says when it ends
+    version = int(logged.registered_model_version)
+    for key, value in facts.items():
+        client.set_model_version_tag(name, str(version), key, f"{value:.6g}")
+    return version
+
+
+def set_alias(job: JobConfig, name: str, version: int, alias: str) -> int | None:
+    """Point `alias` at a version that can be loaded; return the version it pointed at before.
+
+    The version before it gets the alias `previous` where `alias` is `champion`.
+
+    Raises:
+        RegistryError: a model or version that does not exist, or whose checkpoint does not load.
+    """
+    client = connect(job)
+    wanted = _version(client, name, version)
+    load(job, f"models:/{name}/{version}")
+    before = next((v.version for v in _versions(client, name) if alias in v.aliases), None)
+    if alias == "champion" and before is not None and before != wanted.version:
+        client.set_registered_model_alias(name, "previous", str(before))
+    client.set_registered_model_alias(name, alias, str(version))
+    return before
+
+
+def list_versions(job: JobConfig, name: str | None = None) -> list[Version]:
+    """Return the versions of the model `name`, or of all models, newest first.
+
+    Raises:
+        RegistryError: a model that does not exist.
+    """
+    client = connect(job)
+    names = [name] if name else sorted(model.name for model in client.search_registered_models())
+    return [version for each in names for version in _versions(client, each)]
+
+
+def find(job: JobConfig, name: str, reference: str) -> Version:
+    """Return the version of the model `name` with the number or alias `reference`.
+
+    Raises:
+        RegistryError: there is none; suggests one.
+    """
+    client = connect(job)
+    if reference.isdigit():
+        return _version(client, name, int(reference))
+    versions = _versions(client, name)
+    for version in versions:
+        if reference in version.aliases:
+            return version
+    aliases = sorted(alias for version in versions for alias in version.aliases)
+    raise RegistryError(f"{name}@{reference}: no such alias; {_suggest(reference, aliases)}")
+
+
+def describe(job: JobConfig, version: Version) -> dict[str, str]:
+    """Return what is known of a version: its tags, and its run's metrics and origin."""
+    client = connect(job)
+    facts = {"aliases": ", ".join(version.aliases), "run": version.run_id, **version.tags}
+    if version.run_id:
+        run = client.get_run(version.run_id)
+        facts |= {key: f"{value:.6g}" for key, value in sorted(run.data.metrics.items())}
+        tags = sorted(run.data.tags.items())
+        facts |= {key: value for key, value in tags if not key.startswith("mlflow.")}
+    return facts
+
+
+def load(job: JobConfig, model: str) -> tuple[Detector, About]:
+    """Return the detector behind `model`, in evaluation mode, and what is known of it.
+
+    Args:
+        job: Says which registry.
+        model: A checkpoint folder, `models:/NAME@ALIAS`, `models:/NAME/VERSION` or `runs:/RUN_ID`.
+
+    Raises:
+        ValueError: no such model, or a damaged one.
+    """
+    with tempfile.TemporaryDirectory(prefix="gfl-model-") as scratch:
+        return load_checkpoint(fetch_checkpoint(job, model, Path(scratch)))
+
+
+def fetch_checkpoint(job: JobConfig, model: str, scratch: Path) -> Path:
+    """Return a local folder with the checkpoint of `model` (see `load`), maybe below `scratch`."""
+    if model.startswith("models:/"):
+        return _fetch_registered(job, model.removeprefix("models:/").strip("/"), scratch)
+    if model.startswith("runs:/"):
+        return _checkpoint_of_run(job, model.removeprefix("runs:/").strip("/"))
+    if "://" in model or model.split("/")[0].endswith(":"):
+        raise RegistryError(f"{model}: expected {SCHEMES}")
+    folder = Path(model)
+    if not folder.is_dir():
+        raise RegistryError(f"{model}: no such folder; expected {SCHEMES}")
+    return folder
+
+
+def _fetch_registered(job: JobConfig, reference: str, scratch: Path) -> Path:
+    name, separator, which = reference.replace("@", "/", 1).partition("/")
+    if not separator or not which:
+        raise RegistryError(
+            f"models:/{reference}: expected models:/NAME@ALIAS or models:/NAME/VERSION"
+        )
+    version = find(job, name, which)
+    import mlflow
+    from mlflow.exceptions import MlflowException
+
+    try:
+        folder = mlflow.artifacts.download_artifacts(
+            artifact_uri=f"models:/{name}/{version.version}/artifacts/{CHECKPOINT}",
+            dst_path=str(scratch),
+        )
+    except (MlflowException, OSError) as error:
+        raise RegistryError(
+            f"{name} version {version.version}: its artifacts cannot be read "
+            f"({str(error).splitlines()[0]}); register it again"
+        ) from error
+    return Path(folder)
+
+
+def _checkpoint_of_run(job: JobConfig, run_id: str) -> Path:
+    """Return the run's checkpoint with the best AP."""
+    client = connect(job)
+    from mlflow.exceptions import MlflowException
+
+    try:
+        run = client.get_run(run_id)
+    except MlflowException as error:
+        raise RegistryError(f"runs:/{run_id}: no such run in the tracking store") from error
+    models = client.search_logged_models(
+        [run.info.experiment_id], filter_string=f"source_run_id = '{run_id}'"
+    )
+    found = [
+        (metric.value, model.tags["uri"])
+        for model in models
+        for metric in model.metrics or []
+        if metric.key == "AP" and Path(model.tags.get("uri", "")).is_dir()
+    ]
+    if not found:
+        raise RegistryError(f"runs:/{run_id}: no checkpoint of this run is there any more")
+    return Path(max(found)[1])
+
+
+def _versions(client: "MlflowClient", name: str) -> list[Version]:
+    """Return the versions of a model, newest first."""
+    from mlflow.exceptions import MlflowException
+
+    try:
+        model = client.get_registered_model(name)
+    except MlflowException as error:
+        names = [other.name for other in client.search_registered_models()]
+        raise RegistryError(f"{name}: no such model; {_suggest(name, names)}") from error
+    found = client.search_model_versions(f"name = '{name}'")
+    versions = [_as_version(version, model.aliases) for version in found]
+    return sorted(versions, key=lambda version: -version.version)
+
+
+def _version(client: "MlflowClient", name: str, number: int) -> Version:
+    versions = _versions(client, name)
+    for version in versions:
+        if version.version == number:
+            return version
+    known = [str(version.version) for version in versions]
+    raise RegistryError(f"{name} version {number}: no such version; {_suggest(str(number), known)}")
+
+
+def _as_version(found: Any, aliases: Mapping[str, str]) -> Version:
+    number = int(found.version)
+    return Version(
+        name=found.name,
+        version=number,
+        aliases=sorted(alias for alias, target in aliases.items() if int(target) == number),
+        run_id=found.run_id or "",
+        created_ms=found.creation_timestamp,
+        tags=dict(found.tags),
+    )
+
+
+def _suggest(wanted: str, known: list[str]) -> str:
+    near = difflib.get_close_matches(wanted, known, n=1)
+    if near:
+        return f"did you mean '{near[0]}'?"
+    return f"there are: {', '.join(known)}" if known else "there is none yet"
+
+
+def _gfl_folder() -> str:
+    import gfl
+
+    return str(Path(gfl.__file__).parent)
+
+
+def _requirements() -> list[str]:
+    """Return what a model needs to be loaded, at the versions it was trained with."""
+    from importlib.metadata import version
+
+    packages = (
+        "torch", "torchvision", "pydantic", "pyyaml", "safetensors", "pycocotools", "pillow",
+        "mlflow",
+    )  # fmt: skip
+    return [f"{package}=={version(package)}" for package in packages]

@@ -1,0 +1,226 @@
+"""MLflow runs: the driver's process opens one, writes to it and closes it.
+
+Besides, only `registry` writes to a run: the model. Nothing here is called by a training process.
+Importing MLflow costs seconds, so it is imported where it is used.
+"""
+
+import importlib.metadata
+import logging
+import os
+import subprocess
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import yaml
+
+from gfl.config import flatten
+from gfl_platform.config import JobConfig
+from gfl_platform.events import Event
+from gfl_platform.storage import read_json, storage_root, write_atomically
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+
+logger = logging.getLogger(__name__)
+
+RUN_FILE = "run.json"
+"""Beside the checkpoints: which MLflow run they belong to, for a job that resumes."""
+
+PACKAGES = ("torch", "torchvision", "ray", "mlflow", "pycocotools", "numpy", "safetensors")
+
+# A dead server would otherwise hold up a call for minutes.
+IMPATIENT = {
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",
+}
+
+
+class TrackingError(ValueError):
+    """A tracking store that cannot be used."""
+
+
+def tracking_uri(job: JobConfig) -> str:
+    """Return the URI configured, or MLFLOW_TRACKING_URI, else a SQLite file under storage.root."""
+    chosen = job.tracking.uri or os.environ.get("MLFLOW_TRACKING_URI")
+    return chosen or f"sqlite:///{storage_root(job) / 'mlflow.db'}"
+
+
+def connect(job: JobConfig) -> "MlflowClient":
+    """Return a client of the job's tracking store and registry; make them MLflow's current ones.
+
+    Raises:
+        TrackingError: a store that does not answer.
+    """
+    for name, value in IMPATIENT.items():
+        os.environ.setdefault(name, value)
+    import mlflow
+    from mlflow.exceptions import MlflowException
+
+    uri = tracking_uri(job)
+    storage_root(job).mkdir(parents=True, exist_ok=True)
+    for chatty in ("alembic", "mlflow"):  # tell of every migration and registration
+        logging.getLogger(chatty).setLevel(logging.WARNING)
+    mlflow.set_tracking_uri(uri)
+    mlflow.set_registry_uri(uri)
+    client = mlflow.MlflowClient()
+    try:
+        client.search_experiments(max_results=1)
+    except (MlflowException, OSError) as error:
+        reason = str(error).splitlines()[0]
+        raise TrackingError(
+            f"{uri}: no MLflow store answers ({reason}); start it, or set tracking.uri or "
+            "MLFLOW_TRACKING_URI"
+        ) from error
+    return client
+
+
+class RunTracker:
+    """One MLflow run from its opening to its end; calls that fail are kept and tried again."""
+
+    def __init__(self, job: JobConfig, name: str, folder: Path) -> None:
+        """Open a run called `name`, or go on in the one that `folder` belongs to.
+
+        Args:
+            job: Logged as parameters and as a file.
+            name: Of a new run.
+            folder: The run's folder; remembers the MLflow run.
+        """
+        self.client = connect(job)
+        self._job = job
+        self._waiting: list[Event] = []
+        known = read_json(folder / RUN_FILE)
+        if known:
+            self.run_id: str = known["run_id"]
+            self.client.update_run(self.run_id, status="RUNNING")
+        else:
+            self.run_id = self._create(name)
+            write_atomically(folder / RUN_FILE, f'{{"run_id": "{self.run_id}"}}\n')
+            self._describe()
+        self._last_step = self._steps_logged()
+
+    def __enter__(self) -> "RunTracker":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        """Close the run: FINISHED, or what an exception makes of it."""
+        interrupted = kind is not None and issubclass(kind, KeyboardInterrupt)
+        self.close("FINISHED" if kind is None else "KILLED" if interrupted else "FAILED")
+
+    def handle(self, events: list[Event]) -> None:
+        """Log what `events` tell, after those that could not be logged before."""
+        from mlflow.exceptions import MlflowException
+
+        self._waiting += events
+        while self._waiting:
+            try:
+                self._log(self._waiting[0])
+            except (MlflowException, OSError) as error:
+                logger.warning("tracking: %s; will try again", str(error).splitlines()[0])
+                return
+            self._waiting.pop(0)
+
+    def metrics(self, values: Mapping[str, float], step: int, model_id: str | None = None) -> None:
+        """Log `values` at `step`, of the run and, if given, of one of its models."""
+        from mlflow.entities import Metric
+
+        now = int(time.time() * 1000)
+        self.client.log_batch(
+            self.run_id, metrics=[Metric(key, value, now, step) for key, value in values.items()]
+        )
+        if model_id:
+            for key, value in values.items():
+                self.client.log_metric(self.run_id, key, value, now, step, model_id=model_id)
+
+    def tag(self, tags: Mapping[str, str]) -> None:
+        """Set tags of the run."""
+        from mlflow.entities import RunTag
+
+        self.client.log_batch(self.run_id, tags=[RunTag(k, v) for k, v in tags.items()])
+
+    def text(self, name: str, content: str) -> None:
+        """Store `content` as the run's artifact `name`."""
+        self.client.log_text(self.run_id, content, name)
+
+    def file(self, path: Path) -> None:
+        """Store a file among the run's artifacts."""
+        self.client.log_artifact(self.run_id, str(path))
+
+    def close(self, status: str) -> None:
+        """End the run as FINISHED, FAILED or KILLED."""
+        self.handle([])
+        if self._waiting:
+            logger.warning("tracking: %d events could not be logged", len(self._waiting))
+        self.client.set_terminated(self.run_id, status)
+
+    def _create(self, name: str) -> str:
+        experiment = self.client.get_experiment_by_name(self._job.tracking.experiment)
+        if experiment is None:
+            embedded = tracking_uri(self._job).startswith("sqlite:")
+            location = (storage_root(self._job) / "artifacts").as_uri() if embedded else None
+            identity = self.client.create_experiment(self._job.tracking.experiment, location)
+        else:
+            identity = experiment.experiment_id
+        return self.client.create_run(identity, run_name=name).info.run_id
+
+    def _describe(self) -> None:
+        """Log the configuration, the code's state and the packages."""
+        from mlflow.entities import Param
+
+        values = self._job.model_dump(mode="json")
+        params = [Param(key, str(value)) for key, value in flatten(values).items()]
+        self.client.log_batch(self.run_id, params=params)
+        self.text("config.yaml", yaml.safe_dump(values, sort_keys=False))
+        commit, diff = git_state()
+        self.tag({"git.commit": commit, "git.dirty": str(bool(diff)).lower()})
+        if diff:
+            self.text("git.diff", diff)
+        versions = [f"{name}=={importlib.metadata.version(name)}" for name in PACKAGES]
+        self.text("packages.txt", "\n".join(versions) + "\n")
+
+    def _log(self, event: Event) -> None:
+        match event["kind"]:
+            case "steps" if event["step"] > self._last_step:
+                self.metrics({**event["metrics"], "epoch": event["epoch"]}, event["step"])
+                self._last_step = event["step"]
+            case "checkpoint":
+                self._log_checkpoint(event)
+            case "data":
+                self.tag({f"data.{key}": str(value) for key, value in event["facts"].items()})
+
+    def _log_checkpoint(self, event: Event) -> None:
+        """Log an epoch's evaluation, and its checkpoint as a model that stays where it is."""
+        import mlflow
+
+        name = f"epoch-{event['epoch']}"
+        found = self.client.search_logged_models(
+            [self.client.get_run(self.run_id).info.experiment_id],
+            filter_string=f"source_run_id = '{self.run_id}' AND name = '{name}'",
+        )
+        if found:  # logged before an interruption
+            return
+        model = mlflow.create_external_model(
+            name=name,
+            source_run_id=self.run_id,
+            tags={"uri": event["uri"]},
+            experiment_id=self.client.get_run(self.run_id).info.experiment_id,
+        )
+        self.metrics(event["metrics"], event["step"], model.model_id)
+
+    def _steps_logged(self) -> int:
+        history = self.client.get_metric_history(self.run_id, "loss")
+        return max((metric.step for metric in history), default=0)
+
+
+def git_state() -> tuple[str, str]:
+    """Return the code's commit (`unknown` outside of a repository) and its uncommitted changes."""
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(Path(__file__).parent), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+    try:
+        return git("rev-parse", "HEAD").strip(), git("diff", "HEAD")
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown", ""

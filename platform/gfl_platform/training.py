@@ -1,0 +1,204 @@
+"""Training on a Ray cluster: `gfl.engine.fit` in workers, reports in MLflow, checkpoints stored."""
+
+import logging
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from gfl.config import Config, ConfigError, dump_config, flatten, parse_config, reproducible
+from gfl.data import load_splits
+from gfl.engine import EpochReport, StepReport, fit
+from gfl.speed import measure_fps
+from gfl_platform import cluster
+from gfl_platform.config import JobConfig
+from gfl_platform.events import Event
+from gfl_platform.storage import fetch_weights, open_run_folder, write_atomically
+from gfl_platform.tracking import RunTracker
+
+logger = logging.getLogger(__name__)
+
+CONFIG_FILE = "config.yaml"
+
+Watcher = Callable[[Event], None]
+"""Is told of every event while a job runs; shows it."""
+
+
+@dataclass(frozen=True)
+class TrainingResult:
+    """A finished training.
+
+    Attributes:
+        name: The run's name.
+        run_id: The MLflow run, still open for more to be logged in it.
+        checkpoint: Folder of the checkpoint with the best AP.
+        metrics: COCO statistics of that checkpoint.
+        fps: Frames per second of the last weights (the same for all).
+        seconds: Wall time of the training, start of the workers included.
+        tracker: Writes to the MLflow run; the caller closes it.
+    """
+
+    name: str
+    run_id: str
+    checkpoint: Path
+    metrics: dict[str, float]
+    fps: float
+    seconds: float
+    tracker: RunTracker
+
+
+class WorkerListener:
+    """Reports what a worker's `fit` does: steps to the driver, epochs with checkpoints to Ray."""
+
+    def __init__(self, queue: Any) -> None:
+        import ray.train
+
+        self._queue = queue
+        self._is_first = ray.train.get_context().get_world_rank() == 0
+
+    def on_steps(self, report: StepReport) -> None:
+        """Tell the driver; without waiting."""
+        if self._is_first:
+            self._queue.add.remote({"kind": "steps", **vars(report)})
+
+    def on_epoch(self, report: EpochReport) -> None:
+        """Hand over the checkpoint of rank 0."""
+        import ray.train
+
+        facts = {"epoch": report.epoch, "step": report.step, "metrics": report.metrics}
+        facts["AP"] = report.metrics["AP"]  # what Ray keeps checkpoints by
+        with tempfile.TemporaryDirectory(prefix="gfl-checkpoint-") as folder:
+            checkpoint = None
+            if self._is_first:
+                report.save(Path(folder))
+                checkpoint = ray.train.Checkpoint.from_directory(folder)
+            ray.train.report(facts, checkpoint=checkpoint)
+
+
+def train_worker(settings: dict[str, Any]) -> dict[str, Any]:
+    """Train in one process of the cluster; return what rank 0 measured at the end."""
+    import ray.train
+
+    config = parse_config(settings["config"], "job")
+    queue = settings["queue"]
+    device = cluster.worker_device()
+    splits = load_splits(config)
+    rank = ray.train.get_context().get_world_rank()
+    if rank == 0:
+        names = ("train", "val")
+        facts: dict[str, str | int] = {
+            f"{n}.digest": split.digest for n, split in zip(names, splits, strict=True)
+        }
+        facts |= {f"{n}.images": len(s.records) for n, s in zip(names, splits, strict=True)}
+        facts |= {f"train.dropped.{why}": count for why, count in splits[0].dropped.items()}
+        queue.add.remote({"kind": "data", "facts": facts})
+    pretrained = config.model.backbone.pretrained
+    restored = ray.train.get_checkpoint()
+    options = {
+        "device": device,
+        "failure_folder": Path(settings["folder"]) / "non_finite",
+        "weights": fetch_weights(pretrained) if pretrained else None,
+        "report_every": settings["report_every"],
+    }
+    if restored is None:
+        trainer = fit(config, splits, WorkerListener(queue), **options)
+    else:
+        with restored.as_directory() as folder:
+            trainer = fit(config, splits, WorkerListener(queue), resume=Path(folder), **options)
+    if rank != 0:
+        return {}
+    fps, protocol = measure_fps(trainer.detector, splits[1], config, device)
+    return {"fps": fps, "protocol": protocol}
+
+
+def train(job: JobConfig, name: str, *, resume: bool, watch: Watcher) -> TrainingResult:
+    """Train `job` as the run `name`, or go on with it.
+
+    Raises:
+        ValueError: a configuration, dataset or cluster that cannot be used.
+        JobFailedError: training stopped.
+    """
+    started = time.perf_counter()
+    config = reproducible(job)
+    if not cluster.in_cluster():
+        load_splits(config)  # here workers see the same files: say at once what is wrong with them
+    cluster.connect()
+    workers = cluster.allot(job)
+    folder = open_run_folder(job, name, resume=resume)
+    _require_same_config(folder / CONFIG_FILE, config)
+    tracker = RunTracker(job, name, folder)
+    status = "FAILED"
+    try:
+        outcome, checkpoint, metrics = _run(job, config, workers, folder, tracker, watch)
+        status = "FINISHED"
+    except KeyboardInterrupt:
+        status = "KILLED"
+        raise
+    finally:
+        if status != "FINISHED":
+            tracker.close(status)
+    tracker.metrics({"fps": outcome["fps"]}, step=0)
+    tracker.tag({f"fps.{key}": str(value) for key, value in outcome["protocol"].items()})
+    seconds = time.perf_counter() - started
+    return TrainingResult(
+        name, tracker.run_id, checkpoint, metrics, outcome["fps"], seconds, tracker
+    )
+
+
+def _run(
+    job: JobConfig,
+    config: Config,
+    workers: cluster.Workers,
+    folder: Path,
+    tracker: RunTracker,
+    watch: Watcher,
+) -> tuple[dict[str, Any], Path, dict[str, float]]:
+    """Return what rank 0 returned, and the best checkpoint with its metrics."""
+    from ray.train import CheckpointConfig, FailureConfig
+
+    def handle(events: list[Event]) -> None:
+        for event in events:
+            watch(event)
+        tracker.handle(events)
+
+    result = cluster.run_workers(
+        train_worker,
+        {
+            "config": dump_config(config),
+            "folder": str(folder),
+            "report_every": job.tracking.every_steps,
+        },
+        workers,
+        handle,
+        name="ray",
+        storage_path=str(folder),
+        failure_config=FailureConfig(
+            max_failures=job.cluster.max_failures, controller_failure_limit=3
+        ),
+        checkpoint_config=CheckpointConfig(
+            num_to_keep=job.storage.keep_checkpoints, checkpoint_score_attribute="AP"
+        ),
+    )
+    best, facts = max(result.best_checkpoints, key=lambda pair: pair[1]["AP"])
+    return result.return_value, Path(best.path), facts["metrics"]
+
+
+def _require_same_config(path: Path, config: Config) -> None:
+    """Note the configuration of a new run; refuse to go on with another than the one noted.
+
+    Raises:
+        ConfigError: names every key that differs.
+    """
+    if not path.exists():
+        write_atomically(path, dump_config(config))
+        return
+    before = flatten(parse_config(path.read_text(), str(path)).model_dump(mode="json"))
+    now = flatten(config.model_dump(mode="json"))
+    changes = [f"{key} {before[key]!r} -> {now[key]!r}" for key in now if before[key] != now[key]]
+    if changes:
+        raise ConfigError(
+            f"{path}: this run was started with another configuration ({', '.join(changes)}); "
+            "resume it with the same, or start another run"
+        )

@@ -1,0 +1,113 @@
+"""Fixtures that several rooms share: configurations, tiny data, one Ray cluster for the session."""
+
+import json
+import os
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from gfl.config import Config, load_config
+from gfl.data import shapes
+
+ROOT = Path(__file__).parents[1]
+GOLDEN = Path(__file__).parent / "golden"
+sys.path[:0] = [str(GOLDEN), str(Path(__file__).parent)]  # recipe.py and tests_support.py
+
+
+@pytest.fixture(scope="session")
+def golden():
+    """The folder of the reference implementation's numbers."""
+    return GOLDEN
+
+
+@pytest.fixture(scope="session")
+def real_data():
+    """The folder of real images and evaluation cases."""
+    folder = os.environ.get("GFL_TEST_DATA")
+    if not folder:
+        pytest.skip("GFL_TEST_DATA does not name the folder of real data (coco128, coco_eval)")
+    return Path(folder)
+
+
+@pytest.fixture(scope="session")
+def shapes_folder(tmp_path_factory):
+    """A small set of rendered shapes: 36 images to train on, 11 to evaluate."""
+    folder = tmp_path_factory.mktemp("shapes")
+    shapes.render(folder / "train", count=36, size=64, seed=0)
+    shapes.render(folder / "val", count=11, size=64, seed=1)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_file(tmp_path_factory, shapes_folder):
+    """A configuration file that trains three epochs of that set in seconds."""
+    path = tmp_path_factory.mktemp("configs") / "tiny.yaml"
+    path.write_text(
+        f"""
+base: {ROOT / "configs" / "demo.yaml"}
+model: {{channels: 32, tower_convs: 1, reg_max: 8}}
+data:
+  shapes: null
+  train: {{images: {shapes_folder}/train/images, annotations: {shapes_folder}/train/annotations.json}}
+  val: {{images: {shapes_folder}/val/images, annotations: {shapes_folder}/val/annotations.json}}
+  short_side: 64
+  long_side: 64
+  batch: 8
+  val_batch: 3
+schedule: {{epochs: 3}}
+tracking: {{every_steps: 2}}
+"""
+    )
+    return path
+
+
+@pytest.fixture(scope="session")
+def tiny(tiny_file) -> Config:
+    """The configuration in that file."""
+    return load_config(tiny_file)
+
+
+@pytest.fixture
+def coco(tmp_path):
+    """Write a COCO set and return its (images, annotations): `coco(images=..., annotations=...)`."""
+
+    def write(images=None, annotations=(), categories=None, files=None):
+        from PIL import Image
+
+        folder = tmp_path / "images"
+        folder.mkdir(exist_ok=True)
+        images = images or [{"id": 1, "file_name": "a.jpg", "width": 64, "height": 48}]
+        for image in images if files is None else files:
+            Image.new("RGB", (image["width"], image["height"])).save(folder / image["file_name"])
+        complete = [
+            {"id": number, "image_id": 1, "category_id": 1, "iscrowd": 0, "area": 100.0, **a}
+            for number, a in enumerate(annotations, start=1)
+        ]
+        content = {
+            "images": images,
+            "annotations": complete,
+            "categories": categories or [{"id": 1, "name": "thing"}],
+        }
+        path = tmp_path / "annotations.json"
+        path.write_text(json.dumps(content))
+        return str(folder), str(path)
+
+    return write
+
+
+@pytest.fixture(scope="session")
+def ray_cluster():
+    """A local Ray cluster of two CPUs, which jobs in other processes find through RAY_ADDRESS."""
+    import ray
+
+    from gfl_platform import cluster
+
+    torch.set_num_threads(1)
+    os.environ["RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"] = "0.2"
+    cluster.connect()
+    os.environ["RAY_ADDRESS"] = ray.get_runtime_context().gcs_address
+    yield os.environ["RAY_ADDRESS"]
+    del os.environ["RAY_ADDRESS"]
+    ray.shutdown()

@@ -1,0 +1,202 @@
+"""Training: steps, resumption, several workers, and what happens when a loss turns NaN."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from gfl.checkpoint import load_checkpoint, read_about
+from gfl.config import derive
+from gfl.data import load_splits
+from gfl.data.loading import collate
+from gfl.diagnosis import NonFiniteLossError
+from gfl.engine import LOSSES, Trainer, fit
+from gfl.optim import build_optimizer, lr_factor, scaled_lr
+from tests_support import run_workers
+
+CPU = torch.device("cpu")
+
+
+class Recorder:
+    """Keeps every report, and a checkpoint of every epoch."""
+
+    def __init__(self, folder, stop_after=None):
+        self.folder = folder
+        self.stop_after = stop_after
+        self.steps = []
+        self.epochs = []
+
+    def on_steps(self, report):
+        self.steps.append(report)
+
+    def on_epoch(self, report):
+        self.epochs.append(report)
+        folder = self.folder / f"epoch-{report.epoch}"
+        folder.mkdir(parents=True)
+        report.save(folder)
+        if report.epoch == self.stop_after:
+            raise KeyboardInterrupt
+
+
+def train(config, recorder, **options):
+    options = {"device": CPU, "failure_folder": recorder.folder / "bad", "report_every": 2, **options}
+    return fit(config, load_splits(config), recorder, **options)
+
+
+def test_a_fit_reports_steps_epochs_and_checkpoints(tiny, tmp_path):
+    recorder = Recorder(tmp_path)
+    trainer = train(tiny, recorder)
+    assert trainer.step == recorder.steps[-1].total_steps == 3 * trainer.batches.steps_per_epoch
+    assert [r.epoch for r in recorder.epochs] == [1, 2, 3]
+    last = recorder.steps[-1]
+    assert last.metrics["loss"] == pytest.approx(sum(last.metrics[name] for name in LOSSES))
+    assert last.metrics["loss"] < recorder.steps[0].metrics["loss"]
+    assert {"lr", "grad_norm", "images_per_second"} < set(last.metrics)
+    detector, about = load_checkpoint(tmp_path / "epoch-3")
+    assert about.classes == ["rectangle", "ellipse", "triangle"]
+    assert (about.step, about.epoch) == (trainer.step, 3)
+    assert about.metrics == recorder.epochs[-1].metrics
+    for key, value in trainer.detector.state_dict().items():
+        assert torch.equal(value, detector.state_dict()[key])
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_interrupted_and_resumed_equals_uninterrupted_bit_for_bit(tiny, tmp_path, optimizer):
+    config = derive(type(tiny), tiny, [f"optim.name={optimizer}"])
+    whole = train(config, Recorder(tmp_path / "whole"))
+    interrupted = Recorder(tmp_path / "part", stop_after=1)
+    with pytest.raises(KeyboardInterrupt):
+        train(config, interrupted)
+    rest = Recorder(tmp_path / "rest")
+    resumed = train(config, rest, resume=tmp_path / "part" / "epoch-1")
+    assert [r.epoch for r in rest.epochs] == [2, 3]
+    for key, value in whole.detector.state_dict().items():
+        assert torch.equal(value, resumed.detector.state_dict()[key]), key
+    for one, other in zip(
+        whole.optimizer.state.values(), resumed.optimizer.state.values(), strict=True
+    ):
+        for key, value in one.items():
+            assert torch.equal(torch.as_tensor(value), torch.as_tensor(other[key])), key
+
+
+def test_a_finished_training_resumes_to_nothing(tiny, tmp_path):
+    train(tiny, Recorder(tmp_path / "whole"))
+    again = Recorder(tmp_path / "again")
+    trainer = train(tiny, again, resume=tmp_path / "whole" / "epoch-3")
+    assert again.steps == again.epochs == []
+    assert trainer.epochs_done == 3
+
+
+def five_steps(rank, config):
+    torch.set_num_threads(1)
+    trainer = Trainer(config, load_splits(config)[0], CPU)
+    # Scores of real size: the reference's floor of 1 on the sum of weights is per worker.
+    trainer.detector.head.cls_logits.bias.data.fill_(-1.0)
+    trainer.objective.train()
+    rows = []
+    for keys, _ in zip(trainer.batches, range(5), strict=False):
+        row = trainer.train_step(collate([trainer.dataset[key] for key in keys]))
+        rows.append(row)
+    return torch.stack(rows), trainer.detector.state_dict()
+
+
+def test_the_number_of_workers_does_not_change_the_mathematics(tiny):
+    config = derive(type(tiny), tiny, ["model.backbone.norm_eval=true", "optim.name=sgd"])
+    ((losses, weights),) = run_workers(1, five_steps, config)
+    (first, weights_0), (second, weights_1) = run_workers(2, five_steps, config)
+    torch.testing.assert_close((first + second)[:, :3] / 2, losses[:, :3], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(first[:, 3], losses[:, 3], rtol=1e-4, atol=1e-5)
+    for key, value in weights.items():
+        torch.testing.assert_close(weights_0[key], value, rtol=0, atol=1e-5)
+        assert torch.equal(weights_0[key], weights_1[key])
+
+
+def test_a_loss_that_turns_nan_stops_training_and_is_explained(tiny, tmp_path):
+    config = derive(type(tiny), tiny, ["optim.lr=1e30", "optim.name=sgd", "schedule.name=step",
+                                       "schedule.warmup_steps=0"])  # fmt: skip
+    recorder = Recorder(tmp_path)
+    with pytest.raises(NonFiniteLossError) as caught:
+        train(config, recorder)
+    message = str(caught.value)
+    assert "NaN or infinity, first in output of backbone" in message
+    assert ".jpg" in message
+    assert str(tmp_path / "bad") in message
+    assert "\n" not in message
+    assert recorder.epochs == []
+    saved = torch.load(tmp_path / "bad" / "batch-rank0.pt", weights_only=True)
+    assert saved["pixels"].shape == (8, 3, 64, 64)
+    assert all(Path(name).is_file() for name in saved["images"])
+
+
+def test_weights_stay_those_of_the_step_that_failed(tiny):
+    trainer = Trainer(tiny, load_splits(tiny)[0], CPU)
+    trainer.objective.train()
+    batches = [collate([trainer.dataset[key] for key in trainer.batches.keys(i)]) for i in range(3)]
+    trainer.train_step(batches[0])
+    before = {k: v.clone() for k, v in trainer.detector.named_parameters()}
+    std = trainer.detector.pixel_std.clone()
+    trainer.detector.pixel_std.zero_()  # divides by zero
+    trainer.train_step(batches[1])
+    trainer.detector.pixel_std.copy_(std)
+    trainer.train_step(batches[2])
+    assert trainer.first_bad_step.item() == 1
+    for key, value in trainer.detector.named_parameters():
+        assert torch.equal(value, before[key]), key
+
+
+def test_gradients_that_overflow_are_named(tiny):
+    from gfl.diagnosis import first_non_finite
+
+    trainer = Trainer(tiny, load_splits(tiny)[0], CPU)
+    batch = collate([trainer.dataset[0, i] for i in range(2)])
+    images = trainer.detector.normalize(batch.pixels, batch.targets.sizes)
+    assert first_non_finite(trainer.detector, images, batch.targets) is None
+    trainer.detector.fpn.levels.inner_blocks[0][0].weight.data[0, 0] = float("inf")
+    found = first_non_finite(trainer.detector, images, batch.targets)
+    assert found == "parameter fpn.levels.inner_blocks.0.0.weight"
+
+
+def test_learning_rate_scales_with_the_batch_and_follows_its_schedule(tiny):
+    config = derive(type(tiny), tiny, ["data.batch=4", "optim.lr=0.016", "optim.lr_batch=16"])
+    assert scaled_lr(config) == pytest.approx(0.004)
+    step = derive(
+        type(tiny), tiny,
+        ["schedule={name: step, epochs: 12, warmup_steps: 500, milestones: [8, 11], gamma: 0.1}"],
+    ).schedule  # fmt: skip
+    assert lr_factor(0, step, 1000) == pytest.approx(1 / 3)
+    assert lr_factor(250, step, 1000) == pytest.approx(2 / 3)
+    assert [lr_factor(s, step, 1000) for s in (500, 7999, 8000, 11000)] == pytest.approx(
+        [1, 1, 0.1, 0.01]
+    )
+    cycle = derive(type(tiny), tiny, ["schedule.name=one_cycle", "schedule.epochs=10"]).schedule
+    factors = [lr_factor(s, cycle, 10) for s in range(100)]
+    assert factors[0] == pytest.approx(1 / 25)
+    assert max(factors) == pytest.approx(1, abs=1e-3)
+    assert factors[-1] == pytest.approx(1e-5)
+
+
+def test_biases_of_convolutions_have_their_own_rate_and_decay(tiny):
+    config = derive(
+        type(tiny), tiny,
+        ["optim={name: sgd, lr: 0.1, lr_batch: 8, bias_lr_factor: 2.0, bias_decay_factor: 0.0}"],
+    )  # fmt: skip
+    trainer = Trainer(config, load_splits(config)[0], CPU)
+    others, biases = build_optimizer(trainer.detector, config).param_groups
+    assert (others["lr"], biases["lr"]) == (0.1, 0.2)
+    assert (others["weight_decay"], biases["weight_decay"]) == (1e-4, 0)
+    names = {id(p): n for n, p in trainer.detector.named_parameters()}
+    assert all(names[id(p)].endswith(".bias") for p in biases["params"])
+    assert not any("tower" in names[id(p)] for p in biases["params"])
+    assert len(others["params"]) + len(biases["params"]) == len(names)
+
+
+def test_a_damaged_checkpoint_is_named(tiny, tmp_path):
+    with pytest.raises(ValueError, match=r"absent: not a checkpoint"):
+        read_about(tmp_path / "absent")
+    train(tiny, Recorder(tmp_path))
+    (tmp_path / "epoch-1" / "about.json").write_text('{"classes": []}')
+    with pytest.raises(ValueError, match=r"about\.json: damaged"):
+        load_checkpoint(tmp_path / "epoch-1")
+    (tmp_path / "epoch-2" / "weights.safetensors").write_bytes(b"half")
+    with pytest.raises(ValueError, match=r"weights\.safetensors: not a readable"):
+        load_checkpoint(tmp_path / "epoch-2")

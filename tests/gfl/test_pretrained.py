@@ -1,0 +1,99 @@
+"""Reading weights, strictly."""
+
+import json
+import pickle
+
+import pytest
+import recipe
+import safetensors.torch
+import torch
+from torchvision.models import resnet18
+
+import gfl
+
+
+@pytest.fixture(scope="module")
+def reference_weights(golden):
+    shapes = json.loads((golden / "gfl_r50_1x.keys.json").read_text())
+    return {key: recipe.weight(key, shape) for key, shape in shapes.items()}
+
+
+def test_conversion_takes_every_entry_of_the_reference_but_the_bins(reference_weights):
+    converted = gfl.convert_mmdet(reference_weights)
+    assert len(converted) == len(reference_weights) - 1
+    detector = gfl.Detector(gfl.load_config("configs/gfl_r50_1x.yaml"))
+    assert set(converted) == set(detector.state_dict())
+
+
+@pytest.mark.parametrize(
+    "key",
+    ["bbox_head.scales.4.scale", "neck.fpn_convs.3.conv.bias", "backbone.layer3.2.conv2.weight",
+     "backbone.layer1.0.bn1.running_var", "bbox_head.reg_convs.3.gn.bias", "bbox_head.gfl_cls.bias"],
+)  # fmt: skip
+def test_conversion_refuses_what_lacks_an_entry(reference_weights, key):
+    incomplete = {k: v for k, v in reference_weights.items() if k != key}
+    with pytest.raises(ValueError, match=rf"missing.*{key}"):
+        gfl.convert_mmdet(incomplete)
+
+
+def test_conversion_refuses_what_it_does_not_know(reference_weights):
+    with pytest.raises(ValueError, match=r"not entries.*bbox_head\.atss_centerness\.weight"):
+        gfl.convert_mmdet({**reference_weights, "bbox_head.atss_centerness.weight": torch.zeros(1)})
+
+
+def test_conversion_refuses_other_bins(reference_weights):
+    other = {**reference_weights, "bbox_head.integral.project": torch.arange(17) * 2.0}
+    with pytest.raises(ValueError, match="expected bins"):
+        gfl.convert_mmdet(other)
+
+
+def test_own_weights_come_back_bit_by_bit(tiny, tmp_path):
+    saved, other = gfl.Detector(tiny), gfl.Detector(tiny)
+    for path in (tmp_path / "w.safetensors", tmp_path / "w.pth"):
+        if path.suffix == ".pth":
+            torch.save({"state_dict": saved.state_dict()}, path)
+        else:
+            safetensors.torch.save_file(saved.state_dict(), path)
+        report = gfl.load_weights(other, path)
+        assert str(path) in report
+        for key, value in saved.state_dict().items():
+            assert torch.equal(value, other.state_dict()[key]), key
+
+
+def test_an_imagenet_classifier_fills_the_backbone(tiny, tmp_path):
+    detector, classifier = gfl.Detector(tiny), resnet18()
+    torch.save(classifier.state_dict(), tmp_path / "resnet18.pth")
+    head = detector.head.cls_logits.weight.clone()
+    gfl.load_weights(detector, tmp_path / "resnet18.pth")
+    assert torch.equal(detector.backbone.layer4[1].conv2.weight, classifier.layer4[1].conv2.weight)
+    assert torch.equal(detector.head.cls_logits.weight, head)
+
+
+def test_weights_of_another_model_are_refused(tiny):
+    detector = gfl.Detector(tiny)
+    state = detector.state_dict()
+    with pytest.raises(ValueError, match="entries missing: head.scales.4"):
+        gfl.load_weights(detector, {k: v for k, v in state.items() if k != "head.scales.4"})
+    with pytest.raises(ValueError, match="no place for: extra"):
+        gfl.load_weights(detector, {**state, "extra": torch.zeros(1)})
+    with pytest.raises(ValueError, match=r"cls_logits.*\(7.*model has \(3.*num_classes"):
+        gfl.load_weights(detector, {**state, "head.cls_logits.weight": torch.zeros(7, 32, 3, 3)})
+
+
+class Foreign:
+    """Stands for a class that unpickling would run."""
+
+
+def test_files_that_cannot_be_read_safely_are_refused(tiny, tmp_path):
+    detector = gfl.Detector(tiny)
+    with pytest.raises(ValueError, match="no such weights file"):
+        gfl.load_weights(detector, tmp_path / "absent.pth")
+    (tmp_path / "broken.safetensors").write_bytes(b"not weights")
+    with pytest.raises(ValueError, match="not a readable weights file"):
+        gfl.load_weights(detector, tmp_path / "broken.safetensors")
+    torch.save({"state_dict": {}, "meta": Foreign()}, tmp_path / "foreign.pth")
+    with pytest.raises(ValueError, match="could run code"):
+        gfl.load_weights(detector, tmp_path / "foreign.pth")
+    (tmp_path / "plain.pth").write_bytes(pickle.dumps({"a": Foreign()}, protocol=2))
+    with pytest.raises(ValueError, match=r"plain\.pth"):
+        gfl.load_weights(detector, tmp_path / "plain.pth")

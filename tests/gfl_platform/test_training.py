@@ -1,0 +1,275 @@
+"""Training over a real Ray cluster with a real MLflow store: what users get, and what survives."""
+
+import json
+import os
+import signal
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from gfl.checkpoint import load_checkpoint, read_about
+from gfl.config import ConfigError
+from gfl_platform import cluster, registry, training
+from gfl_platform.config import load_job
+from gfl_platform.evaluating import evaluate_checkpoint
+from gfl_platform.storage import StorageError
+from gfl_platform.tracking import TrackingError, connect
+
+pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_cluster")]
+
+
+def job_of(tiny_file, root, *overrides):
+    return load_job(tiny_file, [f"storage.root={root}", *overrides])
+
+
+@pytest.fixture(scope="module")
+def trained(ray_cluster, tiny_file, tmp_path_factory):
+    """A finished training with its job and all its events."""
+    job, events = job_of(tiny_file, tmp_path_factory.mktemp("outputs")), []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("MLFLOW_TRACKING_URI", raising=False)
+        result = training.train(job, "first", resume=False, watch=events.append)
+        with result.tracker:
+            figures = {"AP": result.metrics["AP"], "fps": result.fps}
+            for _ in range(2):
+                registry.register(job, "shapes", result.checkpoint, result.run_id, figures)
+            registry.set_alias(job, "shapes", 1, "champion")
+    return job, result, events
+
+
+def test_the_driver_hears_of_steps_and_epochs(trained):
+    _, result, events = trained
+    steps = [e["step"] for e in events if e["kind"] == "steps"]
+    assert steps == sorted(set(steps))
+    assert [e["epoch"] for e in events if e["kind"] == "checkpoint"] == [1, 2, 3]
+    assert result.fps > 0
+    assert result.seconds > 0
+
+
+def test_the_run_holds_all_that_reproduces_it(trained):
+    job, result, events = trained
+    client = connect(job)
+    run = client.get_run(result.run_id)
+    assert run.info.status == "FINISHED"
+    assert run.info.run_name == "first"
+    assert run.data.params["loss.qfl.beta"] == "2.0"
+    assert run.data.params["cluster.max_failures"] == "3"
+    assert len(run.data.tags["git.commit"]) >= 7
+    assert len(run.data.tags["data.train.digest"]) == 64
+    assert int(run.data.tags["data.train.images"]) > 0
+    files = {f.path for f in client.list_artifacts(result.run_id)}
+    assert {"config.yaml", "packages.txt"} <= files
+    metrics = {
+        "loss", "qfl", "giou", "dfl", "lr", "images_per_second", "AP", "AP50", "AP75", "APs", "APm",
+        "APl", "AR1", "AR10", "AR100", "fps",
+    }  # fmt: skip
+    assert metrics <= set(run.data.metrics)
+    history = [m.step for m in client.get_metric_history(result.run_id, "loss")]
+    assert history == [e["step"] for e in events if e["kind"] == "steps"]
+    assert len(client.get_metric_history(result.run_id, "AP")) == 3
+
+
+def test_every_epoch_is_a_model_that_stays_where_it_is(trained):
+    job, result, _ = trained
+    client = connect(job)
+    experiment = client.get_run(result.run_id).info.experiment_id
+    models = client.search_logged_models([experiment], filter_string="metrics.AP >= 0")
+    external = {m.name: m for m in models if m.name.startswith("epoch-")}
+    assert set(external) == {"epoch-1", "epoch-2", "epoch-3"}
+    assert read_about(Path(external["epoch-3"].tags["uri"])).epoch == 3
+
+
+def test_the_best_checkpoint_is_the_result(trained):
+    _, result, _ = trained
+    assert read_about(result.checkpoint).metrics == result.metrics
+    _, about = load_checkpoint(result.checkpoint)
+    assert about.classes == ["rectangle", "ellipse", "triangle"]
+
+
+def test_evaluation_over_the_cluster_repeats_the_figures(trained):
+    job, result, _ = trained
+    figures = evaluate_checkpoint(result.checkpoint, job)
+    assert figures["metrics"] == pytest.approx(result.metrics, abs=1e-6)
+    assert figures["fps"] > 0
+    assert figures["images"] == 11
+
+
+def test_a_model_is_looked_up_and_loaded_by_alias(trained):
+    job, result, _ = trained
+    expected, _ = load_checkpoint(result.checkpoint)
+    for model in (
+        "models:/shapes@champion", "models:/shapes/2", f"runs:/{result.run_id}", str(result.checkpoint),
+    ):  # fmt: skip
+        detector, about = registry.load(job, model)
+        assert about.metrics == result.metrics
+        for key, value in expected.state_dict().items():
+            assert torch.equal(value, detector.state_dict()[key])
+
+
+def test_the_registry_lists_and_promotes(trained):
+    job, result, _ = trained
+    listed = registry.list_versions(job)
+    assert [(v.name, v.version) for v in listed] == [("shapes", 2), ("shapes", 1)]
+    assert float(listed[0].tags["AP"]) == pytest.approx(result.metrics["AP"], rel=1e-5, abs=1e-9)
+    assert registry.set_alias(job, "shapes", 2, "champion") == 1
+    assert registry.find(job, "shapes", "champion").version == 2
+    assert registry.find(job, "shapes", "previous").version == 1
+    described = registry.describe(job, registry.find(job, "shapes", "2"))
+    assert described["run"] == result.run_id
+    registry.set_alias(job, "shapes", 1, "champion")
+
+
+def test_the_registered_model_predicts_as_pyfunc_without_pickle(trained, monkeypatch):
+    job, _, _ = trained
+    monkeypatch.setenv("MLFLOW_ALLOW_PICKLE_DESERIALIZATION", "false")
+    connect(job)
+    import mlflow
+
+    model = mlflow.pyfunc.load_model("models:/shapes@champion")
+    image = next(Path(job.data.val.images).iterdir())
+    (found,) = model.predict([str(image)])
+    assert set(found) == {"boxes", "scores", "classes", "edge_std"}
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        ("models:/shape@champion", r"shape: no such model; did you mean 'shapes'\?"),
+        ("models:/shapes@champoin", r"shapes@champoin: no such alias; did you mean 'champion'\?"),
+        ("models:/shapes/9", "shapes version 9: no such version; there are: 2, 1"),
+        ("models:/shapes", r"expected models:/NAME@ALIAS or models:/NAME/VERSION"),
+        ("runs:/0123", "runs:/0123: no such run"),
+        ("ftp://somewhere", "expected a checkpoint folder"),
+        ("no/such/folder", "no such folder; expected a checkpoint folder"),
+    ],
+)
+def test_models_that_do_not_exist_are_named_with_a_suggestion(trained, model, message):
+    with pytest.raises(registry.RegistryError, match=message):
+        registry.load(trained[0], model)
+
+
+def test_a_run_name_that_exists_is_refused(trained):
+    with pytest.raises(StorageError, match="run 'first' exists .* --resume, or choose another"):
+        training.train(trained[0], "first", resume=False, watch=lambda _: None)
+
+
+def test_a_run_that_does_not_exist_cannot_be_resumed(trained):
+    with pytest.raises(StorageError, match=r"run 'frist': nothing to resume .* mean 'first'\?"):
+        training.train(trained[0], "frist", resume=True, watch=lambda _: None)
+
+
+def test_a_run_is_not_resumed_with_another_configuration(trained, tiny_file):
+    job = job_of(tiny_file, trained[0].storage.root, "loss.qfl.beta=1.5")
+    with pytest.raises(ConfigError, match=r"another configuration \(loss\.qfl\.beta 2\.0 -> 1\.5\)"):
+        training.train(job, "first", resume=True, watch=lambda _: None)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("cluster.use_gpu=true", "1 workers need 1 GPUs, but the cluster has 0"),
+        ("cluster.workers=64", "64 workers need 64 CPUs, but the cluster has 2"),
+        ("cluster={workers: 2, use_gpu: true}", "2 workers need 2 GPUs"),
+        ("data.batch=7", "7 images cannot be shared equally by 2 workers"),
+    ],
+)
+def test_what_the_cluster_cannot_give_is_said_at_once(tiny_file, tmp_path, override, message):
+    started = time.monotonic()
+    with pytest.raises(cluster.ClusterError, match=message):
+        training.train(job_of(tiny_file, tmp_path, override), "x", resume=False, watch=lambda _: None)
+    assert time.monotonic() - started < 5
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_tracking_server_that_is_not_there_is_named(tiny_file, tmp_path):
+    job = job_of(tiny_file, tmp_path, "tracking.uri=http://127.0.0.1:9")
+    with pytest.raises(TrackingError, match=r"127\.0\.0\.1:9: no MLflow store answers"):
+        training.train(job, "x", resume=False, watch=lambda _: None)
+
+
+def test_a_killed_worker_changes_no_digit(trained, tiny_file, tmp_path):
+    """SIGKILL of a training process in the second epoch: Ray restarts from the checkpoint."""
+    job, result, _ = trained
+    events = []
+    victim = threading.Event()
+
+    def watch(event):
+        events.append(event)
+        if event["kind"] == "checkpoint" and event["epoch"] == 1 and not victim.is_set():
+            victim.set()
+            os.kill(training_processes()[0], signal.SIGKILL)
+
+    again = training.train(job_of(tiny_file, tmp_path), "killed", resume=False, watch=watch)
+    with again.tracker:
+        pass
+    assert any(e["kind"] == "failure" for e in events)
+    for one, other in zip(checkpoints(result), checkpoints(again), strict=True):
+        same_weights(one, other)
+    client = connect(job_of(tiny_file, tmp_path))
+    history = [m.step for m in client.get_metric_history(again.run_id, "loss")]
+    assert history == sorted(set(history))
+    assert len(client.get_metric_history(again.run_id, "AP")) == 3
+    assert len(client.search_runs([client.get_run(again.run_id).info.experiment_id])) == 1
+
+
+def training_processes():
+    """Return the pids of Ray's training workers on this machine."""
+    pids = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            command = (folder / "cmdline").read_bytes().decode(errors="replace")
+        except OSError:
+            continue
+        if "RayTrainWorker" in command:
+            pids.append(int(folder.name))
+    return sorted(pids)
+
+
+def checkpoints(result):
+    """Return the last checkpoint of a run, whatever Ray called its folder."""
+    folders = [path.parent for path in (result.checkpoint.parent).glob("*/about.json")]
+    return [max(folders, key=lambda folder: read_about(folder).step)]
+
+
+def same_weights(one, other):
+    assert read_about(one).step == read_about(other).step
+    weights, others = (load_checkpoint(folder)[0].state_dict() for folder in (one, other))
+    for key, value in weights.items():
+        assert torch.equal(value, others[key]), key
+
+
+def test_a_nan_ends_the_job_with_one_line(tiny_file, tmp_path):
+    job = job_of(tiny_file, tmp_path, "optim.lr=1e30", "optim.name=sgd", "schedule.name=step",
+                 "schedule.warmup_steps=0")  # fmt: skip
+    with pytest.raises(cluster.JobFailedError, match=r"step \d: NaN or infinity, first in") as caught:
+        training.train(job, "nan", resume=False, watch=lambda _: None)
+    assert ".jpg" in str(caught.value)
+    assert "\n" not in str(caught.value)
+    saved = tmp_path / "runs" / "nan" / "non_finite"
+    assert {p.name for p in saved.iterdir()} >= {"config.yaml", "batch-rank0.pt", "batch-rank1.pt"}
+    run_id = json.loads((tmp_path / "runs" / "nan" / "run.json").read_text())["run_id"]
+    assert connect(job).get_run(run_id).info.status == "FAILED"
+
+
+@pytest.mark.real_data
+def test_coco128_trains_through_the_true_pipeline(real_data, tmp_path):
+    images = real_data / "coco128" / "images"
+    split = f"{{images: {images}, annotations: {images.parent}/annotations/instances.json}}"
+    job = load_job(
+        "configs/coco128.yaml",
+        [f"storage.root={tmp_path}", f"data.train={split}", f"data.val={split}", "data.short_side=160",
+         "data.long_side=266", "schedule.epochs=2", "data.batch=16", "tracking.every_steps=1"],
+    )  # fmt: skip
+    events = []
+    result = training.train(job, "coco", resume=False, watch=events.append)
+    with result.tracker:
+        pass
+    losses = [e["metrics"]["loss"] for e in events if e["kind"] == "steps"]
+    assert len(losses) == 16
+    assert sum(losses[-4:]) < 0.8 * sum(losses[:4])
+    facts = connect(job).get_run(result.run_id).data.tags
+    assert int(facts["data.train.dropped.crowd boxes"]) > 0
+    assert int(facts["data.train.images"]) < int(facts["data.val.images"]) == 128
