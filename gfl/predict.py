@@ -1,5 +1,6 @@
 """Predictions on image files, prepared as in evaluation."""
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -10,7 +11,9 @@ from gfl.checkpoint import About
 from gfl.data.loading import Sample, collate
 from gfl.data.transforms import as_sample, build_transforms, read_image
 from gfl.detector import Detector
+from gfl.evaluation import coco_records
 from gfl.postprocess import Predictions
+from gfl.visualize import draw_predictions
 
 IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp"})
 
@@ -61,3 +64,29 @@ def image_files(paths: Sequence[Path]) -> list[Path]:
         else:
             raise ValueError(f"{path}: no such image or folder")
     return files
+
+
+def write_predictions(
+    predictor: Predictor, files: Sequence[Path], folder: Path, min_score: float
+) -> int:
+    """Predict on image `files` and return the number of detections.
+
+    Writes `predictions.json` (COCO's layout: images, categories, annotations with a score) and a
+    picture of every image, on which detections of at least `min_score` are drawn, into `folder`.
+    """
+    about = predictor.about
+    folder.mkdir(parents=True, exist_ok=True)
+    images, records = [], []
+    for number, file in enumerate(files, start=1):
+        pixels = read_image(file)
+        found = predictor.predict(pixels)
+        _, height, width = pixels.shape
+        images.append({"id": number, "file_name": str(file), "height": height, "width": width})
+        records += coco_records(found, number, about.category_ids)
+        picture = folder / f"{number:06d}-{file.stem}.png"
+        draw_predictions([pixels], [found], about.classes, picture, min_score)
+    names = zip(about.category_ids, about.classes, strict=True)
+    categories = [{"id": identity, "name": name} for identity, name in names]
+    content = {"images": images, "categories": categories, "annotations": records}
+    (folder / "predictions.json").write_text(json.dumps(content, indent=1) + "\n")
+    return len(records)

@@ -2,6 +2,7 @@
 
 import argparse
 import logging
+import re
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -15,28 +16,32 @@ from rich.table import Table
 PLAIN_LINE_SECONDS = 10.0
 """Between lines of progress where there is no terminal to redraw."""
 
-console = Console()
+OVERRIDE = re.compile(r"[a-z_]\w*(\.\w+)*=")
+
+# What a pipe cuts off nobody can scroll to.
+console = Console(width=None if sys.stdout.isatty() else 160)
 
 
 def parser(description: str, example: str) -> argparse.ArgumentParser:
     """Return a parser with a job's description, an example and the options of every job."""
     made = argparse.ArgumentParser(
         description=description,
-        epilog=f"example: {example}",
+        epilog=f"""\
+key=value, anywhere on the line, changes the configuration: loss.qfl.beta=1.5
+example: {example}""",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     made.add_argument("--debug", action="store_true", help="on an error, show the traceback")
     return made
 
 
-def add_overrides(made: argparse.ArgumentParser) -> None:
-    """Let a job take `section.key=value`."""
-    made.add_argument(
-        "overrides",
-        nargs="*",
-        metavar="key=value",
-        help="change the configuration: loss.qfl.beta=1.5",
-    )
+def parse(made: argparse.ArgumentParser) -> argparse.Namespace:
+    """Return the parsed command line, its `key=value` arguments as `overrides`."""
+    words = sys.argv[1:]
+    overrides = [word for word in words if OVERRIDE.match(word)]
+    arguments = made.parse_args([word for word in words if word not in overrides])
+    arguments.overrides = overrides
+    return arguments
 
 
 def run(job: Callable[[argparse.Namespace], None], arguments: argparse.Namespace) -> None:
@@ -70,6 +75,8 @@ def _report(message: str, status: int) -> int:
 def show_table(title: str, rows: Mapping[str, object]) -> None:
     """Print a two-column table."""
     table = Table(title=title, show_header=False, title_justify="left")
+    table.add_column()
+    table.add_column(overflow="fold")
     for name, value in rows.items():
         table.add_row(name, f"{value:.4f}" if isinstance(value, float) else str(value))
     console.print(table)

@@ -3,9 +3,8 @@
 import argparse
 import json
 import time
-from pathlib import Path
 
-from jobs.console import Progress, add_overrides, console, parser, run, show_table
+from jobs.console import Progress, console, parse, parser, run, show_table
 
 EXAMPLE = "python -m jobs.demo"
 MODEL = "gfl-demo"
@@ -14,11 +13,8 @@ PICTURED = 8
 
 def main() -> None:
     """Run the command line."""
-    made = parser(
-        "Train configs/demo.yaml, register the model, load it by alias and draw.", EXAMPLE
-    )
-    add_overrides(made)
-    run(demo, made.parse_args())
+    made = parser("Train configs/demo.yaml, register it, load it by alias and draw.", EXAMPLE)
+    run(demo, parse(made))
 
 
 def demo(arguments: argparse.Namespace) -> None:
@@ -27,29 +23,25 @@ def demo(arguments: argparse.Namespace) -> None:
     from gfl.data.transforms import read_image
     from gfl.predict import Predictor
     from gfl.visualize import draw_predictions
-    from gfl_platform import registry, training
+    from gfl_platform import registry
     from gfl_platform.config import load_job
     from gfl_platform.storage import storage_root, write_atomically
     from gfl_platform.tracking import tracking_uri
+    from gfl_platform.training import train_and_register
 
-    job = load_job("configs/demo.yaml", arguments.overrides)
     started = time.perf_counter()
-    out = storage_root(job) / "demo"
-    out.mkdir(parents=True, exist_ok=True)
+    registered = f"registry={{name: {MODEL}, alias: champion}}"
+    job = load_job("configs/demo.yaml", [registered, *arguments.overrides])
+    (out := storage_root(job) / "demo").mkdir(parents=True, exist_ok=True)
+    name = time.strftime("demo-%Y%m%d-%H%M%S")
     with Progress() as progress:
-        name = f"demo-{time.strftime('%Y%m%d-%H%M%S')}"
-        result = training.train(job, name, resume=False, watch=progress.show)
-    with result.tracker:
-        figures = {"AP": result.metrics["AP"], "fps": result.fps}
-        version = registry.register(job, MODEL, result.checkpoint, result.run_id, figures)
-        registry.set_alias(job, MODEL, version, "champion")
-        predictor = Predictor(*registry.load(job, f"models:/{MODEL}@champion"))
-        held_out = load_splits(job)[1].records[:PICTURED]
-        images = [read_image(record.path) for record in held_out]
-        picture = out / "predictions.png"
-        found = [predictor.predict(image) for image in images]
-        draw_predictions(images, found, predictor.about.classes, picture)
-        result.tracker.file(picture)
+        result, version = train_and_register(job, name, resume=False, watch=progress.show)
+    predictor = Predictor(*registry.load(job, f"models:/{MODEL}@champion"))
+    images = [read_image(record.path) for record in load_splits(job)[1].records[:PICTURED]]
+    found = [predictor.predict(image) for image in images]
+    picture = out / "predictions.png"
+    draw_predictions(images, found, predictor.about.classes, picture)
+    result.tracker.file(picture)
     summary = {
         "ap": result.metrics["AP"], "ap50": result.metrics["AP50"], "fps": result.fps,
         "run_id": result.run_id, "model_name": MODEL, "model_version": version,
@@ -57,14 +49,13 @@ def demo(arguments: argparse.Namespace) -> None:
     }  # fmt: skip
     write_atomically(out / "summary.json", json.dumps(summary, indent=1) + "\n")
     show_table("demo", {**summary, "picture": picture})
-    console.print("next:", soft_wrap=True)
-    images_folder = Path(job.data.val.images)
-    for command in (
-        f"mlflow ui --backend-store-uri {tracking_uri(job)}",
-        "python -m jobs.registry list",
-        f"python -m jobs.predict models:/{MODEL}@champion {images_folder}",
-    ):
-        console.print(f"  {command}", soft_wrap=True, highlight=False)
+    console.print(
+        "next, after `. .venv/bin/activate`:\n"
+        f"  mlflow ui --backend-store-uri {tracking_uri(job)}\n"
+        "  python -m jobs.registry list\n"
+        f"  python -m jobs.predict models:/{MODEL}@champion {job.data.val.images}",
+        soft_wrap=True, highlight=False,
+    )  # fmt: skip
 
 
 if __name__ == "__main__":

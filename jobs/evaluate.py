@@ -5,7 +5,7 @@ import json
 import tempfile
 from pathlib import Path
 
-from jobs.console import add_overrides, parser, run, show_table
+from jobs.console import parse, parser, run, show_table
 
 EXAMPLE = "python -m jobs.evaluate models:/gfl-demo@champion data.val_batch=10"
 
@@ -16,9 +16,8 @@ def main() -> None:
     made.add_argument(
         "model", help="checkpoint folder, models:/NAME@ALIAS, models:/NAME/VERSION or runs:/ID"
     )
-    add_overrides(made)
     made.add_argument("--out", type=Path, metavar="FILE", help="write all figures as JSON")
-    run(evaluate, made.parse_args())
+    run(evaluate, parse(made))
 
 
 def evaluate(arguments: argparse.Namespace) -> None:

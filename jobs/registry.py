@@ -5,7 +5,7 @@ import time
 
 from rich.table import Table
 
-from jobs.console import add_overrides, console, parser, run, show_table
+from jobs.console import console, parse, parser, run, show_table
 
 EXAMPLE = "python -m jobs.registry promote gfl-demo 3"
 
@@ -22,9 +22,7 @@ def main() -> None:
         command.add_argument("name")
         command.add_argument("version", help="number or alias")
     promote.add_argument("--alias", default="champion", help="default: champion")
-    for command in (listing, show, promote):
-        add_overrides(command)
-    run(registry, made.parse_args())
+    run(registry, parse(made))
 
 
 def registry(arguments: argparse.Namespace) -> None:

@@ -44,14 +44,15 @@ def shapes_folder(tmp_path_factory):
 def tiny_file(tmp_path_factory, shapes_folder):
     """A configuration file that trains three epochs of that set in seconds."""
     path = tmp_path_factory.mktemp("configs") / "tiny.yaml"
+    train, val = shapes_folder / "train", shapes_folder / "val"
     path.write_text(
         f"""
 base: {ROOT / "configs" / "demo.yaml"}
 model: {{channels: 32, tower_convs: 1, reg_max: 8}}
 data:
   shapes: null
-  train: {{images: {shapes_folder}/train/images, annotations: {shapes_folder}/train/annotations.json}}
-  val: {{images: {shapes_folder}/val/images, annotations: {shapes_folder}/val/annotations.json}}
+  train: {{images: {train}/images, annotations: {train}/annotations.json}}
+  val: {{images: {val}/images, annotations: {val}/annotations.json}}
   short_side: 64
   long_side: 64
   batch: 8
@@ -71,7 +72,7 @@ def tiny(tiny_file) -> Config:
 
 @pytest.fixture
 def coco(tmp_path):
-    """Write a COCO set and return its (images, annotations): `coco(images=..., annotations=...)`."""
+    """Return a function that writes a COCO set and returns its (images, annotations)."""
 
     def write(images=None, annotations=(), categories=None, files=None):
         from PIL import Image

@@ -8,7 +8,7 @@ from gfl.checkpoint import load_checkpoint
 from gfl.config import dump_config, parse_config, reproducible
 from gfl.data import render_shapes
 from gfl.data.coco import read_coco
-from gfl.engine import build_evaluation_loader, worker_rank
+from gfl.engine import build_evaluation_loader, place, worker_rank
 from gfl.evaluation import evaluate
 from gfl.speed import measure_fps
 from gfl_platform import cluster
@@ -20,7 +20,7 @@ def evaluate_worker(settings: dict[str, Any]) -> dict[str, Any]:
     config = parse_config(settings["config"], "job")
     device = cluster.worker_device()
     detector, _ = load_checkpoint(Path(settings["checkpoint"]))
-    detector.to(device)
+    place(detector, device)
     render_shapes(config)
     split = read_coco(config.data.val, config.model.num_classes, training=False)
     metrics = evaluate(detector, split, build_evaluation_loader(config, split, device), device)

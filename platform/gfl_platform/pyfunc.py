@@ -11,9 +11,19 @@ from typing import Any
 
 import mlflow
 from mlflow.pyfunc import PythonModel
+from pydantic import BaseModel
 
 from gfl.checkpoint import load_checkpoint
 from gfl.predict import Predictor
+
+
+class Detections(BaseModel):
+    """The detections of one image, best first: boxes `xyxy` and edge_std in px."""
+
+    boxes: list[list[float]]
+    scores: list[float]
+    classes: list[str]
+    edge_std: list[list[float]]
 
 
 class DetectorModel(PythonModel):
@@ -23,20 +33,18 @@ class DetectorModel(PythonModel):
         """Read the checkpoint that was logged with the model."""
         self._predictor = Predictor(*load_checkpoint(Path(context.artifacts["checkpoint"])))
 
-    def predict(self, context: Any, model_input: list[str]) -> list[dict[str, Any]]:
-        """Return every image's boxes (`xyxy` in px), scores, class names and edge_std (px)."""
-        results = []
-        for path in model_input:
-            found = self._predictor.predict(Path(path))
-            results.append(
-                {
-                    "boxes": found.boxes.tolist(),
-                    "scores": found.scores.tolist(),
-                    "classes": [self._predictor.about.classes[label] for label in found.labels],
-                    "edge_std": found.edge_std.tolist(),
-                }
+    def predict(self, context: Any, model_input: list[str]) -> list[Detections]:
+        """Return the detections in every image file."""
+        classes = self._predictor.about.classes
+        return [
+            Detections(
+                boxes=found.boxes.tolist(),
+                scores=found.scores.tolist(),
+                classes=[classes[label] for label in found.labels.tolist()],
+                edge_std=found.edge_std.tolist(),
             )
-        return results
+            for found in (self._predictor.predict(Path(path)) for path in model_input)
+        ]
 
 
 mlflow.models.set_model(DetectorModel())

@@ -62,13 +62,19 @@ def connect(job: JobConfig) -> "MlflowClient":
     storage_root(job).mkdir(parents=True, exist_ok=True)
     for chatty in ("alembic", "mlflow"):  # tell of every migration and registration
         logging.getLogger(chatty).setLevel(logging.WARNING)
+    chosen_by_user = os.environ.get("MLFLOW_TRACKING_URI")
     mlflow.set_tracking_uri(uri)
     mlflow.set_registry_uri(uri)
+    # MLflow puts its URI into the environment, where the next job would find it.
+    if chosen_by_user is None:
+        os.environ.pop("MLFLOW_TRACKING_URI", None)
+    else:
+        os.environ["MLFLOW_TRACKING_URI"] = chosen_by_user
     client = mlflow.MlflowClient()
     try:
         client.search_experiments(max_results=1)
     except (MlflowException, OSError) as error:
-        reason = str(error).splitlines()[0]
+        reason = str(error).partition(" failed with ")[0].splitlines()[0]
         raise TrackingError(
             f"{uri}: no MLflow store answers ({reason}); start it, or set tracking.uri or "
             "MLFLOW_TRACKING_URI"

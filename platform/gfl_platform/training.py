@@ -12,11 +12,10 @@ from gfl.config import Config, ConfigError, dump_config, flatten, parse_config, 
 from gfl.data import load_splits
 from gfl.engine import EpochReport, StepReport, fit
 from gfl.speed import measure_fps
-from gfl_platform import cluster
+from gfl_platform import cluster, registry, tracking
 from gfl_platform.config import JobConfig
 from gfl_platform.events import Event
 from gfl_platform.storage import fetch_weights, open_run_folder, write_atomically
-from gfl_platform.tracking import RunTracker
 
 logger = logging.getLogger(__name__)
 
@@ -46,7 +45,7 @@ class TrainingResult:
     metrics: dict[str, float]
     fps: float
     seconds: float
-    tracker: RunTracker
+    tracker: tracking.RunTracker
 
 
 class WorkerListener:
@@ -126,9 +125,10 @@ def train(job: JobConfig, name: str, *, resume: bool, watch: Watcher) -> Trainin
         load_splits(config)  # here workers see the same files: say at once what is wrong with them
     cluster.connect()
     workers = cluster.allot(job)
+    tracking.connect(job)  # before anything is written
     folder = open_run_folder(job, name, resume=resume)
     _require_same_config(folder / CONFIG_FILE, config)
-    tracker = RunTracker(job, name, folder)
+    tracker = tracking.RunTracker(job, name, folder)
     status = "FAILED"
     try:
         outcome, checkpoint, metrics = _run(job, config, workers, folder, tracker, watch)
@@ -147,12 +147,32 @@ def train(job: JobConfig, name: str, *, resume: bool, watch: Watcher) -> Trainin
     )
 
 
+def train_and_register(
+    job: JobConfig, name: str, *, resume: bool, watch: Watcher
+) -> tuple[TrainingResult, int | None]:
+    """Train as `train` does, and close the run; return the version if `job.registry` names a model.
+
+    Raises:
+        ValueError: as `train` raises.
+        JobFailedError: training stopped.
+    """
+    result = train(job, name, resume=resume, watch=watch)
+    model, alias, version = job.registry.name, job.registry.alias, None
+    with result.tracker:
+        if model:
+            figures = {"AP": result.metrics["AP"], "fps": result.fps}
+            version = registry.register(job, model, result.checkpoint, result.run_id, figures)
+            if alias:
+                registry.set_alias(job, model, version, alias)
+    return result, version
+
+
 def _run(
     job: JobConfig,
     config: Config,
     workers: cluster.Workers,
     folder: Path,
-    tracker: RunTracker,
+    tracker: tracking.RunTracker,
     watch: Watcher,
 ) -> tuple[dict[str, Any], Path, dict[str, float]]:
     """Return what rank 0 returned, and the best checkpoint with its metrics."""

@@ -1,4 +1,4 @@
-"""The detector against the reference implementation's numbers, and what its training step promises."""
+"""The detector against the reference's numbers, and what its training step promises."""
 
 import json
 

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tests_support import run_workers
 
 from gfl.checkpoint import load_checkpoint, read_about
 from gfl.config import derive
@@ -12,7 +13,6 @@ from gfl.data.loading import collate
 from gfl.diagnosis import NonFiniteLossError
 from gfl.engine import LOSSES, Trainer, fit
 from gfl.optim import build_optimizer, lr_factor, scaled_lr
-from tests_support import run_workers
 
 CPU = torch.device("cpu")
 
@@ -39,7 +39,12 @@ class Recorder:
 
 
 def train(config, recorder, **options):
-    options = {"device": CPU, "failure_folder": recorder.folder / "bad", "report_every": 2, **options}
+    options = {
+        "device": CPU,
+        "failure_folder": recorder.folder / "bad",
+        "report_every": 2,
+        **options,
+    }
     return fit(config, load_splits(config), recorder, **options)
 
 

@@ -8,13 +8,13 @@ import pytest
 import torch
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
+from tests_support import run_workers
 
 import gfl
 from gfl.data import load_splits
 from gfl.engine import build_evaluation_loader
 from gfl.evaluation import STATISTICS, coco_statistics, detect, evaluate, evaluate_detections
 from gfl.speed import measure_fps
-from tests_support import run_workers
 
 CPU = torch.device("cpu")
 
@@ -23,7 +23,9 @@ def plain_pycocotools(annotations, detections):
     with contextlib.redirect_stdout(io.StringIO()):
         truth = COCO(str(annotations))
         evaluation = COCOeval(truth, truth.loadRes(str(detections)), "bbox")
-        evaluation.params.imgIds = sorted({d["image_id"] for d in json.loads(detections.read_text())})
+        evaluation.params.imgIds = sorted(
+            {d["image_id"] for d in json.loads(detections.read_text())}
+        )
         evaluation.evaluate()
         evaluation.accumulate()
         evaluation.summarize()

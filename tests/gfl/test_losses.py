@@ -48,7 +48,9 @@ def test_quality_focal_loss_is_equation_3_for_any_beta(beta):
         z, y = z.double(), y.double()
         sigma = 1 / (1 + torch.exp(-z))
         entropy = -((1 - y) * torch.log(1 - sigma) + y * torch.log(sigma))
-        assert found.item() == pytest.approx((abs(y - sigma) ** beta * entropy).item(), rel=2e-5, abs=1e-6)
+        assert found.item() == pytest.approx(
+            (abs(y - sigma) ** beta * entropy).item(), rel=2e-5, abs=1e-6
+        )
 
 
 def test_quality_focal_loss_without_modulation_is_binary_cross_entropy():

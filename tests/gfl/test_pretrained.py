@@ -28,7 +28,8 @@ def test_conversion_takes_every_entry_of_the_reference_but_the_bins(reference_we
 @pytest.mark.parametrize(
     "key",
     ["bbox_head.scales.4.scale", "neck.fpn_convs.3.conv.bias", "backbone.layer3.2.conv2.weight",
-     "backbone.layer1.0.bn1.running_var", "bbox_head.reg_convs.3.gn.bias", "bbox_head.gfl_cls.bias"],
+     "backbone.layer1.0.bn1.running_var", "bbox_head.reg_convs.3.gn.bias",
+     "bbox_head.gfl_cls.bias"],
 )  # fmt: skip
 def test_conversion_refuses_what_lacks_an_entry(reference_weights, key):
     incomplete = {k: v for k, v in reference_weights.items() if k != key}
@@ -72,7 +73,7 @@ def test_an_imagenet_classifier_fills_the_backbone(tiny, tmp_path):
 def test_weights_of_another_model_are_refused(tiny):
     detector = gfl.Detector(tiny)
     state = detector.state_dict()
-    with pytest.raises(ValueError, match="entries missing: head.scales.4"):
+    with pytest.raises(ValueError, match=r"entries missing: head\.scales\.4"):
         gfl.load_weights(detector, {k: v for k, v in state.items() if k != "head.scales.4"})
     with pytest.raises(ValueError, match="no place for: extra"):
         gfl.load_weights(detector, {**state, "extra": torch.zeros(1)})

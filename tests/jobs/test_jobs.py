@@ -1,10 +1,13 @@
-"""The jobs as their users call them: as processes, with arguments, exit status and printed lines."""
+"""The jobs as their users call them: processes with arguments, exit status and output."""
 
+import importlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -40,20 +43,32 @@ def test_every_job_explains_itself_with_an_example(job):
     [
         (("jobs.train", "configs/demo.yaml", "loss.qfl.bta=1"), "did you mean 'beta'?"),
         (("jobs.train", "configs/absent.yaml"), "configs/absent.yaml: cannot be read"),
-        (("jobs.train", "configs/coco128.yaml"), "data/coco128/annotations/instances.json: annotations"),
+        (
+            ("jobs.train", "configs/coco128.yaml"),
+            "data/coco128/annotations/instances.json: annotations",
+        ),
         (("jobs.train", "configs/demo.yaml", "--resume"), "say which run with run.name=NAME"),
         (("jobs.evaluate", "no/such/folder"), "no/such/folder: no such folder"),
         (("jobs.predict", "models:/x@y", "absent.jpg"), "absent.jpg: no such image or folder"),
         (("jobs.registry", "show", "absent", "1"), "absent: no such model; there is none yet"),
     ],
 )
-def test_a_mistake_is_one_line_and_a_status(arguments, message, tmp_path):
-    overrides = [f"storage.root={tmp_path}"] if arguments[0] != "jobs.predict" else []
-    status, _, error = run(*arguments, *overrides)
-    assert status == 1
+def test_a_mistake_is_one_line_and_a_status(arguments, message, tmp_path, monkeypatch, capsys):
+    # In this process: a process of its own would take seconds to import torch.
+    monkeypatch.setattr(sys, "argv", [*arguments, f"storage.root={tmp_path}"])
+    with pytest.raises(SystemExit) as caught:
+        importlib.import_module(arguments[0]).main()
+    error = capsys.readouterr().err
+    assert caught.value.code == 1
     assert error.startswith("error: ")
     assert message in error
     assert error.count("\n") == 1
+
+
+def test_a_mistake_ends_the_process_with_that_status(tmp_path):
+    status, _, error = run("jobs.train", "configs/demo.yaml", "loss.qfl.bta=1")
+    assert status == 1
+    assert error == "error: command line: loss.qfl.bta: unknown key; did you mean 'beta'?\n"
 
 
 @pytest.fixture(scope="module")
@@ -100,7 +115,11 @@ def last_weights(folder):
 @pytest.mark.ray
 def test_a_model_is_evaluated_by_alias(outputs, tmp_path):
     status, out, error = run(
-        "jobs.evaluate", "models:/tiny@champion", f"storage.root={outputs}", "--out", tmp_path / "e.json"
+        "jobs.evaluate",
+        "models:/tiny@champion",
+        f"storage.root={outputs}",
+        "--out",
+        tmp_path / "e.json",
     )
     assert status == 0, error
     assert "AP50" in out
@@ -110,15 +129,18 @@ def test_a_model_is_evaluated_by_alias(outputs, tmp_path):
 @pytest.mark.ray
 def test_predictions_are_coco_json_and_pictures(outputs, shapes_folder, tmp_path):
     status, out, error = run(
-        "jobs.predict", "models:/tiny@champion", shapes_folder / "val" / "images", "--out", tmp_path,
-        "--set", f"storage.root={outputs}",
+        "jobs.predict", "models:/tiny@champion", shapes_folder / "val" / "images",
+        "--out", tmp_path,
+        f"storage.root={outputs}",
     )  # fmt: skip
     assert status == 0, error
     assert "11 images" in out
     content = json.loads((tmp_path / "predictions.json").read_text())
     assert len(content["images"]) == 11
     assert [c["name"] for c in content["categories"]] == ["rectangle", "ellipse", "triangle"]
-    assert all({"image_id", "category_id", "bbox", "score"} <= set(a) for a in content["annotations"])
+    assert all(
+        {"image_id", "category_id", "bbox", "score"} <= set(a) for a in content["annotations"]
+    )
     pictures = sorted(tmp_path.glob("*.png"))
     assert len(pictures) == 11
     assert Image.open(pictures[0]).width > 200
@@ -146,7 +168,8 @@ def test_a_job_is_submitted_from_a_clean_clone_with_a_token(tmp_path, ray_head):
     assert not (clone / ".venv").exists()
     submit = [
         str(Path(sys.executable).parent / "ray"), "job", "submit", "--address", address,
-        "--runtime-env", "runtime-env.yaml", "--", "python", "-m", "jobs.train", "configs/demo.yaml",
+        "--runtime-env", "runtime-env.yaml", "--",
+        "python", "-m", "jobs.train", "configs/demo.yaml",
         f"storage.root={tmp_path}/outputs", f"data.shapes.folder={tmp_path}/shapes",
         "data.shapes.train=16", "data.shapes.val=4", "data.shapes.size=64", "schedule.epochs=1",
         f"data.train={{images: {tmp_path}/shapes/train/images, "
@@ -156,8 +179,8 @@ def test_a_job_is_submitted_from_a_clean_clone_with_a_token(tmp_path, ray_head):
         "run.name=submitted", "registry={name: submitted, alias: champion}",
     ]  # fmt: skip
     refused = subprocess.run(
-        submit, cwd=clone, env=environment | {"RAY_AUTH_TOKEN": "0" * 32}, capture_output=True, text=True,
-        timeout=120,
+        submit, cwd=clone, env=environment | {"RAY_AUTH_TOKEN": "0" * 32}, capture_output=True,
+        text=True, timeout=120,
     )  # fmt: skip
     assert refused.returncode != 0
     assert "token" in (refused.stdout + refused.stderr).lower()
@@ -187,28 +210,40 @@ def ray_head(tmp_path):
     environment |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "a1b2" * 16}
     environment |= {"RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2"}
     environment["PATH"] = f"{Path(sys.executable).parent}:{environment['PATH']}"
+    sessions = tempfile.mkdtemp(prefix="ray-")  # a short path: Ray's sockets lie below
     dashboard, port = 18265, 16379
     command = [
         str(Path(sys.executable).parent / "ray"), "start", "--head", "--block", f"--port={port}",
         "--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard}", "--num-cpus=2",
-        "--node-ip-address=127.0.0.1", f"--temp-dir={tmp_path}/r", "--disable-usage-stats",
+        "--node-ip-address=127.0.0.1", f"--temp-dir={sessions}", "--disable-usage-stats",
         "--min-worker-port=20000", "--max-worker-port=20100", "--dashboard-agent-listen-port=18266",
     ]  # fmt: skip
     log = (tmp_path / "head.log").open("w")
-    head = subprocess.Popen(
-        command, env=environment, cwd=tmp_path, stdout=log, stderr=log, start_new_session=True
-    )
+    head = subprocess.Popen(command, env=environment, cwd=tmp_path, stdout=log, stderr=log)
     address = f"http://127.0.0.1:{dashboard}"
     try:
         wait_for(address, environment, head)
         yield clone, address, environment
     finally:
-        head.send_signal(signal.SIGTERM)
-        try:
-            head.wait(30)
-        except subprocess.TimeoutExpired:
-            os.killpg(head.pid, signal.SIGKILL)
+        # Each daemon has a session of its own; asked politely, the head takes half a minute.
+        for pid in processes_naming(sessions):
+            os.kill(pid, signal.SIGKILL)
+        head.kill()
+        head.wait()
         log.close()
+        shutil.rmtree(sessions, ignore_errors=True)
+
+
+def processes_naming(word):
+    """Return the pids of processes whose command line contains `word`."""
+    pids = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            if word.encode() in path.read_bytes():
+                pids.append(int(path.parent.name))
+        except OSError:  # it has ended meanwhile
+            continue
+    return pids
 
 
 def wait_for(address, environment, head):

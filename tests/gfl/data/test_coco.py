@@ -100,7 +100,9 @@ def test_paths_that_are_missing_are_named(coco, tmp_path):
     folder, file = coco(annotations=[box(0, 0, 9, 9)])
     with pytest.raises(DataError, match=r"absent\.json: annotations cannot be read.*data\.train"):
         read((folder, str(tmp_path / "absent.json")))
-    with pytest.raises(DataError, match="nowhere: no such folder of images; set data.train.images"):
+    with pytest.raises(
+        DataError, match=r"nowhere: no such folder of images; set data\.train\.images"
+    ):
         read((str(tmp_path / "nowhere"), file))
 
 
