@@ -6,15 +6,14 @@ import time
 
 from jobs.console import Progress, console, parse, parser, run, show_table
 
-EXAMPLE = "python -m jobs.demo"
 MODEL = "gfl-demo"
 PICTURED = 8
 
 
 def main() -> None:
     """Run the command line."""
-    made = parser("Train configs/demo.yaml, register it, load it by alias and draw.", EXAMPLE)
-    run(demo, parse(made))
+    about = "Train configs/demo.yaml, register the model, load it by alias and draw."
+    run(demo, parse(parser(about, "python -m jobs.demo")))
 
 
 def demo(arguments: argparse.Namespace) -> None:
@@ -23,28 +22,27 @@ def demo(arguments: argparse.Namespace) -> None:
     from gfl.data.transforms import read_image
     from gfl.predict import Predictor
     from gfl.visualize import draw_predictions
-    from gfl_platform import registry
+    from gfl_platform import registry, training
     from gfl_platform.config import load_job
     from gfl_platform.storage import storage_root, write_atomically
-    from gfl_platform.tracking import tracking_uri
-    from gfl_platform.training import train_and_register
+    from gfl_platform.tracking import log_file, tracking_uri
 
     started = time.perf_counter()
     registered = f"registry={{name: {MODEL}, alias: champion}}"
     job = load_job("configs/demo.yaml", [registered, *arguments.overrides])
     (out := storage_root(job) / "demo").mkdir(parents=True, exist_ok=True)
-    name = time.strftime("demo-%Y%m%d-%H%M%S")
     with Progress() as progress:
-        result, version = train_and_register(job, name, resume=False, watch=progress.show)
+        name = time.strftime("demo-%Y%m%d-%H%M%S")
+        result = training.train(job, name, resume=False, watch=progress.show)
     predictor = Predictor(*registry.load(job, f"models:/{MODEL}@champion"))
     images = [read_image(record.path) for record in load_splits(job)[1].records[:PICTURED]]
     found = [predictor.predict(image) for image in images]
     picture = out / "predictions.png"
     draw_predictions(images, found, predictor.about.classes, picture)
-    result.tracker.file(picture)
+    log_file(job, result.run_id, picture)
     summary = {
         "ap": result.metrics["AP"], "ap50": result.metrics["AP50"], "fps": result.fps,
-        "run_id": result.run_id, "model_name": MODEL, "model_version": version,
+        "run_id": result.run_id, "model_name": MODEL, "model_version": result.version,
         "seconds": time.perf_counter() - started,
     }  # fmt: skip
     write_atomically(out / "summary.json", json.dumps(summary, indent=1) + "\n")
@@ -54,8 +52,8 @@ def demo(arguments: argparse.Namespace) -> None:
         f"  mlflow ui --backend-store-uri {tracking_uri(job)}\n"
         "  python -m jobs.registry list\n"
         f"  python -m jobs.predict models:/{MODEL}@champion {job.data.val.images}",
-        soft_wrap=True, highlight=False,
-    )  # fmt: skip
+        soft_wrap=True,
+    )
 
 
 if __name__ == "__main__":

@@ -26,17 +26,15 @@ def train(arguments: argparse.Namespace) -> None:
         raise ValueError("--resume: say which run with run.name=NAME")
     name = job.run.name or f"{Path(arguments.config).stem}-{time.strftime('%Y%m%d-%H%M%S')}"
     console.print(f"run {name}")
-    from gfl_platform.training import train_and_register  # brings Ray, which takes seconds
+    from gfl_platform import training  # brings Ray, which takes seconds
 
     with Progress() as progress:
-        result, version = train_and_register(
-            job, name, resume=arguments.resume, watch=progress.show
-        )
+        result = training.train(job, name, resume=arguments.resume, watch=progress.show)
     rows: dict[str, object] = {**result.metrics, "FPS": result.fps, "run": result.run_id}
     rows["checkpoint"] = result.checkpoint
-    if version is not None:
+    if result.version is not None:
         alias = f" @{job.registry.alias}" if job.registry.alias else ""
-        rows["model"] = f"{job.registry.name} version {version}{alias}"
+        rows["model"] = f"{job.registry.name} version {result.version}{alias}"
     show_table(f"{name}: {result.seconds:.0f} s", rows)
 
 

@@ -51,10 +51,11 @@ def register(
         run_id: The run that trained it.
         facts: Figures to keep with the version, such as AP and fps.
     """
-    connect(job)
+    client = connect(job)
     import mlflow
 
     here = Path(__file__).parent
+    status = client.get_run(run_id).info.status
     with tempfile.TemporaryDirectory(prefix="gfl-model-") as scratch:
         model = Path(scratch) / CHECKPOINT
         model.mkdir()
@@ -71,8 +72,7 @@ def register(
                 registered_model_name=name,
                 metadata={key: float(value) for key, value in facts.items()},
             )
-        client = mlflow.MlflowClient()
-        client.update_run(run_id, status="RUNNING")  # its owner says when it ends
+        client.update_run(run_id, status=status)  # `start_run` ends the run, whoever opened it
     version = int(logged.registered_model_version)
     for key, value in facts.items():
         client.set_model_version_tag(name, str(version), key, f"{value:.6g}")

@@ -111,8 +111,9 @@ class RunTracker:
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         """Close the run: FINISHED, or what an exception makes of it."""
-        interrupted = kind is not None and issubclass(kind, KeyboardInterrupt)
-        self.close("FINISHED" if kind is None else "KILLED" if interrupted else "FAILED")
+        # Ray turns SIGTERM, which `ray job stop` sends, into SystemExit.
+        stopped = kind is not None and issubclass(kind, KeyboardInterrupt | SystemExit)
+        self.close("FINISHED" if kind is None else "KILLED" if stopped else "FAILED")
 
     def handle(self, events: list[Event]) -> None:
         """Log what `events` tell, after those that could not be logged before."""
@@ -148,10 +149,6 @@ class RunTracker:
     def text(self, name: str, content: str) -> None:
         """Store `content` as the run's artifact `name`."""
         self.client.log_text(self.run_id, content, name)
-
-    def file(self, path: Path) -> None:
-        """Store a file among the run's artifacts."""
-        self.client.log_artifact(self.run_id, str(path))
 
     def close(self, status: str) -> None:
         """End the run as FINISHED, FAILED or KILLED."""
@@ -217,6 +214,11 @@ class RunTracker:
     def _steps_logged(self) -> int:
         history = self.client.get_metric_history(self.run_id, "loss")
         return max((metric.step for metric in history), default=0)
+
+
+def log_file(job: JobConfig, run_id: str, path: Path) -> None:
+    """Store a file among the artifacts of a run, which may have ended."""
+    connect(job).log_artifact(run_id, str(path))
 
 
 def git_state() -> tuple[str, str]:

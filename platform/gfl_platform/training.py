@@ -30,22 +30,20 @@ class TrainingResult:
     """A finished training.
 
     Attributes:
-        name: The run's name.
-        run_id: The MLflow run, still open for more to be logged in it.
+        run_id: The MLflow run.
         checkpoint: Folder of the checkpoint with the best AP.
         metrics: COCO statistics of that checkpoint.
         fps: Frames per second of the last weights (the same for all).
-        seconds: Wall time of the training, start of the workers included.
-        tracker: Writes to the MLflow run; the caller closes it.
+        seconds: Wall time, start of the workers and registration included.
+        version: Of the registered model, if the configuration names one.
     """
 
-    name: str
     run_id: str
     checkpoint: Path
     metrics: dict[str, float]
     fps: float
     seconds: float
-    tracker: tracking.RunTracker
+    version: int | None
 
 
 class WorkerListener:
@@ -113,10 +111,10 @@ def train_worker(settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def train(job: JobConfig, name: str, *, resume: bool, watch: Watcher) -> TrainingResult:
-    """Train `job` as the run `name`, or go on with it.
+    """Train `job` as the run `name`, or go on with it; register the model if `job` names one.
 
     Raises:
-        ValueError: a configuration, dataset or cluster that cannot be used.
+        ValueError: a configuration, dataset, cluster or tracking store that cannot be used.
         JobFailedError: training stopped.
     """
     started = time.perf_counter()
@@ -128,43 +126,19 @@ def train(job: JobConfig, name: str, *, resume: bool, watch: Watcher) -> Trainin
     tracking.connect(job)  # before anything is written
     folder = open_run_folder(job, name, resume=resume)
     _require_same_config(folder / CONFIG_FILE, config)
-    tracker = tracking.RunTracker(job, name, folder)
-    status = "FAILED"
-    try:
-        outcome, checkpoint, metrics = _run(job, config, workers, folder, tracker, watch)
-        status = "FINISHED"
-    except KeyboardInterrupt:
-        status = "KILLED"
-        raise
-    finally:
-        if status != "FINISHED":
-            tracker.close(status)
-    tracker.metrics({"fps": outcome["fps"]}, step=0)
-    tracker.tag({f"fps.{key}": str(value) for key, value in outcome["protocol"].items()})
-    seconds = time.perf_counter() - started
-    return TrainingResult(
-        name, tracker.run_id, checkpoint, metrics, outcome["fps"], seconds, tracker
-    )
-
-
-def train_and_register(
-    job: JobConfig, name: str, *, resume: bool, watch: Watcher
-) -> tuple[TrainingResult, int | None]:
-    """Train as `train` does, and close the run; return the version if `job.registry` names a model.
-
-    Raises:
-        ValueError: as `train` raises.
-        JobFailedError: training stopped.
-    """
-    result = train(job, name, resume=resume, watch=watch)
-    model, alias, version = job.registry.name, job.registry.alias, None
-    with result.tracker:
-        if model:
-            figures = {"AP": result.metrics["AP"], "fps": result.fps}
-            version = registry.register(job, model, result.checkpoint, result.run_id, figures)
-            if alias:
+    with tracking.RunTracker(job, name, folder) as tracker:
+        measured, checkpoint, metrics = _run(job, config, workers, folder, tracker, watch)
+        fps = measured["fps"]
+        tracker.metrics({"fps": fps}, step=0)
+        tracker.tag({f"fps.{key}": str(value) for key, value in measured["protocol"].items()})
+        version = None
+        if model := job.registry.name:
+            figures = {"AP": metrics["AP"], "fps": fps}
+            version = registry.register(job, model, checkpoint, tracker.run_id, figures)
+            if alias := job.registry.alias:
                 registry.set_alias(job, model, version, alias)
-    return result, version
+    seconds = time.perf_counter() - started
+    return TrainingResult(tracker.run_id, checkpoint, metrics, fps, seconds, version)
 
 
 def _run(

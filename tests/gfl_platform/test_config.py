@@ -1,0 +1,86 @@
+"""Where and how a job runs, and the rooms that the code is laid out in."""
+
+from pathlib import Path
+
+import pytest
+
+from gfl.config import JOB_SECTIONS, Config, ConfigError, load_config, reproducible
+from gfl_platform.config import JobConfig, load_job
+from gfl_platform.storage import StorageError, fetch_weights, open_run_folder, write_atomically
+from gfl_platform.tracking import tracking_uri
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_the_sections_that_gfl_skips_are_those_of_the_job():
+    assert set(JobConfig.model_fields) - set(Config.model_fields) == JOB_SECTIONS
+
+
+def test_a_job_is_a_configuration_and_more():
+    overrides = ["cluster.workers=3", "loss.qfl.beta=1.5"]
+    job = load_job("configs/demo.yaml", overrides)
+    assert job.cluster.workers == 3
+    assert reproducible(job) == load_config("configs/demo.yaml", overrides)
+    assert type(reproducible(job)) is Config
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("cluster.wrokers=2", r"cluster\.wrokers: unknown key; did you mean 'workers'\?"),
+        ("cluster.workers=0", r"cluster\.workers: got 0"),
+        ("run.name=a/b", r"run\.name: got 'a/b'"),
+        ("run.name=..", r"run\.name: got '\.\.'"),
+    ],
+)
+def test_a_mistake_in_a_section_of_the_job_is_named(override, message):
+    with pytest.raises(ConfigError, match=message):
+        load_job("configs/demo.yaml", [override])
+
+
+def test_the_tracking_store_is_chosen_by_configuration_environment_and_default(monkeypatch):
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    plain = load_job("configs/demo.yaml", ["storage.root=/somewhere"])
+    assert tracking_uri(plain) == "sqlite:////somewhere/mlflow.db"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://tracking")
+    assert tracking_uri(plain) == "http://tracking"
+    chosen = load_job("configs/demo.yaml", ["tracking.uri=http://chosen"])
+    assert tracking_uri(chosen) == "http://chosen"
+
+
+def test_run_folders_are_new_or_resumed(tmp_path):
+    job = load_job("configs/demo.yaml", [f"storage.root={tmp_path}"])
+    folder = open_run_folder(job, "one", resume=False)
+    assert open_run_folder(job, "one", resume=True) == folder == tmp_path / "runs" / "one"
+    with pytest.raises(StorageError, match="exists"):
+        open_run_folder(job, "one", resume=False)
+    with pytest.raises(StorageError, match="start it without --resume"):
+        open_run_folder(job, "zzz", resume=True)
+
+
+def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):
+    path = tmp_path / "file"
+    write_atomically(path, "old")
+    with pytest.raises(TypeError):
+        write_atomically(path, 3)
+    assert path.read_text() == "old"
+    write_atomically(path, "new")
+    assert path.read_text() == "new"
+
+
+def test_weights_come_from_a_path_or_from_torchvision(tmp_path, monkeypatch):
+    assert fetch_weights("some/file.pth") == Path("some/file.pth")
+    with pytest.raises(StorageError, match="torchvision has no such model"):
+        fetch_weights("torchvision://resnet9000")
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")
+    with pytest.raises(StorageError, match=r"cannot be downloaded .* put the file at"):
+        fetch_weights("torchvision://resnet18")
+    (cached,) = [tmp_path / "hub" / "checkpoints" / "resnet18-f37072fd.pth"]
+    cached.write_bytes(b"")
+    assert fetch_weights("torchvision://resnet18") == cached
+
+
+def test_no_file_of_ours_shadows_the_standard_library():
+    assert not (ROOT / "platform" / "__init__.py").exists()
+    assert not (ROOT / "tests" / "platform").exists()
