@@ -1,6 +1,7 @@
 """Generalized Focal Loss detector: the public API."""
 
-from gfl.config import Config, ConfigError, load_config
+from gfl.config import Config
+from gfl.configfile import ConfigError, load_config
 from gfl.detector import Detector
 from gfl.postprocess import Predictions
 from gfl.pretrained import convert_mmdet, load_weights

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from gfl.boxes import box_iou
+from gfl.boxes import box_iou, xyxy_to_ltrb
 from gfl.points import Points
 
 PRIOR_SCALE = 8
@@ -94,7 +94,7 @@ def assign(points: Points, targets: Targets, topk: int) -> Tensor:
     half = candidates.stride.unsqueeze(-1) * (PRIOR_SCALE / 2)
     priors = torch.cat([candidates.xy - half, candidates.xy + half], dim=-1)
     overlap = box_iou(priors, boxes)  # (B, G, L * T)
-    edges = torch.cat([candidates.xy - boxes[..., :2], boxes[..., 2:] - candidates.xy], dim=-1)
+    edges = xyxy_to_ltrb(candidates.xy, boxes.expand(*overlap.shape, 4))
     positive = (
         candidates.mask
         & (overlap >= _threshold(overlap, candidates.mask))

@@ -14,7 +14,8 @@ from typing import Any
 import safetensors.torch
 import torch
 
-from gfl.config import Config, dump_config, parse_config
+from gfl.config import Config
+from gfl.configfile import dump_config, parse_config
 from gfl.detector import Detector
 from gfl.pretrained import load_weights
 
@@ -55,14 +56,24 @@ def save_checkpoint(
     torch.save(training, folder / TRAINING)
 
 
-def load_checkpoint(folder: Path) -> tuple[Detector, About]:
+def load_checkpoint(folder: Path, config: Config | None = None) -> tuple[Detector, About]:
     """Return the detector of a checkpoint, in evaluation mode, with what is known of it.
 
+    Args:
+        folder: The checkpoint.
+        config: In place of the one it was trained with: other thresholds or image sizes, say.
+
     Raises:
-        ValueError: a folder that is no checkpoint, or a damaged one.
+        ValueError: a folder that is no checkpoint, a damaged one, a `config` of another model.
     """
     about = read_about(folder)
-    detector = Detector(read_config(folder))
+    trained = read_config(folder)
+    if config is not None and config.model != trained.model:
+        raise ValueError(
+            f"model.*: the model in {folder} cannot be changed after its training; "
+            "override other sections"
+        )
+    detector = Detector(config or trained)
     load_weights(detector, folder / WEIGHTS)
     return detector.eval(), about
 

@@ -21,6 +21,9 @@ from gfl.losses import distribution_focal_loss, giou_loss, quality_focal_loss
 from gfl.points import Points, grid_points
 from gfl.postprocess import Predictions, postprocess
 
+LOSSES = ("qfl", "giou", "dfl")
+"""The parts of the objective."""
+
 
 class Detector(nn.Module):
     """Generalized Focal Loss detector (Li et al., NeurIPS 2020, arXiv 2006.04388)."""
@@ -94,7 +97,9 @@ class Detector(nn.Module):
 
         positives = positive.sum(dim=1).clamp(min=1).sum()
         positives, weights = mean_over_workers(torch.stack([positives, weight.sum()])).unbind()
-        weights = weights.clamp(min=1)
+        # At least 1 over all workers. (The reference: 1 on their average, so that the number of
+        # workers changes the losses while scores are small.)
+        weights = weights.clamp(min=1 / world_size())
         return {
             "qfl": qfl.sum() / positives * self.config.loss.qfl.weight,
             "giou": giou.sum() / weights * self.config.loss.giou.weight,
@@ -127,13 +132,23 @@ class Detector(nn.Module):
         )
 
 
+def place(detector: Detector, device: torch.device) -> Detector:
+    """Move `detector` to `device`, in the memory format in which convolutions are fastest."""
+    return detector.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+
 def mean_over_workers(values: Tensor) -> Tensor:
     """Return the mean of `values` over all training processes; itself when there is only one."""
-    if not (dist.is_available() and dist.is_initialized()):
+    if world_size() == 1:
         return values
-    values = values / dist.get_world_size()
+    values = values / world_size()
     dist.all_reduce(values)
     return values
+
+
+def world_size() -> int:
+    """Return the number of training processes."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
 def _quality(

@@ -2,7 +2,7 @@
 
 import contextlib
 import io
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,11 @@ Detection = dict[str, Any]
 
 
 def evaluate(
-    detector: Detector, split: CocoSplit, loader: DataLoader[Batch], device: torch.device
+    detector: Detector,
+    split: CocoSplit,
+    loader: DataLoader[Batch],
+    device: torch.device,
+    tell: Callable[[int], None] | None = None,
 ) -> dict[str, float]:
     """Return the twelve COCO statistics over `split`, the same on every worker.
 
@@ -36,8 +40,9 @@ def evaluate(
         split: The images and their ground truths.
         loader: This worker's share of them (`EvaluationBatches`).
         device: Where the detector is.
+        tell: Is told after every batch how many images this worker has done.
     """
-    detections = gather(detect(detector, split, loader, device))
+    detections = gather(detect(detector, split, loader, device, tell))
     statistics = [coco_statistics(split, detections) if detections is not None else {}]
     if dist.is_initialized():
         dist.broadcast_object_list(statistics, src=0)
@@ -45,12 +50,17 @@ def evaluate(
 
 
 def detect(
-    detector: Detector, split: CocoSplit, loader: DataLoader[Batch], device: torch.device
+    detector: Detector,
+    split: CocoSplit,
+    loader: DataLoader[Batch],
+    device: torch.device,
+    tell: Callable[[int], None] | None = None,
 ) -> list[Detection]:
     """Return the detections of this worker's share of `split`."""
     was_training = detector.training
     detector.eval()
     detections: list[Detection] = []
+    done = 0
     for batch in loader:
         images = batch.images.tolist()
         moved = batch.to(device)
@@ -60,6 +70,9 @@ def detect(
         )
         for image, found in zip(images, predictions, strict=True):
             detections += coco_records(found, split.records[image].image_id, split.category_ids)
+        done += len(images)
+        if tell is not None:
+            tell(done)
     detector.train(was_training)
     return detections
 

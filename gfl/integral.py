@@ -27,10 +27,11 @@ class Integral(nn.Module):
 
     def forward(self, logits: Tensor) -> Tensor:
         """Return the expected `ltrb` (..., 4) in strides (equation 5)."""
-        return self.distribution(logits) @ self.bins
+        with torch.autocast(logits.device.type, enabled=False):  # which would lower the product
+            return self.distribution(logits) @ self.bins
 
     def moments(self, distribution: Tensor) -> tuple[Tensor, Tensor]:
         """Return mean and standard deviation (..., 4) of `distribution` (..., 4, R), in strides."""
-        mean = distribution @ self.bins
+        mean = (distribution * self.bins).sum(dim=-1)
         variance = (distribution * (self.bins - mean.unsqueeze(-1)).square()).sum(dim=-1)
         return mean, variance.sqrt()

@@ -4,8 +4,10 @@ Shapes: P points over all L levels.
 """
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import chain
 
 import torch
 from torch import Tensor
@@ -24,7 +26,6 @@ class Points:
         level_stride: Stride of every level in px, (L, 1).
         level_shape: (columns, rows) of every level in cells, (L, 2), int64.
         level_start: Index of every level's first location, (L,), int64.
-        per_level: The number of locations on each level.
     """
 
     xy: Tensor
@@ -32,7 +33,6 @@ class Points:
     level_stride: Tensor
     level_shape: Tensor
     level_start: Tensor
-    per_level: tuple[int, ...]
 
 
 @lru_cache(maxsize=64)
@@ -44,22 +44,26 @@ def grid_points(level_sizes: tuple[tuple[int, int], ...], device: torch.device) 
     xy, stride = [], []
     with torch.inference_mode(mode=False):  # a cached inference tensor could not be trained with
         for (height, width), step in zip(level_sizes, STRIDES, strict=True):
-            rows = torch.arange(height, dtype=torch.float32) * step
-            columns = torch.arange(width, dtype=torch.float32) * step
+            rows = torch.arange(height, dtype=torch.float32, device=device) * step
+            columns = torch.arange(width, dtype=torch.float32, device=device) * step
             y, x = torch.meshgrid(rows, columns, indexing="ij")
             xy.append(torch.stack([x, y], dim=-1).flatten(0, 1))
-            stride.append(torch.full((height * width, 1), float(step)))
-        per_level = tuple(height * width for height, width in level_sizes)
+            stride.append(torch.full((height * width, 1), float(step), device=device))
+        per_level = [height * width for height, width in level_sizes]
         return Points(
-            xy=torch.cat(xy).to(device),
-            stride=torch.cat(stride).to(device),
-            level_stride=torch.tensor(STRIDES, dtype=torch.float32, device=device).unsqueeze(1),
-            level_shape=torch.tensor(level_sizes, device=device).flip(-1),
-            level_start=torch.tensor([0, *per_level[:-1]], device=device).cumsum(0),
-            per_level=per_level,
+            xy=torch.cat(xy),
+            stride=torch.cat(stride),
+            level_stride=_constants(map(float, STRIDES), device).unsqueeze(1),
+            level_shape=_constants(chain(*level_sizes), device).view(-1, 2).flip(-1),
+            level_start=_constants([0, *per_level[:-1]], device).cumsum(0),
         )
 
 
 def level_sizes(height: int, width: int) -> tuple[tuple[int, int], ...]:
     """Return the (height, width) in cells of each level for an input of `height` x `width` px."""
     return tuple((math.ceil(height / step), math.ceil(width / step)) for step in STRIDES)
+
+
+def _constants(values: Iterable[float], device: torch.device) -> Tensor:
+    """Return `values` (N,) written on `device`: copying a list there would wait for it."""
+    return torch.stack([torch.full((), value, device=device) for value in values])

@@ -3,7 +3,7 @@
 Shapes: B images, N detections, R = reg_max + 1 bins, K candidates of an image over all levels.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
@@ -37,15 +37,13 @@ class Predictions:
     def __len__(self) -> int:
         return len(self.scores)
 
+    def cpu(self) -> "Predictions":
+        """Return the same in the host's memory."""
+        return Predictions(*(getattr(self, field.name).cpu() for field in fields(self)))
+
     def select(self, keep: Tensor) -> "Predictions":
         """Return the detections at the indices, or under the mask, `keep`."""
-        return Predictions(
-            self.boxes[keep],
-            self.scores[keep],
-            self.labels[keep],
-            self.edge_std[keep],
-            self.distributions[keep],
-        )
+        return Predictions(*(getattr(self, field.name)[keep] for field in fields(self)))
 
 
 def postprocess(

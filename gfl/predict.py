@@ -1,8 +1,10 @@
 """Predictions on image files, prepared as in evaluation."""
 
 import json
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,7 +12,7 @@ from torch import Tensor
 from gfl.checkpoint import About
 from gfl.data.loading import Sample, collate
 from gfl.data.transforms import as_sample, build_transforms, read_image
-from gfl.detector import Detector
+from gfl.detector import Detector, place
 from gfl.evaluation import coco_records
 from gfl.postprocess import Predictions
 from gfl.visualize import draw_predictions
@@ -23,7 +25,8 @@ class Predictor:
 
     def __init__(self, detector: Detector, about: About) -> None:
         self.about = about
-        self._detector = detector.eval()
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self._detector = place(detector.eval(), device)
         self._transforms = build_transforms(detector.config.data, training=False)
 
     def predict(self, image: Path | Tensor) -> Predictions:
@@ -41,7 +44,8 @@ class Predictor:
         sample = Sample(resized.as_subclass(Tensor), no_boxes, no_labels, 0, (height, width))
         batch = collate([sample]).to(self._detector.pixel_mean.device)
         inputs = self._detector.normalize(batch.pixels, batch.targets.sizes)
-        return self._detector.predict(inputs, batch.targets.sizes, batch.original_sizes)[0]
+        (found,) = self._detector.predict(inputs, batch.targets.sizes, batch.original_sizes)
+        return found.cpu()
 
 
 def image_files(paths: Sequence[Path]) -> list[Path]:
@@ -67,26 +71,32 @@ def image_files(paths: Sequence[Path]) -> list[Path]:
 
 
 def write_predictions(
-    predictor: Predictor, files: Sequence[Path], folder: Path, min_score: float
-) -> int:
-    """Predict on image `files` and return the number of detections.
+    predictor: Predictor, files: Iterable[Path], folder: Path, min_score: float
+) -> dict[str, int]:
+    """Predict on image `files` and return the number of detections of every class found.
 
-    Writes `predictions.json` (COCO's layout: images, categories, annotations with a score) and a
-    picture of every image, on which detections of at least `min_score` are drawn, into `folder`.
+    Writes `predictions.json` (a COCO dataset whose annotations have a `score` and an `edge_std`)
+    and a picture of every image, on which detections of at least `min_score` are drawn.
     """
     about = predictor.about
     folder.mkdir(parents=True, exist_ok=True)
-    images, records = [], []
+    images: list[dict[str, Any]] = []
+    records: list[dict[str, Any]] = []
     for number, file in enumerate(files, start=1):
         pixels = read_image(file)
         found = predictor.predict(pixels)
         _, height, width = pixels.shape
         images.append({"id": number, "file_name": str(file), "height": height, "width": width})
-        records += coco_records(found, number, about.category_ids)
+        detections = coco_records(found, number, about.category_ids)
+        for detection, edge_std in zip(detections, found.edge_std.tolist(), strict=True):
+            _, _, w, h = detection["bbox"]
+            extra = {"id": len(records) + 1, "area": w * h, "iscrowd": 0, "edge_std": edge_std}
+            records.append(detection | extra)
         picture = folder / f"{number:06d}-{file.stem}.png"
         draw_predictions([pixels], [found], about.classes, picture, min_score)
     names = zip(about.category_ids, about.classes, strict=True)
-    categories = [{"id": identity, "name": name} for identity, name in names]
+    categories: list[dict[str, Any]] = [{"id": identity, "name": name} for identity, name in names]
     content = {"images": images, "categories": categories, "annotations": records}
     (folder / "predictions.json").write_text(json.dumps(content, indent=1) + "\n")
-    return len(records)
+    counts = Counter(record["category_id"] for record in records)
+    return {category["name"]: counts[category["id"]] for category in categories}

@@ -108,6 +108,8 @@ class Progress:
             case {"kind": "checkpoint", "epoch": epoch, "metrics": dict(metrics)}:
                 self._quality = f"  AP {metrics['AP']:.3f}"
                 console.print(f"epoch {epoch}: AP {metrics['AP']:.4f}  AP50 {metrics['AP50']:.4f}")
+            case {"kind": "evaluated", "images": images, "total": total}:
+                self._show_line(f"evaluated {images} of {total} images")
             case {"kind": "failure", "rank": rank, "reason": reason, "final": False}:
                 console.print(
                     f"worker {rank} stopped ({reason}); going on from the last checkpoint"
@@ -121,6 +123,9 @@ class Progress:
             f"{metrics['images_per_second']:.1f} images/s{self._quality}  "
             f"ETA {left // 60:.0f} min {left % 60:02.0f} s"
         )
+        self._show_line(line)
+
+    def _show_line(self, line: str) -> None:
         if self._live:
             self._live.update(line)
         elif time.monotonic() - self._last_line >= PLAIN_LINE_SECONDS:

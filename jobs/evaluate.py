@@ -1,13 +1,12 @@
-"""Measure a model's AP and FPS with Ray: `python -m jobs.evaluate MODEL [key=value ...]`."""
+"""Measure AP and FPS of a model on a Ray cluster: `python -m jobs.evaluate MODEL`."""
 
 import argparse
 import json
-import tempfile
 from pathlib import Path
 
-from jobs.console import parse, parser, run, show_table
+from jobs.console import Progress, parse, parser, run, show_table
 
-EXAMPLE = "python -m jobs.evaluate models:/gfl-demo@champion data.val_batch=10"
+EXAMPLE = "python -m jobs.evaluate models:/gfl-demo@champion postprocess.nms_iou=0.5"
 
 
 def main() -> None:
@@ -23,17 +22,17 @@ def main() -> None:
 def evaluate(arguments: argparse.Namespace) -> None:
     """Evaluate a model with the configuration it was trained with, changed by the overrides."""
     from gfl.checkpoint import read_config
-    from gfl.config import Config, derive
+    from gfl.configfile import derive
     from gfl_platform import registry
-    from gfl_platform.config import JobConfig
+    from gfl_platform.config import JobConfig, job_of
     from gfl_platform.evaluating import evaluate_checkpoint
-    from gfl_platform.storage import write_atomically
+    from gfl_platform.storage import scratch_folder, write_atomically
 
-    where = derive(JobConfig, Config(), arguments.overrides)
-    with tempfile.TemporaryDirectory(prefix="gfl-evaluate-") as scratch:
-        checkpoint = registry.fetch_checkpoint(where, arguments.model, Path(scratch))
+    where = job_of(arguments.overrides)
+    with scratch_folder(where) as scratch, Progress() as progress:
+        checkpoint = registry.fetch_checkpoint(where, arguments.model, scratch)
         job = derive(JobConfig, read_config(checkpoint), arguments.overrides)
-        figures = evaluate_checkpoint(checkpoint, job)
+        figures = evaluate_checkpoint(checkpoint, job, progress.show)
     if arguments.out:
         write_atomically(arguments.out, json.dumps(figures, indent=1) + "\n")
     rows = {**figures["metrics"], "FPS": figures["fps"], "images": figures["images"]}

@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from jobs.console import console, parse, parser, run
+from jobs.console import console, parse, parser, run, show_table
 
 EXAMPLE = (
     "python -m jobs.predict models:/gfl-demo@champion street.jpg photos/ --out outputs/predictions"
@@ -26,16 +26,24 @@ def main() -> None:
 
 def predict(arguments: argparse.Namespace) -> None:
     """Predict on every image; write `predictions.json` and a picture of each."""
-    from gfl.config import Config, derive
+    from rich.progress import track
+
+    from gfl.checkpoint import load_checkpoint, read_config
+    from gfl.configfile import derive
     from gfl.predict import Predictor, image_files, write_predictions
     from gfl_platform import registry
-    from gfl_platform.config import JobConfig
+    from gfl_platform.config import JobConfig, job_of
+    from gfl_platform.storage import scratch_folder
 
     files = image_files(arguments.images)
-    job = derive(JobConfig, Config(), arguments.overrides)
-    predictor = Predictor(*registry.load(job, arguments.model))
-    found = write_predictions(predictor, files, arguments.out, arguments.min_score)
-    console.print(f"{len(files)} images, {found} detections: {arguments.out}")
+    where = job_of(arguments.overrides)
+    with scratch_folder(where) as scratch:
+        checkpoint = registry.fetch_checkpoint(where, arguments.model, scratch)
+        job = derive(JobConfig, read_config(checkpoint), arguments.overrides)
+        predictor = Predictor(*load_checkpoint(checkpoint, job))
+    shown = track(files, "predicting", console=console, disable=not console.is_terminal)
+    found = write_predictions(predictor, shown, arguments.out, arguments.min_score)
+    show_table(arguments.model, {"images": len(files), **found, "written to": arguments.out})
 
 
 if __name__ == "__main__":

@@ -27,11 +27,10 @@ def main() -> None:
 
 def registry(arguments: argparse.Namespace) -> None:
     """Run one command of the registry."""
-    from gfl.config import Config, derive
     from gfl_platform import registry as models
-    from gfl_platform.config import JobConfig
+    from gfl_platform.config import job_of
 
-    job = derive(JobConfig, Config(), arguments.overrides)
+    job = job_of(arguments.overrides)
     if arguments.command == "list":
         table = Table("model", "version", "aliases", "AP", "FPS", "run", "registered")
         for v in models.list_versions(job, arguments.name):

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from gfl.config import Config, load_config
+from gfl.config import Config
+from gfl.configfile import load_config
 from gfl.data import shapes
 
 ROOT = Path(__file__).parents[1]

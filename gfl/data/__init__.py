@@ -4,7 +4,7 @@ from pathlib import Path
 
 from gfl.config import Config
 from gfl.data import shapes
-from gfl.data.coco import CocoSplit, read_coco
+from gfl.data.coco import CocoSplit, read_coco, require_same_classes
 
 __all__ = ["load_splits", "render_shapes"]
 
@@ -28,4 +28,6 @@ def load_splits(config: Config) -> tuple[CocoSplit, CocoSplit]:
     render_shapes(config)
     classes = config.model.num_classes
     train = read_coco(config.data.train, classes, training=True)
-    return train, read_coco(config.data.val, classes, training=False)
+    val = read_coco(config.data.val, classes, training=False)
+    require_same_classes(str(train.annotations), train.classes, str(val.annotations), val.classes)
+    return train, val

@@ -8,8 +8,9 @@ import hashlib
 import json
 import logging
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 from math import isfinite
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,13 @@ logger = logging.getLogger(__name__)
 
 SMALLEST_SIDE = 32
 """Images with a shorter side, in px, are not trained on (the reference's value)."""
+
+FIELDS = {
+    "images": ("id", "file_name", "height", "width"),
+    "annotations": ("id", "image_id", "category_id", "bbox"),
+    "categories": ("id", "name"),
+}
+"""What every entry of a COCO file has."""
 
 
 class DataError(ValueError):
@@ -122,6 +130,22 @@ def read_coco(split: SplitConfig, num_classes: int, *, training: bool) -> CocoSp
     return CocoSplit(records, names, list(label_of), dict(dropped), path, digest)
 
 
+def require_same_classes(
+    one: str, classes: Sequence[str], other: str, others: Sequence[str]
+) -> None:
+    """Refuse two lists of classes that give a label two meanings; `one` and `other` name them.
+
+    Raises:
+        DataError: names the first class that differs.
+    """
+    for label, (name, other_name) in enumerate(zip_longest(classes, others)):
+        if name != other_name:
+            raise DataError(
+                f"{other}: class {label} is '{other_name}', but '{name}' in {one}; give both the "
+                "same categories in the order of their ids"
+            )
+
+
 def _read_json(path: Path) -> tuple[dict[str, Any], str]:
     try:
         raw = path.read_bytes()
@@ -139,6 +163,7 @@ def _read_json(path: Path) -> tuple[dict[str, Any], str]:
             raise DataError(f"{path}: no list '{section}'; expected COCO JSON")
     if not content["images"]:
         raise DataError(f"{path}: lists no image")
+    _require_complete(path, content)
     return content, hashlib.sha256(raw).hexdigest()
 
 
@@ -148,18 +173,38 @@ def _group(
     """Return the annotations of every image."""
     by_image: dict[int, list[dict[str, Any]]] = {image["id"]: [] for image in content["images"]}
     for annotation in content["annotations"]:
+        what = f"{path}: annotation {annotation['id']}"
         if annotation["image_id"] not in by_image:
             raise DataError(
-                f"{path}: annotation {annotation['id']} belongs to image {annotation['image_id']}, "
+                f"{what} belongs to image {annotation['image_id']}, "
                 "which is not listed; list it or remove the annotation"
             )
         if annotation["category_id"] not in label_of:
             raise DataError(
-                f"{path}: annotation {annotation['id']} has category {annotation['category_id']}, "
+                f"{what} has category {annotation['category_id']}, "
                 f"but the categories are {sorted(label_of)}; correct the id or add the category"
             )
+        box = annotation["bbox"]
+        numbers = isinstance(box, list) and all(isinstance(side, int | float) for side in box)
+        if not numbers or len(box) != 4:
+            raise DataError(f"{what}: bbox: expected [x, y, width, height] in px, got {box!r}")
         by_image[annotation["image_id"]].append(annotation)
     return by_image
+
+
+def _require_complete(path: Path, content: Mapping[str, Any]) -> None:
+    """Refuse entries that lack a field, and ids that are used twice."""
+    for section, wanted in FIELDS.items():
+        for entry in content[section]:
+            absent = [name for name in wanted if not isinstance(entry, dict) or name not in entry]
+            if absent:
+                shown = str(entry)[:80]
+                raise DataError(f"{path}: {section}: {shown} has no '{absent[0]}'; add it")
+        ids = Counter(entry["id"] for entry in content[section])
+        if ids and (twice := ids.most_common(1)[0])[1] > 1:
+            raise DataError(
+                f"{path}: {section}: id {twice[0]} is used {twice[1]} times; ids name one"
+            )
 
 
 def _require_files(folder: Path, names: Iterable[str]) -> None:
@@ -195,7 +240,8 @@ def _untrainable(annotation: Mapping[str, Any], height: int, width: int) -> str 
     visible_height = min(y + h, height) - max(y, 0)
     if not all(map(isfinite, (x, y, w, h))):
         return "boxes with NaN or infinity"
-    if w < 1 or h < 1 or annotation.get("area", w * h) <= 0:
+    area = annotation.get("area")
+    if w < 1 or h < 1 or (area is not None and area <= 0):
         return "degenerate boxes"
     if visible_width <= 0 or visible_height <= 0:
         return "boxes outside of their image"

@@ -99,18 +99,14 @@ class TrainBatches(Sampler[list[Key]]):
     """
 
     def __init__(self, images: int, config: Config, rank: int, world: int, start_step: int) -> None:
+        share = share_of_batch(config, world)
         batch = config.data.batch
-        if batch % world:
-            raise DataError(
-                f"data.batch: {batch} images cannot be shared equally by {world} workers; "
-                f"use a multiple of {world}"
-            )
         self.images = images
         self.batch = batch
         self.steps_per_epoch = ceil(images / batch)
         self.total_steps = self.steps_per_epoch * config.schedule.epochs
         self._seed = config.seed
-        self._share = slice(rank * (batch // world), (rank + 1) * (batch // world))
+        self._share = slice(rank * share, (rank + 1) * share)
         self._start_step = start_step
 
     def __len__(self) -> int:
@@ -153,6 +149,21 @@ class EvaluationBatches(Sampler[list[Key]]):
 
     def __iter__(self) -> Iterator[list[Key]]:
         return iter(self._batches)
+
+
+def share_of_batch(config: Config, world: int) -> int:
+    """Return how many images of a global batch each of `world` workers takes.
+
+    Raises:
+        DataError: it cannot be shared equally.
+    """
+    batch = config.data.batch
+    if batch % world:
+        raise DataError(
+            f"data.batch: {batch} images cannot be shared equally by {world} workers; "
+            f"use a multiple of {world}"
+        )
+    return batch // world
 
 
 def build_loader(

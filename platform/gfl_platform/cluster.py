@@ -14,7 +14,7 @@ from ray.train import UserCallback
 
 from gfl.diagnosis import NonFiniteLossError
 from gfl_platform.config import JobConfig
-from gfl_platform.events import Event, start_event_queue
+from gfl_platform.events import Watcher, start_event_queue
 
 logger = logging.getLogger(__name__)
 
@@ -99,11 +99,6 @@ def allot(job: JobConfig) -> Workers:
                 f"cluster.workers: {count} workers need {amount} {kind}s, but the cluster has "
                 f"{int(total.get(kind, 0))}; lower cluster.workers or add nodes"
             )
-    if job.data.batch % count:
-        raise ClusterError(
-            f"data.batch: {job.data.batch} images cannot be shared equally by {count} workers; "
-            f"use a multiple of {count}"
-        )
     return workers
 
 
@@ -118,7 +113,7 @@ def run_workers(
     loop: Callable[[dict[str, Any]], Any],
     settings: dict[str, Any],
     workers: Workers,
-    handle: Callable[[list[Event]], None],
+    handle: Watcher,
     **run_options: Any,
 ) -> Any:
     """Run `loop(settings)` in every worker, joined in one process group, and return Ray's result.
@@ -128,7 +123,7 @@ def run_workers(
             `result.return_value`.
         settings: For `loop`.
         workers: What to run on.
-        handle: Is told of events while the workers run.
+        handle: Is told of events while the workers run, in a thread of its own.
         run_options: Of Ray's `RunConfig`.
 
     Raises:
@@ -161,15 +156,22 @@ def run_workers(
 
 
 @contextmanager
-def _pumped(queue: Any, handle: Callable[[list[Event]], None]) -> Iterator[None]:
+def _pumped(queue: Any, handle: Watcher) -> Iterator[None]:
     """Hand the events of `queue` to `handle` in a thread of its own, the last ones at the end."""
     import ray
 
     done = threading.Event()
 
+    def drain() -> None:
+        try:
+            for event in ray.get(queue.drain.remote()):
+                handle(event)
+        except Exception:  # whatever shows or logs a training must not end it
+            logger.exception("an event of the job was lost")
+
     def pump() -> None:
         while not done.wait(DRAIN_SECONDS):
-            handle(ray.get(queue.drain.remote()))
+            drain()
 
     thread = threading.Thread(target=pump, name="events", daemon=True)
     thread.start()
@@ -178,8 +180,7 @@ def _pumped(queue: Any, handle: Callable[[list[Event]], None]) -> Iterator[None]
     finally:
         done.set()
         thread.join()
-        if ray.is_initialized():
-            handle(ray.get(queue.drain.remote()))
+        drain()
 
 
 class ControllerCallback(UserCallback):

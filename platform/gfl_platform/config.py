@@ -1,14 +1,33 @@
 """`JobConfig`: a `gfl.Config` and where and how to run it."""
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
-from pydantic import Field
+from pydantic import AfterValidator, Field, model_validator
 
-from gfl.config import Config, Count, Positive, Section, load_schema
+from gfl.config import Config, Count, Positive, Section
+from gfl.configfile import JOB_SECTIONS, derive, load_schema
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)]
+
+
+def require_alias(alias: str) -> str:
+    """Return `alias` if MLflow can take it; it keeps `latest`, `v1` and numbers for versions.
+
+    Raises:
+        ValueError: it cannot.
+    """
+    if not re.fullmatch(r"[A-Za-z0-9_-]+", alias):
+        raise ValueError(f"alias '{alias}': expected letters, digits, '-' and '_'")
+    if re.fullmatch(r"latest|v?\d+", alias, re.IGNORECASE):
+        raise ValueError(f"alias '{alias}' means a version; choose another, such as champion")
+    return alias
+
+
+ModelName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$", max_length=100)]
+Alias = Annotated[str, AfterValidator(require_alias)]
 
 
 class RunConfig(Section):
@@ -51,10 +70,16 @@ class TrackingConfig(Section):
 class RegistryConfig(Section):
     """The model registry."""
 
-    name: Name | None = None
+    name: ModelName | None = None
     """Registers the trained model under this name."""
-    alias: Name | None = None
+    alias: Alias | None = None
     """Points this alias at the new version."""
+
+    @model_validator(mode="after")
+    def _alias_has_model(self) -> "RegistryConfig":
+        if self.alias and not self.name:
+            raise ValueError(f"registry.alias: '{self.alias}' of which model? set registry.name")
+        return self
 
 
 class JobConfig(Config):
@@ -70,3 +95,12 @@ class JobConfig(Config):
 def load_job(path: str | Path, overrides: Sequence[str] = ()) -> JobConfig:
     """Read a configuration file with all its sections; see `gfl.load_config`."""
     return load_schema(JobConfig, path, overrides)
+
+
+def job_of(overrides: Sequence[str]) -> JobConfig:
+    """Return where and how a job without a configuration file runs, as `overrides` say.
+
+    Those of the model and its data are left for its checkpoint's configuration.
+    """
+    where = [word for word in overrides if word.split(".")[0].split("=")[0] in JOB_SECTIONS]
+    return derive(JobConfig, Config(), where)

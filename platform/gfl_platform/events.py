@@ -4,10 +4,14 @@ Workers and the training controller only add; the driver drains, shows and logs.
 tracking server nor a slow terminal ever holds up training.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 Event = dict[str, Any]
-"""`kind` and what belongs to it: steps, checkpoint, data, failure."""
+"""`kind` and what belongs to it: steps, checkpoint, data, evaluated, failure, result."""
+
+Watcher = Callable[[Event], None]
+"""Is told of every event while a job runs; shows it."""
 
 
 class EventQueue:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from gfl.checkpoint import TRAINING, About, load_checkpoint
 from gfl.detector import Detector
-from gfl_platform.config import JobConfig
+from gfl_platform.config import JobConfig, require_alias
 from gfl_platform.tracking import connect
 
 if TYPE_CHECKING:
@@ -85,8 +85,10 @@ def set_alias(job: JobConfig, name: str, version: int, alias: str) -> int | None
     The version before it gets the alias `previous` where `alias` is `champion`.
 
     Raises:
-        RegistryError: a model or version that does not exist, or whose checkpoint does not load.
+        ValueError: an alias that MLflow does not take, a model or version that does not exist or
+            whose checkpoint does not load.
     """
+    require_alias(alias)
     client = connect(job)
     wanted = _version(client, name, version)
     load(job, f"models:/{name}/{version}")

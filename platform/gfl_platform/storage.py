@@ -3,6 +3,9 @@
 import difflib
 import json
 import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -47,8 +50,18 @@ def open_run_folder(job: JobConfig, name: str, *, resume: bool) -> Path:
     return folder
 
 
+@contextmanager
+def scratch_folder(job: JobConfig) -> Iterator[Path]:
+    """Give a folder that all nodes see and that is gone afterwards."""
+    root = storage_root(job)
+    root.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".scratch-", dir=root) as folder:
+        yield Path(folder)
+
+
 def write_atomically(path: Path, text: str) -> None:
     """Write `text` to `path`: afterwards the file holds all of it, or what it held before."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}")
     partial.write_text(text)
     partial.replace(path)

@@ -11,11 +11,11 @@ import subprocess
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from gfl.config import flatten
+from gfl.configfile import flatten
 from gfl_platform.config import JobConfig
 from gfl_platform.events import Event
 from gfl_platform.storage import read_json, storage_root, write_atomically
@@ -104,6 +104,7 @@ class RunTracker:
             self.run_id = self._create(name)
             write_atomically(folder / RUN_FILE, f'{{"run_id": "{self.run_id}"}}\n')
             self._describe()
+        self._experiment: str = self.client.get_run(self.run_id).info.experiment_id
         self._last_step = self._steps_logged()
 
     def __enter__(self) -> "RunTracker":
@@ -115,11 +116,22 @@ class RunTracker:
         stopped = kind is not None and issubclass(kind, KeyboardInterrupt | SystemExit)
         self.close("FINISHED" if kind is None else "KILLED" if stopped else "FAILED")
 
-    def handle(self, events: list[Event]) -> None:
-        """Log what `events` tell, after those that could not be logged before."""
+    def handle(self, event: Event) -> None:
+        """Log what `event` tells, after those that could not be logged before."""
+        # MLflow keeps one of two metrics that are alike to the millisecond: trying again is safe.
+        self._waiting.append(event | {"time_ms": int(time.time() * 1000)})
+        self._flush()
+
+    def close(self, status: str) -> None:
+        """End the run as FINISHED, FAILED or KILLED; never raises, lest it hide why a job ended."""
+        self._waiting.append({"kind": "end", "status": status})
+        self._flush()
+        if self._waiting:
+            logger.warning("tracking: %d events could not be logged", len(self._waiting))
+
+    def _flush(self) -> None:
         from mlflow.exceptions import MlflowException
 
-        self._waiting += events
         while self._waiting:
             try:
                 self._log(self._waiting[0])
@@ -128,34 +140,17 @@ class RunTracker:
                 return
             self._waiting.pop(0)
 
-    def metrics(self, values: Mapping[str, float], step: int, model_id: str | None = None) -> None:
-        """Log `values` at `step`, of the run and, if given, of one of its models."""
+    def _metrics(self, event: Event, values: Mapping[str, float]) -> None:
         from mlflow.entities import Metric
 
-        now = int(time.time() * 1000)
-        self.client.log_batch(
-            self.run_id, metrics=[Metric(key, value, now, step) for key, value in values.items()]
-        )
-        if model_id:
-            for key, value in values.items():
-                self.client.log_metric(self.run_id, key, value, now, step, model_id=model_id)
+        step, at = event.get("step", 0), event["time_ms"]
+        found = [Metric(key, value, at, step) for key, value in values.items()]
+        self.client.log_batch(self.run_id, metrics=found)
 
-    def tag(self, tags: Mapping[str, str]) -> None:
-        """Set tags of the run."""
+    def _tag(self, tags: Mapping[str, str]) -> None:
         from mlflow.entities import RunTag
 
         self.client.log_batch(self.run_id, tags=[RunTag(k, v) for k, v in tags.items()])
-
-    def text(self, name: str, content: str) -> None:
-        """Store `content` as the run's artifact `name`."""
-        self.client.log_text(self.run_id, content, name)
-
-    def close(self, status: str) -> None:
-        """End the run as FINISHED, FAILED or KILLED."""
-        self.handle([])
-        if self._waiting:
-            logger.warning("tracking: %d events could not be logged", len(self._waiting))
-        self.client.set_terminated(self.run_id, status)
 
     def _create(self, name: str) -> str:
         experiment = self.client.get_experiment_by_name(self._job.tracking.experiment)
@@ -174,42 +169,63 @@ class RunTracker:
         values = self._job.model_dump(mode="json")
         params = [Param(key, str(value)) for key, value in flatten(values).items()]
         self.client.log_batch(self.run_id, params=params)
-        self.text("config.yaml", yaml.safe_dump(values, sort_keys=False))
-        commit, diff = git_state()
-        self.tag({"git.commit": commit, "git.dirty": str(bool(diff)).lower()})
+        self.client.log_text(self.run_id, yaml.safe_dump(values, sort_keys=False), "config.yaml")
+        commit, changed, diff = git_state()
+        self._tag({"git.commit": commit, "git.changed": changed or "nothing"})
         if diff:
-            self.text("git.diff", diff)
+            self.client.log_text(self.run_id, diff, "git.diff")
         versions = [f"{name}=={importlib.metadata.version(name)}" for name in PACKAGES]
-        self.text("packages.txt", "\n".join(versions) + "\n")
+        self.client.log_text(self.run_id, "\n".join(versions) + "\n", "packages.txt")
 
     def _log(self, event: Event) -> None:
         match event["kind"]:
             case "steps" if event["step"] > self._last_step:
-                self.metrics({**event["metrics"], "epoch": event["epoch"]}, event["step"])
+                self._metrics(event, {**event["metrics"], "epoch": event["epoch"]})
                 self._last_step = event["step"]
             case "checkpoint":
                 self._log_checkpoint(event)
             case "data":
-                self.tag({f"data.{key}": str(value) for key, value in event["facts"].items()})
+                self._tag({f"data.{key}": str(value) for key, value in event["facts"].items()})
+            case "result":
+                self._metrics(event, {"fps": event["fps"]})
+                self._tag({f"fps.{key}": str(value) for key, value in event["protocol"].items()})
+                self._tag_deleted_checkpoints()
+            case "end":
+                self.client.set_terminated(self.run_id, event["status"])
 
     def _log_checkpoint(self, event: Event) -> None:
-        """Log an epoch's evaluation, and its checkpoint as a model that stays where it is."""
+        """Log an epoch's evaluation, and its checkpoint as a model that stays where it is.
+
+        What was logged before an interruption, whole or in part, is not logged twice.
+        """
         import mlflow
 
         name = f"epoch-{event['epoch']}"
+        model = next((model for model in self._models() if model.name == name), None)
+        if model is None:
+            model = mlflow.create_external_model(
+                name=name,
+                source_run_id=self.run_id,
+                tags={"uri": event["uri"]},
+                experiment_id=self._experiment,
+            )
+        logged = {metric.key for metric in model.metrics or []}
+        for key in event["metrics"].keys() - logged:
+            value, step, at = event["metrics"][key], event["step"], event["time_ms"]
+            # Of a model, hence of its run, too.
+            self.client.log_metric(self.run_id, key, value, at, step, model_id=model.model_id)
+
+    def _tag_deleted_checkpoints(self) -> None:
+        """Mark the models of checkpoints that gave way to better ones."""
+        for model in self._models():
+            if "uri" in model.tags and not Path(model.tags["uri"]).is_dir():
+                self.client.set_logged_model_tags(model.model_id, {"deleted": "true"})
+
+    def _models(self) -> list[Any]:
         found = self.client.search_logged_models(
-            [self.client.get_run(self.run_id).info.experiment_id],
-            filter_string=f"source_run_id = '{self.run_id}' AND name = '{name}'",
+            [self._experiment], filter_string=f"source_run_id = '{self.run_id}'"
         )
-        if found:  # logged before an interruption
-            return
-        model = mlflow.create_external_model(
-            name=name,
-            source_run_id=self.run_id,
-            tags={"uri": event["uri"]},
-            experiment_id=self.client.get_run(self.run_id).info.experiment_id,
-        )
-        self.metrics(event["metrics"], event["step"], model.model_id)
+        return list(found)
 
     def _steps_logged(self) -> int:
         history = self.client.get_metric_history(self.run_id, "loss")
@@ -221,14 +237,15 @@ def log_file(job: JobConfig, run_id: str, path: Path) -> None:
     connect(job).log_artifact(run_id, str(path))
 
 
-def git_state() -> tuple[str, str]:
-    """Return the code's commit (`unknown` outside of a repository) and its uncommitted changes."""
+def git_state() -> tuple[str, str, str]:
+    """Return the code's commit (`unknown` outside a repository), changed files and their diff."""
 
     def git(*arguments: str) -> str:
-        command = ["git", "-C", str(Path(__file__).parent), *arguments]
+        command = ["git", "-C", str(Path(__file__).parents[2]), *arguments]
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
     try:
-        return git("rev-parse", "HEAD").strip(), git("diff", "HEAD")
+        changed = ", ".join(line[3:] for line in git("status", "--porcelain").splitlines())
+        return git("rev-parse", "HEAD").strip(), changed, git("diff", "HEAD")
     except (OSError, subprocess.CalledProcessError):
-        return "unknown", ""
+        return "unknown", "", ""

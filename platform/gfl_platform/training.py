@@ -3,26 +3,24 @@
 import logging
 import tempfile
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gfl.config import Config, ConfigError, dump_config, flatten, parse_config, reproducible
+from gfl.config import Config
+from gfl.configfile import ConfigError, dump_config, flatten, parse_config, reproducible
 from gfl.data import load_splits
+from gfl.data.loading import share_of_batch
 from gfl.engine import EpochReport, StepReport, fit
 from gfl.speed import measure_fps
 from gfl_platform import cluster, registry, tracking
 from gfl_platform.config import JobConfig
-from gfl_platform.events import Event
+from gfl_platform.events import Event, Watcher
 from gfl_platform.storage import fetch_weights, open_run_folder, write_atomically
 
 logger = logging.getLogger(__name__)
 
 CONFIG_FILE = "config.yaml"
-
-Watcher = Callable[[Event], None]
-"""Is told of every event while a job runs; shows it."""
 
 
 @dataclass(frozen=True)
@@ -91,8 +89,8 @@ def train_worker(settings: dict[str, Any]) -> dict[str, Any]:
         facts |= {f"{n}.images": len(s.records) for n, s in zip(names, splits, strict=True)}
         facts |= {f"train.dropped.{why}": count for why, count in splits[0].dropped.items()}
         queue.add.remote({"kind": "data", "facts": facts})
-    pretrained = config.model.backbone.pretrained
     restored = ray.train.get_checkpoint()
+    pretrained = None if restored else config.model.backbone.pretrained
     options = {
         "device": device,
         "failure_folder": Path(settings["folder"]) / "non_finite",
@@ -123,14 +121,14 @@ def train(job: JobConfig, name: str, *, resume: bool, watch: Watcher) -> Trainin
         load_splits(config)  # here workers see the same files: say at once what is wrong with them
     cluster.connect()
     workers = cluster.allot(job)
+    share_of_batch(config, workers.count)
     tracking.connect(job)  # before anything is written
     folder = open_run_folder(job, name, resume=resume)
     _require_same_config(folder / CONFIG_FILE, config)
     with tracking.RunTracker(job, name, folder) as tracker:
         measured, checkpoint, metrics = _run(job, config, workers, folder, tracker, watch)
         fps = measured["fps"]
-        tracker.metrics({"fps": fps}, step=0)
-        tracker.tag({f"fps.{key}": str(value) for key, value in measured["protocol"].items()})
+        tracker.handle({"kind": "result", **measured})
         version = None
         if model := job.registry.name:
             figures = {"AP": metrics["AP"], "fps": fps}
@@ -152,10 +150,9 @@ def _run(
     """Return what rank 0 returned, and the best checkpoint with its metrics."""
     from ray.train import CheckpointConfig, FailureConfig
 
-    def handle(events: list[Event]) -> None:
-        for event in events:
-            watch(event)
-        tracker.handle(events)
+    def handle(event: Event) -> None:
+        watch(event)
+        tracker.handle(event)
 
     result = cluster.run_workers(
         train_worker,

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import gfl
-from gfl.config import ConfigError, derive, dump_config, flatten, parse_config
+from gfl.configfile import ConfigError, derive, dump_config, flatten, parse_config
 
 CONFIGS = sorted(Path("configs").rglob("*.yaml"))
 

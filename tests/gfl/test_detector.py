@@ -10,7 +10,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import gfl
 from gfl.assigner import pad_targets
 from gfl.boxes import box_iou
-from gfl.engine import LOSSES
+from gfl.configfile import derive
+from gfl.data import load_splits
+from gfl.data.loading import collate
+from gfl.detector import LOSSES
+from gfl.trainer import Trainer
 
 REFERENCE_LOSSES = {"qfl": "loss_cls", "giou": "loss_bbox", "dfl": "loss_dfl"}
 
@@ -42,7 +46,9 @@ def small(tiny):
 def test_logits_of_every_level_are_the_references(detector, numbers):
     with torch.no_grad():
         outputs = detector(recipe.batch(0)[0])
-    for levels, name in zip(outputs, ("cls_logits", "reg_logits"), strict=True):
+        pyramid = detector.fpn(detector.backbone(recipe.batch(0)[0]))
+    names = ("cls_logits", "reg_logits", "fpn")
+    for levels, name in zip((*outputs, pyramid), names, strict=True):
         for found, expected in zip(levels, numbers[name], strict=True):
             assert list(found.shape) == expected["shape"]
             flat = found.flatten()
@@ -134,7 +140,9 @@ class HostWaits(TorchDispatchMode):
     """Collects the operations whose result the host needs before it can go on."""
 
     WAITING = (
-        "_local_scalar_dense", "nonzero", "masked_select", "unique", "is_nonzero", "equal",
+        "_local_scalar_dense", "nonzero", "masked_select", "unique", "_unique",
+        "is_nonzero", "equal",
+        "lift_fresh",  # a tensor of Python numbers, which the host copies to the device
         "repeat_interleave.Tensor", "bincount", "histc", "_assert_async", "argwhere",
     )  # fmt: skip
 
@@ -164,14 +172,32 @@ def test_the_training_step_never_waits_for_the_host(small, objects):
     assert waits.operations > 100
 
 
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_the_whole_step_of_the_trainer_never_waits_either(tiny, optimizer):
+    config = derive(type(tiny), tiny, [f"optim.name={optimizer}"])
+    trainer = Trainer(config, load_splits(config)[0], torch.device("cpu"))
+    trainer.objective.train()
+    batches = [collate([trainer.dataset[k] for k in trainer.batches.keys(step)]) for step in (0, 1)]
+    trainer.train_step(batches[0])  # the first makes the optimizer's state
+    with HostWaits() as waits:
+        trainer.train_step(batches[1])
+    assert waits.found == []
+
+
 def test_the_count_of_host_waits_would_notice_them():
     values = torch.tensor([1.0, -1.0])
-    with HostWaits() as waits:
-        values[values > 0]
-        values.nonzero()
-        values.sum().item()
-        values[values > 0] = 2.0
-    assert len(waits.found) >= 4
+    for wait in (
+        lambda: values[values > 0],
+        values.nonzero,
+        values.unique,
+        values.sum().item,
+        lambda: values.masked_select(values > 0),
+        lambda: torch.tensor([1.0]),
+        lambda: values.masked_fill_(values > 0, 1.0)[values > 0].sum().item(),
+    ):
+        with HostWaits() as waits:
+            wait()
+        assert waits.found
 
 
 @pytest.mark.parametrize("counts", [[0, 0], [0, 3]])

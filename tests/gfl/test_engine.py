@@ -7,12 +7,14 @@ import torch
 from tests_support import run_workers
 
 from gfl.checkpoint import load_checkpoint, read_about
-from gfl.config import derive
+from gfl.configfile import derive
 from gfl.data import load_splits
 from gfl.data.loading import collate
-from gfl.diagnosis import NonFiniteLossError
-from gfl.engine import LOSSES, Trainer, fit
+from gfl.detector import LOSSES
+from gfl.diagnosis import NonFiniteLossError, first_non_finite
+from gfl.engine import fit
 from gfl.optim import build_optimizer, lr_factor, scaled_lr
+from gfl.trainer import Trainer
 
 CPU = torch.device("cpu")
 
@@ -95,8 +97,6 @@ def test_a_finished_training_resumes_to_nothing(tiny, tmp_path):
 def five_steps(rank, config):
     torch.set_num_threads(1)
     trainer = Trainer(config, load_splits(config)[0], CPU)
-    # Scores of real size: the reference's floor of 1 on the sum of weights is per worker.
-    trainer.detector.head.cls_logits.bias.data.fill_(-1.0)
     trainer.objective.train()
     rows = []
     for keys, _ in zip(trainer.batches, range(5), strict=False):
@@ -149,16 +149,41 @@ def test_weights_stay_those_of_the_step_that_failed(tiny):
         assert torch.equal(value, before[key]), key
 
 
-def test_gradients_that_overflow_are_named(tiny):
-    from gfl.diagnosis import first_non_finite
-
+def test_the_first_bad_tensor_is_named_wherever_it_is(tiny):
     trainer = Trainer(tiny, load_splits(tiny)[0], CPU)
     batch = collate([trainer.dataset[0, i] for i in range(2)])
     images = trainer.detector.normalize(batch.pixels, batch.targets.sizes)
-    assert first_non_finite(trainer.detector, images, batch.targets) is None
+
+    def culprit():
+        return first_non_finite(trainer.detector, images, batch.targets)
+
+    assert culprit() is None
+    scale = trainer.detector.head.scales[0]
+    overflow = scale.register_hook(lambda gradient: gradient / 0)
+    assert culprit() == "gradient of head.scales.0"
+    overflow.remove()
     trainer.detector.fpn.levels.inner_blocks[0][0].weight.data[0, 0] = float("inf")
-    found = first_non_finite(trainer.detector, images, batch.targets)
-    assert found == "parameter fpn.levels.inner_blocks.0.0.weight"
+    assert culprit() == "parameter fpn.levels.inner_blocks.0.0.weight"
+
+
+def stop_at_nan_of_rank_1(rank, config, folder):
+    torch.set_num_threads(1)
+    recorder = Recorder(folder / str(rank))
+    splits = load_splits(config)
+    if rank == 1:
+        # Inside all of the image, and as NaN as JSON allows: reading would have dropped it.
+        for record in splits[0].records:
+            record.boxes[:, 0] = float("nan")
+    try:
+        fit(config, splits, recorder, device=CPU, failure_folder=folder / "bad", report_every=1)
+    except NonFiniteLossError as error:
+        return str(error)
+
+
+def test_a_nan_on_one_worker_stops_all_with_the_same_words(tiny, tmp_path):
+    first, second = run_workers(2, stop_at_nan_of_rank_1, tiny, tmp_path)
+    assert first == second
+    assert "first in input boxes" in first
 
 
 def test_learning_rate_scales_with_the_batch_and_follows_its_schedule(tiny):

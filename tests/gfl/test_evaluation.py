@@ -23,9 +23,6 @@ def plain_pycocotools(annotations, detections):
     with contextlib.redirect_stdout(io.StringIO()):
         truth = COCO(str(annotations))
         evaluation = COCOeval(truth, truth.loadRes(str(detections)), "bbox")
-        evaluation.params.imgIds = sorted(
-            {d["image_id"] for d in json.loads(detections.read_text())}
-        )
         evaluation.evaluate()
         evaluation.accumulate()
         evaluation.summarize()

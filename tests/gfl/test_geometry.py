@@ -10,6 +10,7 @@ from torchvision.ops import generalized_box_iou
 
 from gfl.boxes import box_giou, box_iou, ltrb_to_xyxy, xyxy_to_ltrb
 from gfl.integral import Integral
+from gfl.losses import REACH_MARGIN
 from gfl.points import grid_points, level_sizes
 
 
@@ -57,7 +58,8 @@ def test_overlaps_of_empty_boxes_are_finite():
 
 def test_locations_lie_at_multiples_of_their_stride():
     points = grid_points(level_sizes(64, 96), torch.device("cpu"))
-    assert points.per_level == (96, 24, 6, 2, 1)
+    assert points.level_start.tolist() == [0, 96, 120, 126, 128]
+    assert points.level_shape.tolist() == [[12, 8], [6, 4], [3, 2], [2, 1], [1, 1]]
     assert points.xy[:3].tolist() == [[0, 0], [8, 0], [16, 0]]
     assert points.xy[96 + 6].tolist() == [0, 16]
     assert points.stride[96 + 24 :].flatten().tolist() == [32] * 6 + [64] * 2 + [128]
@@ -74,6 +76,10 @@ def test_integral_is_the_references(golden):
     points = torch.from_numpy(numbers["integral/points"])
     decoded = ltrb_to_xyxy(points, distances)
     torch.testing.assert_close(decoded, torch.from_numpy(numbers["integral/decoded"]))
+    boxes = torch.from_numpy(numbers["integral/enc_gt"])
+    reach = int(numbers["integral/reg_max"]) - REACH_MARGIN
+    encoded = xyxy_to_ltrb(points, boxes).clamp(min=0, max=reach)
+    torch.testing.assert_close(encoded, torch.from_numpy(numbers["integral/encoded"]))
 
 
 @pytest.mark.parametrize("bin_width", [0.5, 1.0, 2.0])
@@ -91,3 +97,6 @@ def test_distances_are_float32_whatever_the_precision_of_logits():
     low = Integral(8)(logits.bfloat16())
     assert low.dtype == torch.float32
     torch.testing.assert_close(low, Integral(8)(logits.bfloat16().float()))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(Integral(8)(logits), Integral(8)(logits.clone()))
+        assert Integral(8)(logits).dtype == torch.float32

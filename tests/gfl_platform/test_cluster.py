@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from gfl.config import derive
+from gfl.configfile import derive
 from gfl.data import load_splits
 from gfl.data.coco import DataError
 from gfl.data.loading import DetectionDataset, TrainBatches, build_loader

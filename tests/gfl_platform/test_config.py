@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from gfl.config import JOB_SECTIONS, Config, ConfigError, load_config, reproducible
+from gfl.config import Config
+from gfl.configfile import JOB_SECTIONS, ConfigError, load_config, reproducible
 from gfl_platform.config import JobConfig, load_job
 from gfl_platform.storage import StorageError, fetch_weights, open_run_folder, write_atomically
 from gfl_platform.tracking import tracking_uri
@@ -31,6 +32,10 @@ def test_a_job_is_a_configuration_and_more():
         ("cluster.workers=0", r"cluster\.workers: got 0"),
         ("run.name=a/b", r"run\.name: got 'a/b'"),
         ("run.name=..", r"run\.name: got '\.\.'"),
+        ("registry.name=gfl.v2", r"registry\.name: got 'gfl\.v2'"),
+        ("registry={name: a, alias: Latest}", "alias 'Latest' means a version"),
+        ("registry={name: a, alias: v3}", "alias 'v3' means a version"),
+        ("registry.alias=champion", r"'champion' of which model\? set registry\.name"),
     ],
 )
 def test_a_mistake_in_a_section_of_the_job_is_named(override, message):

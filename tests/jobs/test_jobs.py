@@ -1,6 +1,8 @@
 """The jobs as their users call them: processes with arguments, exit status and output."""
 
+import contextlib
 import importlib
+import io
 import json
 import os
 import shutil
@@ -14,6 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
+from pycocotools.coco import COCO
 
 from gfl.checkpoint import load_checkpoint, read_about
 
@@ -118,12 +121,16 @@ def test_a_model_is_evaluated_by_alias(outputs, tmp_path):
         "jobs.evaluate",
         "models:/tiny@champion",
         f"storage.root={outputs}",
+        "postprocess.score_threshold=1.0",
         "--out",
-        tmp_path / "e.json",
+        tmp_path / "new" / "e.json",
     )
     assert status == 0, error
     assert "AP50" in out
-    assert json.loads((tmp_path / "e.json").read_text())["images"] == 11
+    figures = json.loads((tmp_path / "new" / "e.json").read_text())
+    assert figures["images"] == 11
+    assert figures["metrics"]["AR100"] == 0  # no score reaches the threshold
+    assert figures["protocol"]["postprocess"]["score_threshold"] == 1.0
 
 
 @pytest.mark.ray
@@ -134,12 +141,15 @@ def test_predictions_are_coco_json_and_pictures(outputs, shapes_folder, tmp_path
         f"storage.root={outputs}",
     )  # fmt: skip
     assert status == 0, error
-    assert "11 images" in out
+    assert "rectangle" in out
+    with contextlib.redirect_stdout(io.StringIO()):
+        assert len(COCO(str(tmp_path / "predictions.json")).imgs) == 11
     content = json.loads((tmp_path / "predictions.json").read_text())
     assert len(content["images"]) == 11
     assert [c["name"] for c in content["categories"]] == ["rectangle", "ellipse", "triangle"]
     assert all(
-        {"image_id", "category_id", "bbox", "score"} <= set(a) for a in content["annotations"]
+        {"image_id", "category_id", "bbox", "score", "edge_std"} <= set(a)
+        for a in content["annotations"]
     )
     pictures = sorted(tmp_path.glob("*.png"))
     assert len(pictures) == 11
@@ -166,6 +176,9 @@ def test_a_job_is_submitted_from_a_clean_clone_with_a_token(tmp_path, ray_head):
     """`ray job submit` as the README words it, to a head that wants a token."""
     clone, address, environment = ray_head
     assert not (clone / ".venv").exists()
+    # Only what travels may be used: the environment holds the checkout's packages, too.
+    marked = clone / "platform" / "gfl_platform" / "__init__.py"
+    marked.write_text(marked.read_text() + "print('gfl_platform travelled')\n")
     submit = [
         str(Path(sys.executable).parent / "ray"), "job", "submit", "--address", address,
         "--runtime-env", "runtime-env.yaml", "--",
@@ -189,6 +202,7 @@ def test_a_job_is_submitted_from_a_clean_clone_with_a_token(tmp_path, ray_head):
     )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     assert "epoch 1: AP" in done.stdout
+    assert "gfl_platform travelled" in done.stdout
     assert "submitted version 1 @champion" in done.stdout
     assert list((tmp_path / "outputs" / "runs" / "submitted").glob("ray/checkpoint*/about.json"))
 

@@ -7,6 +7,8 @@ import pytest
 import torch
 
 from gfl.config import SplitConfig
+from gfl.configfile import derive
+from gfl.data import load_splits
 from gfl.data.coco import DataError, read_coco
 
 
@@ -88,12 +90,55 @@ def test_an_image_of_crowds_alone_is_trained_on_as_background(coco):
         ({"annotations": [box(0, 0, 9, 9)]}, 80, "has 1 categories, but model.num_classes is 80"),
         ({"annotations": [box(0, 0, 9, 9)], "files": []}, 1, r"a\.jpg: annotated image is missing"),
         ({}, 1, "no image to train on"),
+        ({"annotations": [box(0, 0, 9, 9, bbox=[1, 2, 3])]}, 1, r"bbox: expected \[x, y, width"),
+        ({"annotations": [box(0, 0, 9, 9, bbox=None)]}, 1, r"annotation 1: bbox: .* got None"),
+        (
+            {"annotations": [box(0, 0, 9, 9, id=7), box(0, 0, 9, 9, id=7)]},
+            1,
+            "id 7 is used 2 times",
+        ),
     ],
 )
 def test_a_mistake_is_named(coco, arguments, classes, message):
     with pytest.raises(DataError, match=message) as caught:
         read(coco(**arguments), classes)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("section", "field"),
+    [
+        ("images", "height"),
+        ("annotations", "bbox"),
+        ("annotations", "image_id"),
+        ("categories", "id"),
+    ],
+)
+def test_an_entry_that_lacks_a_field_is_named(coco, section, field):
+    folder, file = coco(annotations=[box(0, 0, 9, 9)])
+    content = json.loads(Path(file).read_text())
+    del content[section][0][field]
+    Path(file).write_text(json.dumps(content))
+    with pytest.raises(DataError, match=rf"{section}: .* has no '{field}'; add it"):
+        read((folder, file))
+
+
+def test_an_area_that_is_absent_or_null_is_no_mistake(coco):
+    paths = coco(annotations=[box(0, 0, 9, 9, area=None), {"bbox": [1, 1, 9, 9]}])
+    assert len(read(paths).records[0].boxes) == 2
+
+
+def test_training_and_evaluation_have_the_same_classes(tiny, coco, tmp_path):
+    folder, file = coco(annotations=[box(0, 0, 9, 9)])
+    other = tmp_path / "other.json"
+    other.write_text(Path(file).read_text().replace("thing", "stuff"))
+    overrides = [
+        f"data.train={{images: {folder}, annotations: {file}}}",
+        f"data.val={{images: {folder}, annotations: {other}}}",
+        "model.num_classes=1",
+    ]
+    with pytest.raises(DataError, match=r"other\.json: class 0 is 'stuff', but 'thing' in"):
+        load_splits(derive(type(tiny), tiny, overrides))
 
 
 def test_paths_that_are_missing_are_named(coco, tmp_path):

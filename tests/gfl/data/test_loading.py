@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from gfl.config import derive
+from gfl.configfile import derive
 from gfl.data import load_splits
 from gfl.data.coco import DataError
 from gfl.data.loading import (
