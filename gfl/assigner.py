@@ -59,7 +59,21 @@ def pad_targets(boxes: Sequence[Tensor], labels: Sequence[Tensor], sizes: Tensor
         boxes: Per image (G_i, 4).
         labels: Per image (G_i,).
         sizes: (height, width) of every image, (B, 2).
+
+    Raises:
+        ValueError: counts or shapes that do not fit together.
     """
+    if not len(boxes) == len(labels) == len(sizes):
+        raise ValueError(
+            f"expected boxes and labels of each of {len(sizes)} images, got {len(boxes)} and "
+            f"{len(labels)}"
+        )
+    for index, (box, label) in enumerate(zip(boxes, labels, strict=True)):
+        if box.shape != (len(label), 4):
+            raise ValueError(
+                f"image {index}: expected boxes (G, 4) and labels (G,), got {tuple(box.shape)} and "
+                f"{tuple(label.shape)}; without objects (0, 4) and (0,)"
+            )
     present = [torch.ones_like(classes, dtype=torch.bool) for classes in labels]
     return Targets(_pad(boxes).float(), _pad(labels), _pad(present), sizes)
 

@@ -73,6 +73,11 @@ def load_checkpoint(folder: Path, config: Config | None = None) -> tuple[Detecto
             f"model.*: the model in {folder} cannot be changed after its training; "
             "override other sections"
         )
+    if not len(about.classes) == len(about.category_ids) == trained.model.num_classes:
+        raise ValueError(
+            f"{folder / ABOUT}: names {len(about.classes)} classes, but the model has "
+            f"{trained.model.num_classes}; restore the file"
+        )
     detector = Detector(config or trained)
     load_weights(detector, folder / WEIGHTS)
     return detector.eval(), about

@@ -110,7 +110,7 @@ class Detector(nn.Module):
     def predict(
         self, images: Tensor, sizes: Tensor | None = None, original_sizes: Tensor | None = None
     ) -> list[Predictions]:
-        """Return the detections of every image; call `eval()` first.
+        """Return the detections of every image, in evaluation mode whatever the present one.
 
         Args:
             images: Normalised, (B, 3, H, W).
@@ -120,7 +120,10 @@ class Detector(nn.Module):
                 by default.
         """
         sizes = _full_sizes(images) if sizes is None else sizes
+        was_training = self.training
+        self.eval()
         cls_levels, reg_levels = self(images)
+        self.train(was_training)
         return postprocess(
             [_flatten([level]) for level in cls_levels],
             [_flatten([level]) for level in reg_levels],

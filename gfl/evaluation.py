@@ -57,8 +57,6 @@ def detect(
     tell: Callable[[int], None] | None = None,
 ) -> list[Detection]:
     """Return the detections of this worker's share of `split`."""
-    was_training = detector.training
-    detector.eval()
     detections: list[Detection] = []
     done = 0
     for batch in loader:
@@ -73,7 +71,6 @@ def detect(
         done += len(images)
         if tell is not None:
             tell(done)
-    detector.train(was_training)
     return detections
 
 

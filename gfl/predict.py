@@ -79,12 +79,12 @@ def write_predictions(
     and a picture of every image, on which detections of at least `min_score` are drawn.
     """
     about = predictor.about
-    folder.mkdir(parents=True, exist_ok=True)
     images: list[dict[str, Any]] = []
     records: list[dict[str, Any]] = []
     for number, file in enumerate(files, start=1):
         pixels = read_image(file)
         found = predictor.predict(pixels)
+        folder.mkdir(parents=True, exist_ok=True)
         _, height, width = pixels.shape
         images.append({"id": number, "file_name": str(file), "height": height, "width": width})
         detections = coco_records(found, number, about.category_ids)

@@ -82,7 +82,7 @@ def read_state_dict(path: Path) -> Mapping[str, Tensor]:
             f"{path}: holds Python objects beside tensors, which could run code when read; "
             "save its state_dict alone"
         ) from error
-    except (SafetensorError, RuntimeError, EOFError, OSError) as error:
+    except (SafetensorError, RuntimeError, EOFError, OSError, LookupError, ValueError) as error:
         raise ValueError(f"{path}: not a readable weights file ({error})") from error
     state = content.get("state_dict", content) if isinstance(content, Mapping) else content
     if not isinstance(state, Mapping) or not all(isinstance(v, Tensor) for v in state.values()):

@@ -29,7 +29,7 @@ def demo(arguments: argparse.Namespace) -> None:
 
     started = time.perf_counter()
     registered = f"registry={{name: {MODEL}, alias: champion}}"
-    job = load_job("configs/demo.yaml", [registered, *arguments.overrides])
+    job = load_job("configs/demo.yaml", [*arguments.overrides, registered])
     (out := storage_root(job) / "demo").mkdir(parents=True, exist_ok=True)
     with Progress() as progress:
         name = time.strftime("demo-%Y%m%d-%H%M%S")

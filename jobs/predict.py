@@ -30,12 +30,15 @@ def predict(arguments: argparse.Namespace) -> None:
 
     from gfl.checkpoint import load_checkpoint, read_config
     from gfl.configfile import derive
+    from gfl.data.transforms import read_image
     from gfl.predict import Predictor, image_files, write_predictions
     from gfl_platform import registry
     from gfl_platform.config import JobConfig, job_of
     from gfl_platform.storage import scratch_folder
 
     files = image_files(arguments.images)
+    for file in files:
+        read_image(file)  # a damaged one is said before anything is written
     where = job_of(arguments.overrides)
     with scratch_folder(where) as scratch:
         checkpoint = registry.fetch_checkpoint(where, arguments.model, scratch)

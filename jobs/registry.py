@@ -1,6 +1,7 @@
 """Look at the model registry and point aliases: `python -m jobs.registry list|show|promote`."""
 
 import argparse
+import re
 import time
 
 from rich.table import Table
@@ -31,6 +32,9 @@ def registry(arguments: argparse.Namespace) -> None:
     from gfl_platform.config import job_of
 
     job = job_of(arguments.overrides)
+    for word in arguments.overrides:
+        if re.split("[.=]", word)[0] not in ("storage", "tracking"):
+            raise ValueError(f"{word}: has no effect here; storage.root and tracking.uri have")
     if arguments.command == "list":
         table = Table("model", "version", "aliases", "AP", "FPS", "run", "registered")
         for v in models.list_versions(job, arguments.name):

@@ -113,3 +113,23 @@ def ray_cluster():
     yield os.environ["RAY_ADDRESS"]
     del os.environ["RAY_ADDRESS"]
     ray.shutdown()
+
+
+@pytest.fixture(scope="session")
+def trained(ray_cluster, tiny_file, tmp_path_factory):
+    """A finished training called `first`: its job, its result and all its events.
+
+    Its model is `shapes`, in two versions; the first is `champion`.
+    """
+    from gfl_platform import registry, training
+    from gfl_platform.config import load_job
+
+    root, events = tmp_path_factory.mktemp("outputs"), []
+    register = "registry={name: shapes, alias: champion}"
+    job = load_job(tiny_file, [f"storage.root={root}", register])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("MLFLOW_TRACKING_URI", raising=False)
+        result = training.train(job, "first", resume=False, watch=events.append)
+        figures = {"AP": result.metrics["AP"], "fps": result.fps}
+        registry.register(job, "shapes", result.checkpoint, result.run_id, figures)
+    return job, result, events

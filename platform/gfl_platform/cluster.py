@@ -163,11 +163,11 @@ def _pumped(queue: Any, handle: Watcher) -> Iterator[None]:
     done = threading.Event()
 
     def drain() -> None:
-        try:
-            for event in ray.get(queue.drain.remote()):
+        for event in ray.get(queue.drain.remote()):
+            try:
                 handle(event)
-        except Exception:  # whatever shows or logs a training must not end it
-            logger.exception("an event of the job was lost")
+            except Exception:  # whatever shows or logs a training must not end it
+                logger.exception("an event of the job was not shown or logged")
 
     def pump() -> None:
         while not done.wait(DRAIN_SECONDS):

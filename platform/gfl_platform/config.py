@@ -100,7 +100,12 @@ def load_job(path: str | Path, overrides: Sequence[str] = ()) -> JobConfig:
 def job_of(overrides: Sequence[str]) -> JobConfig:
     """Return where and how a job without a configuration file runs, as `overrides` say.
 
-    Those of the model and its data are left for its checkpoint's configuration.
+    Those of the model and its data are left for its checkpoint's configuration; here they are only
+    checked to be keys.
     """
+    for word in overrides:
+        section = word.split(".")[0].split("=")[0]
+        if section not in JobConfig.model_fields:
+            derive(JobConfig, Config(), [word])  # raises, with a suggestion
     where = [word for word in overrides if word.split(".")[0].split("=")[0] in JOB_SECTIONS]
     return derive(JobConfig, Config(), where)

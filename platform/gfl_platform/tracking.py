@@ -70,8 +70,9 @@ def connect(job: JobConfig) -> "MlflowClient":
         os.environ.pop("MLFLOW_TRACKING_URI", None)
     else:
         os.environ["MLFLOW_TRACKING_URI"] = chosen_by_user
-    client = mlflow.MlflowClient()
+    logging.getLogger("urllib3").setLevel(logging.ERROR)  # tells of every attempt
     try:
+        client = mlflow.MlflowClient()
         client.search_experiments(max_results=1)
     except (MlflowException, OSError) as error:
         reason = str(error).partition(" failed with ")[0].splitlines()[0]

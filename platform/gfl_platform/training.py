@@ -151,8 +151,8 @@ def _run(
     from ray.train import CheckpointConfig, FailureConfig
 
     def handle(event: Event) -> None:
-        watch(event)
         tracker.handle(event)
+        watch(event)
 
     result = cluster.run_workers(
         train_worker,
@@ -187,7 +187,11 @@ def _require_same_config(path: Path, config: Config) -> None:
         return
     before = flatten(parse_config(path.read_text(), str(path)).model_dump(mode="json"))
     now = flatten(config.model_dump(mode="json"))
-    changes = [f"{key} {before[key]!r} -> {now[key]!r}" for key in now if before[key] != now[key]]
+    changes = [
+        f"{key} {before.get(key)!r} -> {now.get(key)!r}"
+        for key in sorted(before.keys() | now.keys())
+        if before.get(key) != now.get(key)
+    ]
     if changes:
         raise ConfigError(
             f"{path}: this run was started with another configuration ({', '.join(changes)}); "

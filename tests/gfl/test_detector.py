@@ -250,12 +250,14 @@ def test_one_batch_can_be_learned_by_heart(small):
     labels = [torch.tensor([0]), torch.tensor([2])]
     for image, ((x1, y1, x2, y2),), label in zip(images, boxes, labels, strict=True):
         image[label, int(y1) : int(y2), int(x1) : int(x2)] = 2.0
+    for module in small.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.momentum = 0.5  # statistics follow the weights closely
     optimizer = torch.optim.AdamW(small.parameters(), lr=3e-3)
     for _ in range(80):
         optimizer.zero_grad()
         sum(small.losses(images, boxes, labels).values()).backward()
         optimizer.step()
-    small.train()  # the batch's own statistics: the running ones lag behind
     for found, box, label in zip(small.predict(images), boxes, labels, strict=True):
         assert found.labels[0] == label
         assert box_iou(found.boxes[0], box[0]) > 0.8
@@ -279,6 +281,26 @@ def test_predictions_are_in_pixels_of_the_original_image(small):
     grown = torch.tensor([3.0, 2.0, 3.0, 2.0])
     torch.testing.assert_close(scaled.boxes[kept], plain.boxes[partner] * grown)
     torch.testing.assert_close(scaled.edge_std[kept], plain.edge_std[partner] * grown)
+
+
+def test_predicting_changes_nothing_about_a_detector_in_training(small):
+    before = {key: value.clone() for key, value in small.state_dict().items()}
+    images = batch_of([1])[0]
+    in_training = small.predict(images)[0]
+    assert small.training
+    for key, value in small.state_dict().items():
+        assert torch.equal(value, before[key]), key
+    assert torch.equal(in_training.scores, small.eval().predict(images)[0].scores)
+
+
+def test_ground_truths_that_do_not_fit_together_are_refused(small):
+    images, boxes, labels = batch_of([2, 1])
+    with pytest.raises(ValueError, match=r"each of 2 images, got 1 and 2"):
+        small.losses(images, boxes[:1], labels)
+    with pytest.raises(ValueError, match=r"image 1: expected boxes \(G, 4\)"):
+        small.losses(images, boxes, [labels[0], labels[1][:0]])
+    with pytest.raises(ValueError, match="without objects"):
+        small.losses(images, [boxes[0], torch.tensor([])], [labels[0], labels[1][:0]])
 
 
 def test_normalisation_leaves_padding_at_zero(small):

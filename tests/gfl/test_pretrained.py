@@ -95,6 +95,9 @@ def test_files_that_cannot_be_read_safely_are_refused(tiny, tmp_path):
     torch.save({"state_dict": {}, "meta": Foreign()}, tmp_path / "foreign.pth")
     with pytest.raises(ValueError, match="could run code"):
         gfl.load_weights(detector, tmp_path / "foreign.pth")
+    (tmp_path / "text.pth").write_text("it is not")
+    with pytest.raises(ValueError, match=r"text\.pth"):
+        gfl.load_weights(detector, tmp_path / "text.pth")
     (tmp_path / "plain.pth").write_bytes(pickle.dumps({"a": Foreign()}, protocol=2))
     with pytest.raises(ValueError, match=r"plain\.pth"):
         gfl.load_weights(detector, tmp_path / "plain.pth")

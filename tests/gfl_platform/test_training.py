@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from gfl.checkpoint import load_checkpoint, read_about
-from gfl.configfile import ConfigError
+from gfl.configfile import ConfigError, load_config
 from gfl_platform import cluster, registry, training
 from gfl_platform.config import load_job
 from gfl_platform.evaluating import evaluate_checkpoint
@@ -23,19 +23,6 @@ pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_cluster")]
 
 def job_of(tiny_file, root, *overrides):
     return load_job(tiny_file, [f"storage.root={root}", *overrides])
-
-
-@pytest.fixture(scope="module")
-def trained(ray_cluster, tiny_file, tmp_path_factory):
-    """A finished training with its job and all its events."""
-    register = "registry={name: shapes, alias: champion}"
-    job, events = job_of(tiny_file, tmp_path_factory.mktemp("outputs"), register), []
-    with pytest.MonkeyPatch.context() as patch:
-        patch.delenv("MLFLOW_TRACKING_URI", raising=False)
-        result = training.train(job, "first", resume=False, watch=events.append)
-        figures = {"AP": result.metrics["AP"], "fps": result.fps}
-        registry.register(job, "shapes", result.checkpoint, result.run_id, figures)
-    return job, result, events
 
 
 def test_the_driver_hears_of_steps_and_epochs(trained):
@@ -177,6 +164,17 @@ def test_a_run_is_not_resumed_with_another_configuration(trained, tiny_file):
         ConfigError, match=r"another configuration \(loss\.qfl\.beta 2\.0 -> 1\.5\)"
     ):
         training.train(job, "first", resume=True, watch=lambda _: None)
+
+
+def test_a_section_that_came_or_went_is_a_change_of_configuration(tmp_path):
+    with_shapes = load_config("configs/demo.yaml")
+    without = load_config("configs/demo.yaml", ["data.shapes=null"])
+    for number, (first, second) in enumerate(((with_shapes, without), (without, with_shapes))):
+        noted = tmp_path / f"{number}.yaml"
+        training._require_same_config(noted, first)
+        training._require_same_config(noted, first)
+        with pytest.raises(ConfigError, match=r"another configuration \(data\.shapes"):
+            training._require_same_config(noted, second)
 
 
 @pytest.mark.parametrize(

@@ -53,6 +53,8 @@ def test_every_job_explains_itself_with_an_example(job):
         (("jobs.train", "configs/demo.yaml", "--resume"), "say which run with run.name=NAME"),
         (("jobs.evaluate", "no/such/folder"), "no/such/folder: no such folder"),
         (("jobs.predict", "models:/x@y", "absent.jpg"), "absent.jpg: no such image or folder"),
+        (("jobs.registry", "list", "loss.qfl.beta=1.5"), "has no effect here"),
+        (("jobs.registry", "list", "trackng.uri=x"), "did you mean 'tracking'?"),
         (("jobs.registry", "show", "absent", "1"), "absent: no such model; there is none yet"),
     ],
 )
@@ -74,23 +76,21 @@ def test_a_mistake_ends_the_process_with_that_status(tmp_path):
     assert error == "error: command line: loss.qfl.bta: unknown key; did you mean 'beta'?\n"
 
 
-@pytest.fixture(scope="module")
-def outputs(ray_cluster, tiny_file, tmp_path_factory):
-    """A storage root with a run `whole` and a model `tiny@champion`, both made by `jobs.train`."""
-    root = tmp_path_factory.mktemp("outputs")
-    status, out, error = run(
-        "jobs.train", tiny_file, f"storage.root={root}", "run.name=whole",
-        "registry={name: tiny, alias: champion}",
-    )  # fmt: skip
-    assert status == 0, error
-    assert "epoch 3: AP" in out
-    assert "tiny version 1 @champion" in out
-    return root
+@pytest.fixture
+def outputs(trained):
+    """The storage root of the run `first` and the model `shapes@champion`."""
+    return Path(trained[0].storage.root)
 
 
 @pytest.mark.ray
 def test_an_interrupted_training_resumes_to_the_same_weights_in_the_same_run(outputs, tiny_file):
-    arguments = ("jobs.train", tiny_file, f"storage.root={outputs}", "run.name=part")
+    arguments = (
+        "jobs.train",
+        tiny_file,
+        f"storage.root={outputs}",
+        "run.name=part",
+        "registry={name: tiny, alias: champion}",
+    )
     folder = outputs / "runs" / "part"
     process = start(*arguments)
     deadline = time.monotonic() + 120
@@ -104,7 +104,9 @@ def test_an_interrupted_training_resumes_to_the_same_weights_in_the_same_run(out
     status, out, error = run(*arguments, "--resume")
     assert status == 0, error
     assert before in out
-    for key, value in last_weights(outputs / "runs" / "whole").items():
+    assert "epoch 3: AP" in out
+    assert "tiny version 1 @champion" in out
+    for key, value in last_weights(outputs / "runs" / "first").items():
         assert torch.equal(value, last_weights(folder)[key]), key
 
 
@@ -119,7 +121,7 @@ def last_weights(folder):
 def test_a_model_is_evaluated_by_alias(outputs, tmp_path):
     status, out, error = run(
         "jobs.evaluate",
-        "models:/tiny@champion",
+        "models:/shapes@champion",
         f"storage.root={outputs}",
         "postprocess.score_threshold=1.0",
         "--out",
@@ -136,7 +138,7 @@ def test_a_model_is_evaluated_by_alias(outputs, tmp_path):
 @pytest.mark.ray
 def test_predictions_are_coco_json_and_pictures(outputs, shapes_folder, tmp_path):
     status, out, error = run(
-        "jobs.predict", "models:/tiny@champion", shapes_folder / "val" / "images",
+        "jobs.predict", "models:/shapes@champion", shapes_folder / "val" / "images",
         "--out", tmp_path,
         f"storage.root={outputs}",
     )  # fmt: skip
@@ -157,18 +159,18 @@ def test_predictions_are_coco_json_and_pictures(outputs, shapes_folder, tmp_path
 
 
 @pytest.mark.ray
-def test_the_registry_is_listed_shown_and_promoted(outputs):
-    root = f"storage.root={outputs}"
-    status, out, _ = run("jobs.registry", "list", root)
-    assert status == 0
-    assert "tiny" in out
-    assert "champion" in out
-    status, out, _ = run("jobs.registry", "show", "tiny", "champion", root)
-    assert status == 0
-    assert "git.commit" in out
-    status, out, _ = run("jobs.registry", "promote", "tiny", "1", "--alias", "staging", root)
-    assert status == 0
-    assert "tiny@staging is version 1" in out
+def test_the_registry_is_listed_shown_and_promoted(outputs, monkeypatch, capsys):
+    from jobs import registry
+
+    def registry_says(*arguments):
+        monkeypatch.setattr(sys, "argv", ["registry", *arguments, f"storage.root={outputs}"])
+        registry.main()
+        return capsys.readouterr().out
+
+    assert "champion" in registry_says("list")
+    assert "git.commit" in registry_says("show", "shapes", "champion")
+    out = registry_says("promote", "shapes", "1", "--alias", "staging")
+    assert "shapes@staging is version 1" in out
 
 
 @pytest.mark.ray
