@@ -3,7 +3,6 @@
 Shapes: P points over all L levels.
 """
 
-import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
@@ -57,11 +56,6 @@ def grid_points(level_sizes: tuple[tuple[int, int], ...], device: torch.device) 
             level_shape=_constants(chain(*level_sizes), device).view(-1, 2).flip(-1),
             level_start=_constants([0, *per_level[:-1]], device).cumsum(0),
         )
-
-
-def level_sizes(height: int, width: int) -> tuple[tuple[int, int], ...]:
-    """Return the (height, width) in cells of each level for an input of `height` x `width` px."""
-    return tuple((math.ceil(height / step), math.ceil(width / step)) for step in STRIDES)
 
 
 def _constants(values: Iterable[float], device: torch.device) -> Tensor:

@@ -27,7 +27,7 @@ def parser(description: str, example: str) -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(
         description=description,
         epilog=f"""\
-key=value, anywhere on the line, changes the configuration: loss.qfl.beta=1.5
+key=value, anywhere on the line, changes the configuration: storage.root=/shared/outputs
 example: {example}""",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

@@ -1,5 +1,6 @@
-"""Training processes without Ray: a gloo group of spawned workers on this machine."""
+"""Training processes without Ray (a gloo group of spawned workers), and sizes of a pyramid."""
 
+import math
 import os
 import socket
 from collections.abc import Callable
@@ -10,6 +11,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+
+from gfl.points import STRIDES
 
 
 def run_workers(count: int, work: Callable[..., Any], *arguments: Any) -> list[Any]:
@@ -30,3 +33,8 @@ def _work(rank: int, count: int, port: int, folder: str, work: Any, arguments: A
         torch.save(work(rank, *arguments), Path(folder) / f"{rank}.pt")
     finally:
         dist.destroy_process_group()
+
+
+def level_sizes(height: int, width: int) -> tuple[tuple[int, int], ...]:
+    """Return the (height, width) in cells of each level for an input of `height` x `width` px."""
+    return tuple((math.ceil(height / step), math.ceil(width / step)) for step in STRIDES)

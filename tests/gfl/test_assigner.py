@@ -5,9 +5,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tests_support import level_sizes
 
 from gfl.assigner import Targets, assign, pad_targets, valid_locations
-from gfl.points import STRIDES, grid_points, level_sizes
+from gfl.points import STRIDES, grid_points
 
 CPU = torch.device("cpu")
 

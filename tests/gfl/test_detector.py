@@ -233,8 +233,10 @@ def test_losses_weigh_positives_over_the_batch_as_the_paper_normalises(small):
     apart = [
         small.losses(images[i : i + 1], boxes[i : i + 1], labels[i : i + 1])["qfl"] for i in (0, 1)
     ]
+    from tests_support import level_sizes
+
     from gfl.assigner import assign
-    from gfl.points import grid_points, level_sizes
+    from gfl.points import grid_points
 
     points = grid_points(level_sizes(64, 64), images.device)
     targets = pad_targets(boxes, labels, torch.tensor([[64, 64], [64, 64]]))

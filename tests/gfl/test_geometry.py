@@ -5,13 +5,14 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from tests_support import level_sizes
 from torchvision.ops import box_iou as pairwise_iou
 from torchvision.ops import generalized_box_iou
 
 from gfl.boxes import box_giou, box_iou, ltrb_to_xyxy, xyxy_to_ltrb
 from gfl.integral import Integral
 from gfl.losses import REACH_MARGIN
-from gfl.points import grid_points, level_sizes
+from gfl.points import grid_points
 
 
 def some_boxes(count, seed):
