@@ -36,3 +36,4 @@ imports: $(INSTALLED)
 
 bench: $(INSTALLED)
 	$(BIN)/python -m benchmarks.steps
+	$(BIN)/python -m benchmarks.evaluation

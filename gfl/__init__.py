@@ -3,8 +3,9 @@
 from gfl.config import Config
 from gfl.configfile import ConfigError, load_config
 from gfl.detector import Detector
+from gfl.mmdet import convert_mmdet, export_mmdet
 from gfl.postprocess import Predictions
-from gfl.pretrained import convert_mmdet, load_weights
+from gfl.pretrained import load_weights
 
 __all__ = [
     "Config",
@@ -12,6 +13,7 @@ __all__ = [
     "Detector",
     "Predictions",
     "convert_mmdet",
+    "export_mmdet",
     "load_config",
     "load_weights",
 ]

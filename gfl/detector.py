@@ -17,12 +17,19 @@ from gfl.config import Config
 from gfl.fpn import FPN
 from gfl.head import Head
 from gfl.integral import Integral
-from gfl.losses import distribution_focal_loss, giou_loss, quality_focal_loss
+from gfl.losses import (
+    distribution_focal_loss,
+    giou_loss,
+    localisation_distillation_loss,
+    quality_focal_loss,
+)
 from gfl.points import Points, grid_points
 from gfl.postprocess import Predictions, postprocess
 
 LOSSES = ("qfl", "giou", "dfl")
-"""The parts of the objective."""
+"""The parts of the objective; with a teacher `DISTILLATION` is one more."""
+
+DISTILLATION = "ld"
 
 
 class Detector(nn.Module):
@@ -64,16 +71,26 @@ class Detector(nn.Module):
             boxes: Per image (G_i, 4), `xyxy` in px of `images`.
             labels: Per image (G_i,), classes in 0..C-1.
         """
-        return self.objective(images, pad_targets(boxes, labels, _full_sizes(images)))
+        return self.objective(self(images), pad_targets(boxes, labels, _full_sizes(images)))
 
-    def objective(self, images: Tensor, targets: Targets) -> dict[str, Tensor]:
-        """Return the same as `losses` for ground truths that are padded already.
+    def objective(
+        self,
+        outputs: tuple[list[Tensor], list[Tensor]],
+        targets: Targets,
+        teacher: list[Tensor] | None = None,
+    ) -> dict[str, Tensor]:
+        """Return the losses of what `forward` returned.
 
-        GIoU and DFL of a positive location weigh by its highest class score. QFL is divided by the
-        positives, the other two by the sum of those weights; both divisors are averages over
-        workers, by one all-reduce.
+        Box losses of a positive location weigh by its highest class score. QFL is divided by the
+        positives, GIoU and DFL by the sum of those weights; both divisors are averages over
+        workers, by one all-reduce. Distillation is divided by the images alone, as its authors do.
+
+        Args:
+            outputs: Class and distribution logits per level.
+            targets: The padded ground truths.
+            teacher: Another detector's distribution logits of the same images: adds the loss `ld`.
         """
-        cls_levels, reg_levels = self(images)
+        cls_levels, reg_levels = outputs
         points = _points(cls_levels)
         cls_logits = _flatten(cls_levels)  # (B, P, C)
         reg_logits = _flatten(reg_levels)  # (B, P, 4 * R)
@@ -95,15 +112,28 @@ class Detector(nn.Module):
         bins = xyxy_to_ltrb(anchor, true_boxes) / self.integral.bin_width
         dfl = distribution_focal_loss(reg_logits.unflatten(-1, (4, -1)), bins).mean(dim=-1) * weight
 
+        config = self.config.loss
+        losses = {}
+        if teacher is not None:
+            assert config.distillation is not None
+            ld = localisation_distillation_loss(
+                reg_logits.unflatten(-1, (4, -1)),
+                _flatten(teacher).unflatten(-1, (4, -1)),
+                config.distillation.temperature,
+            )
+            ld = (ld.mean(dim=-1) * weight).sum() / len(ld)
+            losses[DISTILLATION] = ld * config.distillation.weight
+
         positives = positive.sum(dim=1).clamp(min=1).sum()
         positives, weights = mean_over_workers(torch.stack([positives, weight.sum()])).unbind()
         # At least 1 over all workers. (The reference: 1 on their average, so that the number of
         # workers changes the losses while scores are small.)
         weights = weights.clamp(min=1 / world_size())
         return {
-            "qfl": qfl.sum() / positives * self.config.loss.qfl.weight,
-            "giou": giou.sum() / weights * self.config.loss.giou.weight,
-            "dfl": dfl.sum() / weights * self.config.loss.dfl.weight,
+            "qfl": qfl.sum() / positives * config.qfl.weight,
+            "giou": giou.sum() / weights * config.giou.weight,
+            "dfl": dfl.sum() / weights * config.dfl.weight,
+            **losses,
         }
 
     @torch.no_grad()
@@ -170,7 +200,9 @@ def _flatten(levels: list[Tensor]) -> Tensor:
 
 def _points(levels: list[Tensor]) -> Points:
     sizes = tuple((level.shape[2], level.shape[3]) for level in levels)
-    return grid_points(sizes, levels[0].device)
+    # The compiler makes constants of its own, and warns of any cache.
+    make = grid_points.__wrapped__ if torch.compiler.is_compiling() else grid_points
+    return make(sizes, levels[0].device)
 
 
 def _full_sizes(images: Tensor) -> Tensor:

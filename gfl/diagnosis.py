@@ -2,23 +2,23 @@
 
 from collections.abc import Callable
 
-import torch
 from torch import Tensor, nn
 
 from gfl.assigner import Targets
-from gfl.detector import Detector
+from gfl.objective import Objective
 
 
 class NonFiniteLossError(RuntimeError):
     """Training met NaN or infinity; the message names the first tensor and the images."""
 
 
-def first_non_finite(detector: Detector, images: Tensor, targets: Targets) -> str | None:
+def first_non_finite(objective: Objective, images: Tensor, targets: Targets) -> str | None:
     """Repeat one training step; return the name of its first tensor with NaN or infinity, if any.
 
     Looks at the inputs, the parameters, every module's output in the order of execution, the losses
     and at last the gradients. Waits for the device all along: meant for the one step that failed.
     """
+    detector = objective.detector
     tensors = {"input images": images, "input boxes": targets.boxes}
     tensors |= {f"parameter {name}": p for name, p in detector.named_parameters()}
     # Go on even so: workers that found nothing wait for this one in the objective's all-reduce.
@@ -29,15 +29,16 @@ def first_non_finite(detector: Detector, images: Tensor, targets: Targets) -> st
         if name
     ]
     try:
-        losses = detector.objective(images, targets)
+        losses = objective.forward(images, targets)  # a compiled call would pass by the hooks
     finally:
         for hook in hooks:
             hook.remove()
-    culprits += [f"loss {name}" for name, loss in losses.items() if not _finite(loss)]
+    named = zip(objective.names, losses, strict=True)
+    culprits += [f"loss {name}" for name, loss in named if not _finite(loss)]
     if culprits:
         return culprits[0]
     detector.zero_grad()
-    torch.stack(list(losses.values())).sum().backward()
+    losses.sum().backward()
     gradients = {name: p.grad for name, p in detector.named_parameters() if p.grad is not None}
     # Backpropagation runs from the head to the stem.
     for name, gradient in reversed(gradients.items()):

@@ -19,11 +19,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from gfl.config import Config
-from gfl.data.coco import CocoSplit
 from gfl.data.loading import Batch, DetectionDataset, EvaluationBatches, build_loader
-from gfl.detector import LOSSES, Detector, mean_over_workers
+from gfl.data.split import Split
+from gfl.detector import Detector, mean_over_workers
 from gfl.evaluation import evaluate
-from gfl.optim import scaled_lr
 from gfl.trainer import Trainer, worker_rank
 
 logger = logging.getLogger(__name__)
@@ -77,13 +76,14 @@ class Listener(Protocol):
 
 def fit(
     config: Config,
-    splits: tuple[CocoSplit, CocoSplit],
+    splits: tuple[Split, Split],
     listener: Listener,
     *,
     device: torch.device,
     failure_folder: Path,
     weights: Path | None = None,
     resume: Path | None = None,
+    teacher: Path | None = None,
     report_every: int = 10,
 ) -> Trainer:
     """Train, and evaluate after every epoch.
@@ -97,20 +97,20 @@ def fit(
         weights: Local file of weights to start from.
         resume: Checkpoint to go on from; the result is the same bit for bit as without
             interruption.
+        teacher: Folder of the checkpoint that `loss.distillation` learns from.
         report_every: Steps between reports; the host waits for the device only then.
 
     Raises:
         NonFiniteLossError: at the first report after a loss or gradient turned NaN or infinite.
     """
     train, val = splits
-    trainer = Trainer(config, train, device, weights, resume)
-    logger.info("learning rate %g for %d images a step", scaled_lr(config), config.data.batch)
+    trainer = Trainer(config, train, device, weights, resume, teacher)
     processes = config.data.loader_workers
     loader = build_loader(trainer.dataset, trainer.batches, processes, pin=device.type == "cuda")
     evaluation = build_evaluation_loader(config, val, device)
     window = _Window(trainer, report_every)
-    trainer.objective.train()
-    for batch in loader:
+    trainer.parallel.train()
+    for batch in () if trainer.out_of_patience else loader:
         window.add(trainer.train_step(batch.to(device)))
         end_of_epoch = trainer.step % trainer.batches.steps_per_epoch == 0
         if window.full or end_of_epoch:
@@ -119,17 +119,20 @@ def fit(
                 raise trainer.explain_bad_step(bad_step, failure_folder)
             listener.on_steps(report)
         if end_of_epoch:
-            _share_buffers(trainer.detector)
-            metrics = evaluate(trainer.detector, val, evaluation, device)
-            trainer.objective.train()
+            _share_buffers(trainer.detector, trainer.model)
+            metrics = evaluate(trainer.model, val, evaluation, device)
+            trainer.parallel.train()
+            trainer.note_quality(metrics["AP"])
             save = partial(trainer.save, split=train, metrics=metrics)
             listener.on_epoch(EpochReport(trainer.epochs_done, trainer.step, metrics, save))
+            if trainer.out_of_patience:
+                break
             window.restart()
     return trainer
 
 
 def build_evaluation_loader(
-    config: Config, split: CocoSplit, device: torch.device
+    config: Config, split: Split, device: torch.device
 ) -> DataLoader[Batch]:
     """Return the loader of this worker's share of the evaluation set."""
     rank, world = worker_rank()
@@ -138,11 +141,12 @@ def build_evaluation_loader(
     return build_loader(dataset, batches, config.data.loader_workers, pin=device.type == "cuda")
 
 
-def _share_buffers(detector: Detector) -> None:
+def _share_buffers(*detectors: Detector) -> None:
     """Give all workers the BatchNorm statistics of rank 0: those that checkpoints hold."""
     if dist.is_initialized():
-        for buffer in detector.buffers():
-            dist.broadcast(buffer, src=0)
+        for detector in detectors:
+            for buffer in detector.buffers():
+                dist.broadcast(buffer, src=0)
 
 
 class _Window:
@@ -175,7 +179,7 @@ class _Window:
         seconds = time.perf_counter() - self._start
         metrics = {
             "loss": sum(losses),
-            **dict(zip(LOSSES, losses, strict=True)),
+            **dict(zip(trainer.objective.names, losses, strict=True)),
             "grad_norm": norm,
             "lr": trainer.scheduler.get_last_lr()[0],
             "images_per_second": len(self._rows) * trainer.config.data.batch / seconds,

@@ -1,39 +1,60 @@
-"""COCO average precision: predictions of all workers, gathered, evaluated once by pycocotools."""
+"""COCO average precision: detections of all workers, gathered, evaluated once.
+
+hotcoco measures; pycocotools, many times slower, is the referee that must find the same.
+Shapes: N detections, T IoU thresholds, R recall thresholds, K classes, A area ranges, M limits on
+the detections of an image.
+"""
 
 import contextlib
 import io
-from collections.abc import Callable, Sequence
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import hotcoco
+import numpy as np
+import numpy.typing as npt
 import torch
 import torch.distributed as dist
-from pycocotools.coco import COCO
-from pycocotools.cocoeval import COCOeval
 from torch.utils.data import DataLoader
 
-from gfl.data.coco import CocoSplit
+from gfl.config import Config
 from gfl.data.loading import Batch
+from gfl.data.split import Split
 from gfl.detector import Detector
-from gfl.postprocess import Predictions
+from gfl.postprocess import Rows, coco_records, coco_rows
 
-STATISTICS = (
-    "AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl",
-)  # fmt: skip
-"""The twelve numbers, in the order of pycocotools."""
+Floats = npt.NDArray[np.float64]
 
-Detection = dict[str, Any]
-"""COCO's record: image_id, category_id, bbox (`xywh` in px), score."""
+IOU_THRESHOLDS = tuple(f"{percent / 100:.2f}" for percent in range(50, 100, 5))
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What was measured; -1 where there is no ground truth.
+
+    Attributes:
+        metrics: COCO's statistics in its order: AP, AP50, AP75, APs, APm, APl, AR1, AR10, AR100
+            (one for each limit on the detections of an image), ARs, ARm, ARl.
+        ap_by_iou: AP at each IoU threshold, "0.50" to "0.95".
+        ap_by_class: AP of each class, by name.
+    """
+
+    metrics: dict[str, float]
+    ap_by_iou: dict[str, float]
+    ap_by_class: dict[str, float]
 
 
 def evaluate(
     detector: Detector,
-    split: CocoSplit,
+    split: Split,
     loader: DataLoader[Batch],
     device: torch.device,
     tell: Callable[[int], None] | None = None,
 ) -> dict[str, float]:
-    """Return the twelve COCO statistics over `split`, the same on every worker.
+    """Return the COCO statistics over `split`, the same on every worker.
 
     Args:
         detector: Its mode is left as it was.
@@ -42,22 +63,22 @@ def evaluate(
         device: Where the detector is.
         tell: Is told after every batch how many images this worker has done.
     """
-    detections = gather(detect(detector, split, loader, device, tell))
-    statistics = [coco_statistics(split, detections) if detections is not None else {}]
+    rows = gather(detect(detector, split, loader, device, tell))
+    metrics = [{} if rows is None else evaluate_split(split, rows, detector.config).metrics]
     if dist.is_initialized():
-        dist.broadcast_object_list(statistics, src=0)
-    return statistics[0]
+        dist.broadcast_object_list(metrics, src=0)
+    return metrics[0]
 
 
 def detect(
     detector: Detector,
-    split: CocoSplit,
+    split: Split,
     loader: DataLoader[Batch],
     device: torch.device,
     tell: Callable[[int], None] | None = None,
-) -> list[Detection]:
-    """Return the detections of this worker's share of `split`."""
-    detections: list[Detection] = []
+) -> Rows:
+    """Return the detections of this worker's share of `split`, as `coco_rows` has them."""
+    parts = [np.empty((0, 7))]
     done = 0
     for batch in loader:
         images = batch.images.tolist()
@@ -67,65 +88,136 @@ def detect(
             detector.normalize(moved.pixels, sizes), sizes, moved.original_sizes
         )
         for image, found in zip(images, predictions, strict=True):
-            detections += coco_records(found, split.records[image].image_id, split.category_ids)
+            parts.append(coco_rows(found, split.records[image].image_id, split.category_ids))
         done += len(images)
         if tell is not None:
             tell(done)
-    return detections
+    return np.concatenate(parts)
 
 
-def coco_records(
-    predictions: Predictions, image_id: int, category_ids: Sequence[int]
-) -> list[Detection]:
-    """Return `predictions` of one image as COCO detection records."""
-    corner, far = predictions.boxes.split(2, dim=1)
-    xywh = torch.cat([corner, far - corner], dim=1).tolist()
-    return [
-        {"image_id": image_id, "category_id": category_ids[label], "bbox": box, "score": score}
-        for box, score, label in zip(
-            xywh, predictions.scores.tolist(), predictions.labels.tolist(), strict=True
-        )
-    ]
+def gather(rows: Rows) -> Rows | None:
+    """Return the detections of all workers on rank 0, in the order of image ids, None elsewhere."""
+    parts: list[Rows] | None = [rows]
+    if dist.is_initialized():
+        parts = [rows] * dist.get_world_size() if dist.get_rank() == 0 else None
+        dist.gather_object(rows, parts)
+    if parts is None:
+        return None
+    together = np.concatenate(parts)
+    # Which worker had which image must not show. Within an image the order stays: it decides
+    # between equal scores.
+    return together[np.argsort(together[:, 0], kind="stable")]
 
 
-def gather(detections: list[Detection]) -> list[Detection] | None:
-    """Return the detections of all workers on rank 0, None elsewhere."""
-    if not dist.is_initialized():
-        return detections
-    gathered: list[list[Detection]] | None = None
-    if dist.get_rank() == 0:
-        gathered = [[] for _ in range(dist.get_world_size())]
-    dist.gather_object(detections, gathered)
-    return None if gathered is None else [d for part in gathered for d in part]
-
-
-def coco_statistics(split: CocoSplit, detections: Sequence[Detection]) -> dict[str, float]:
-    """Return the twelve statistics of `detections`; -1 where there is no ground truth."""
+def evaluate_split(
+    split: Split, rows: Rows, config: Config, *, official: bool = False
+) -> Evaluation:
+    """Measure detections on all images of `split`; see `evaluate_detections`."""
     ids = [record.image_id for record in split.records]
-    return evaluate_detections(split.annotations, detections, ids)
+    limits = config.evaluation.max_detections
+    return evaluate_detections(split.truth, rows, ids, limits, official=official)
 
 
 def evaluate_detections(
-    annotations: Path, detections: Sequence[Detection], image_ids: Sequence[int]
-) -> dict[str, float]:
-    """Return the twelve COCO box statistics of `detections` on `image_ids` of a COCO JSON file."""
+    truth: Path | Mapping[str, Any],
+    rows: Rows,
+    image_ids: Sequence[int],
+    max_detections: Sequence[int] = (1, 10, 100),
+    *,
+    official: bool = False,
+) -> Evaluation:
+    """Measure detections on some images of a COCO dataset.
+
+    Args:
+        truth: The dataset: its JSON file, or what is in it.
+        rows: The detections, (N, 7), as `coco_rows` has them. Between equal scores, of images
+            that of the smaller id goes first, within an image the earlier row.
+        image_ids: The images that count.
+        max_detections: Of an image and class, the best so many count for the AR of this name, and
+            for all else as many as the largest says.
+        official: Measure with pycocotools.
+    """
+    content = _ground_truth(truth)
+    names = {category["id"]: category["name"] for category in content["categories"]}
+    limits = sorted(max_detections)
     with contextlib.redirect_stdout(io.StringIO()):  # pycocotools prints its progress
-        truth = COCO(str(annotations))
-        # pycocotools' own `loadRes` fails without any detection.
-        found = COCO()
-        found.dataset = {
-            "images": truth.dataset["images"],
-            "categories": truth.dataset["categories"],
-            "annotations": [
-                {**d, "id": number, "area": d["bbox"][2] * d["bbox"][3], "iscrowd": 0}
-                # Ties between scores go by order, which must not depend on the workers.
-                for number, d in enumerate(sorted(detections, key=lambda d: d["image_id"]), start=1)
-            ],
-        }
-        found.createIndex()
-        evaluation = COCOeval(truth, found, "bbox")
-        evaluation.params.imgIds = sorted(image_ids)
-        evaluation.evaluate()
-        evaluation.accumulate()
-        evaluation.summarize()
-    return dict(zip(STATISTICS, map(float, evaluation.stats), strict=True))
+        measured = (_pycocotools if official else _hotcoco)(content, rows)
+        measured.params.imgIds = list(image_ids)
+        measured.params.maxDets = limits
+        measured.evaluate()
+        measured.accumulate()
+    precision, recall = measured.eval["precision"], measured.eval["recall"]
+    return _summarize(precision, recall, [names[key] for key in sorted(names)], limits)
+
+
+def _ground_truth(truth: Path | Mapping[str, Any]) -> dict[str, Any]:
+    """Return what counts of a COCO dataset, in the form that both evaluators understand alike.
+
+    pycocotools needs areas and takes a match with the id 0 for none; hotcoco refuses segmentations
+    and image sizes that are not as it expects them.
+    """
+    content = json.loads(truth.read_bytes()) if isinstance(truth, Path) else truth
+    annotations = []
+    for number, entry in enumerate(content.get("annotations", ()), start=1):
+        area, (_, _, width, height) = entry.get("area"), entry["bbox"]
+        kept = {key: entry[key] for key in ("image_id", "category_id", "bbox")}
+        kept |= {"id": number, "area": width * height if area is None else area}
+        annotations.append(kept | {"iscrowd": int(entry.get("iscrowd") or 0)})
+    return {
+        "images": [{"id": image["id"]} for image in content["images"]],
+        "categories": [{key: c[key] for key in ("id", "name")} for c in content["categories"]],
+        "annotations": annotations,
+    }
+
+
+def _hotcoco(truth: dict[str, Any], rows: Rows) -> Any:
+    known = hotcoco.COCO(truth)
+    return hotcoco.COCOeval(known, known.load_res(rows), "bbox")
+
+
+def _pycocotools(truth: dict[str, Any], rows: Rows) -> Any:
+    from pycocotools.coco import COCO
+    from pycocotools.cocoeval import COCOeval
+
+    known, found = COCO(), COCO()
+    known.dataset = truth
+    # pycocotools' own `loadRes` fails without any detection.
+    found.dataset = truth | {
+        "annotations": [
+            record | {"id": number, "area": record["bbox"][2] * record["bbox"][3], "iscrowd": 0}
+            for number, record in enumerate(coco_records(rows), start=1)
+        ]
+    }
+    known.createIndex()
+    found.createIndex()
+    return COCOeval(known, found, "bbox")
+
+
+def _summarize(
+    precision: Floats, recall: Floats, classes: Sequence[str], limits: Sequence[int]
+) -> Evaluation:
+    """Average as COCO does.
+
+    Args:
+        precision: (T, R, K, A, M); -1 where there is no ground truth.
+        recall: (T, K, A, M); likewise.
+        classes: Their names.
+        limits: The M limits, the largest last.
+    """
+    ap, ar = precision[..., -1], recall[..., -1]
+    everything = ap[..., 0]  # (T, R, K)
+    ap_by_iou = dict(zip(IOU_THRESHOLDS, map(_mean, everything), strict=True))
+    areas = tuple(enumerate("sml", start=1))  # after the range of all sizes
+    metrics = {
+        "AP": _mean(everything), "AP50": ap_by_iou["0.50"], "AP75": ap_by_iou["0.75"],
+        **{f"AP{size}": _mean(ap[..., area]) for area, size in areas},
+        **{f"AR{limit}": _mean(recall[:, :, 0, m]) for m, limit in enumerate(limits)},
+        **{f"AR{size}": _mean(ar[..., area]) for area, size in areas},
+    }  # fmt: skip
+    by_class = map(_mean, np.moveaxis(everything, -1, 0))
+    return Evaluation(metrics, ap_by_iou, dict(zip(classes, by_class, strict=True)))
+
+
+def _mean(values: Floats) -> float:
+    present = values[values > -1]
+    return float(present.mean()) if present.size else -1.0

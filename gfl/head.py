@@ -10,12 +10,16 @@ from torch import Tensor, nn
 
 from gfl.config import ModelConfig
 from gfl.points import STRIDES
+from gfl.quality import QualityPredictor, joint_logits
 
 PRIOR_PROBABILITY = 0.01
 """Score of every class at the start of training (Lin et al., ICCV 2017)."""
 
 GROUP_WIDTH = 8
 """Channels per group of GroupNorm: the reference's 256 in 32 groups, as wide in other towers."""
+
+TOWER_LAYERS = 3
+"""Modules of a tower per convolution: itself, its GroupNorm and the ReLU."""
 
 
 def _tower(channels: int, depth: int) -> nn.Sequential:
@@ -38,6 +42,9 @@ class Head(nn.Module):
         self.cls_logits = nn.Conv2d(channels, config.num_classes, 3, padding=1)
         self.reg_logits = nn.Conv2d(channels, 4 * (config.reg_max + 1), 3, padding=1)
         self.scales = nn.ParameterList(nn.Parameter(torch.tensor(1.0)) for _ in STRIDES)
+        self.quality_predictor: QualityPredictor | None = None
+        if config.quality_predictor is not None:
+            self.quality_predictor = QualityPredictor(config.quality_predictor, config.reg_max + 1)
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.normal_(module.weight, std=0.01)
@@ -54,4 +61,9 @@ class Head(nn.Module):
             self.reg_logits(self.reg_tower(level)) * scale
             for level, scale in zip(levels, self.scales, strict=True)
         ]
+        if self.quality_predictor is not None:
+            cls_logits = [
+                joint_logits(cls, self.quality_predictor(reg))
+                for cls, reg in zip(cls_logits, reg_logits, strict=True)
+            ]
         return cls_logits, reg_logits

@@ -1,4 +1,4 @@
-"""The three losses of Generalized Focal Loss (Li et al., NeurIPS 2020): unreduced, in float32.
+"""The losses of Generalized Focal Loss (Li et al., NeurIPS 2020): unreduced, in float32.
 
 Shapes: every function broadcasts over leading dimensions (...); R = reg_max + 1 bins.
 """
@@ -55,3 +55,22 @@ def distribution_focal_loss(logits: Tensor, target: Tensor) -> Tensor:
 def giou_loss(boxes: Tensor, targets: Tensor) -> Tensor:
     """Return `1 - GIoU` (...) of `boxes` and `targets`, both (..., 4) `xyxy` in one unit."""
     return 1 - box_giou(boxes.float(), targets.float())
+
+
+def localisation_distillation_loss(
+    logits: Tensor, teacher_logits: Tensor, temperature: float
+) -> Tensor:
+    """Return how far an edge's distribution is from a teacher's, (...).
+
+    `T^2 * KL(teacher || student)` of both softened by the temperature T (Zheng et al., CVPR 2022,
+    arXiv 2102.12252), averaged over the R bins as in the authors' code, whose weight belongs to it.
+
+    Args:
+        logits: Of the bins of one edge, (..., R).
+        teacher_logits: The teacher's, same shape.
+        temperature: T > 0.
+    """
+    student = (logits.float() / temperature).log_softmax(dim=-1)
+    teacher = (teacher_logits.float() / temperature).log_softmax(dim=-1)
+    divergence = F.kl_div(student, teacher, reduction="none", log_target=True).mean(dim=-1)
+    return divergence * temperature**2

@@ -70,6 +70,11 @@ def _one_cycle(progress: float) -> float:
 
 
 def _convolution_biases(detector: nn.Module) -> list[Tensor]:
-    convolutions = [module for module in detector.modules() if isinstance(module, nn.Conv2d)]
+    """Return the biases that have their own rate: those of deformable offsets do not (mmcv's)."""
+    convolutions = [
+        module
+        for name, module in detector.named_modules()
+        if isinstance(module, nn.Conv2d) and not name.endswith("conv_offset")
+    ]
     biases = [convolution.bias for convolution in convolutions]
     return [bias for bias in biases if bias is not None and bias.requires_grad]

@@ -41,7 +41,7 @@ def grid_points(level_sizes: tuple[tuple[int, int], ...], device: torch.device) 
     Cached: copying these constants to a GPU would make the host wait in every step.
     """
     xy, stride = [], []
-    with torch.inference_mode(mode=False):  # a cached inference tensor could not be trained with
+    with torch.inference_mode(False):  # a cached inference tensor could not be trained with
         for (height, width), step in zip(level_sizes, STRIDES, strict=True):
             rows = torch.arange(height, dtype=torch.float32, device=device) * step
             columns = torch.arange(width, dtype=torch.float32, device=device) * step

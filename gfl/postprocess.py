@@ -1,10 +1,16 @@
 """From logits to the detections of an image: top-k per level, decoding, clipping, classwise NMS.
 
+And on to COCO's forms of them.
+
 Shapes: B images, N detections, R = reg_max + 1 bins, K candidates of an image over all levels.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 from torchvision.ops import batched_nms
@@ -13,6 +19,9 @@ from gfl.boxes import ltrb_to_xyxy
 from gfl.config import PostprocessConfig
 from gfl.integral import Integral
 from gfl.points import Points
+
+Rows = npt.NDArray[np.float64]
+"""Detections in pycocotools' columns, (N, 7): image_id, x, y, width, height, score, category_id."""
 
 
 @dataclass(frozen=True)
@@ -102,3 +111,26 @@ def _candidates(cls_logits: list[Tensor], per_level: int) -> tuple[Tensor, Tenso
 def _suppress(predictions: Predictions, config: PostprocessConfig) -> Predictions:
     keep = batched_nms(predictions.boxes, predictions.scores, predictions.labels, config.nms_iou)
     return predictions.select(keep[: config.detections_per_image])
+
+
+def coco_rows(predictions: Predictions, image_id: int, category_ids: Sequence[int]) -> Rows:
+    """Return the detections of one image as `Rows`; `category_ids` are those of the labels."""
+    labels = predictions.labels
+    corner, far = predictions.boxes.split(2, dim=1)
+    columns = [
+        torch.full_like(labels, image_id).unsqueeze(1),
+        corner,
+        far - corner,
+        predictions.scores.unsqueeze(1),
+        torch.tensor(category_ids, device=labels.device)[labels].unsqueeze(1),
+    ]
+    # Ids of images are not always exact in float32.
+    return torch.cat([column.double() for column in columns], dim=1).cpu().numpy()
+
+
+def coco_records(rows: Rows) -> list[dict[str, Any]]:
+    """Return detections as COCO's results format has them, in full precision."""
+    return [
+        {"image_id": int(image), "category_id": int(category), "bbox": box, "score": score}
+        for image, *box, score, category in rows.tolist()
+    ]

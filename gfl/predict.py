@@ -10,14 +10,12 @@ import torch
 from torch import Tensor
 
 from gfl.checkpoint import About
+from gfl.data.images import list_images, read_image
 from gfl.data.loading import Sample, collate
-from gfl.data.transforms import as_sample, build_transforms, read_image
+from gfl.data.transforms import as_sample, build_transforms
 from gfl.detector import Detector, place
-from gfl.evaluation import coco_records
-from gfl.postprocess import Predictions
+from gfl.postprocess import Predictions, coco_records, coco_rows
 from gfl.visualize import draw_predictions
-
-IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp"})
 
 
 class Predictor:
@@ -57,12 +55,7 @@ def image_files(paths: Sequence[Path]) -> list[Path]:
     files = []
     for path in paths:
         if path.is_dir():
-            found = [f for f in path.iterdir() if f.suffix.lower() in IMAGE_SUFFIXES]
-            if not found:
-                raise ValueError(
-                    f"{path}: no images; expected files {', '.join(sorted(IMAGE_SUFFIXES))}"
-                )
-            files += sorted(found)
+            files += list_images(path)
         elif path.is_file():
             files.append(path)
         else:
@@ -87,7 +80,7 @@ def write_predictions(
         folder.mkdir(parents=True, exist_ok=True)
         _, height, width = pixels.shape
         images.append({"id": number, "file_name": str(file), "height": height, "width": width})
-        detections = coco_records(found, number, about.category_ids)
+        detections = coco_records(coco_rows(found, number, about.category_ids))
         for detection, edge_std in zip(detections, found.edge_std.tolist(), strict=True):
             _, _, w, h = detection["bbox"]
             extra = {"id": len(records) + 1, "area": w * h, "iscrowd": 0, "edge_std": edge_std}

@@ -11,15 +11,15 @@ from typing import Any
 import torch
 
 from gfl.config import Config
-from gfl.data.coco import CocoSplit
 from gfl.data.loading import Batch, DetectionDataset, collate
+from gfl.data.split import Split
 from gfl.detector import Detector
 
 WARM_UP = 5
 
 
 def measure_fps(
-    detector: Detector, split: CocoSplit, config: Config, device: torch.device, images: int = 200
+    detector: Detector, split: Split, config: Config, device: torch.device, images: int = 200
 ) -> tuple[float, dict[str, Any]]:
     """Return frames per second over the first `images` of `split`, and the protocol."""
     dataset = DetectionDataset(split, config, training=False)

@@ -1,5 +1,7 @@
 """A detector in training: one step, its checkpoints, and what to say of a step that failed."""
 
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -8,27 +10,24 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from gfl.assigner import Targets
-from gfl.checkpoint import WEIGHTS, About, read_about, read_training, save_checkpoint
+from gfl.average import Average
+from gfl.checkpoint import (
+    WEIGHTS,
+    About,
+    load_checkpoint,
+    read_about,
+    read_training,
+    save_checkpoint,
+)
 from gfl.config import Config
-from gfl.configfile import dump_config
-from gfl.data.coco import CocoSplit
+from gfl.configfile import ConfigError, dump_config
 from gfl.data.loading import Batch, DetectionDataset, TrainBatches, collate
-from gfl.detector import LOSSES, Detector, place
+from gfl.data.split import Split
+from gfl.detector import Detector, place
 from gfl.diagnosis import NonFiniteLossError, first_non_finite
+from gfl.objective import Objective
 from gfl.optim import build_optimizer, build_scheduler, scaled_lr
 from gfl.pretrained import load_weights
-
-
-class _Objective(nn.Module):
-    """The detector's objective as a forward pass, which DistributedDataParallel needs."""
-
-    def __init__(self, detector: Detector) -> None:
-        super().__init__()
-        self.detector = detector
-
-    def forward(self, images: Tensor, targets: Targets) -> Tensor:
-        losses = self.detector.objective(images, targets)
-        return torch.stack([losses[name] for name in LOSSES])
 
 
 class Trainer:
@@ -37,10 +36,11 @@ class Trainer:
     def __init__(
         self,
         config: Config,
-        train: CocoSplit,
+        train: Split,
         device: torch.device,
         weights: Path | None = None,
         resume: Path | None = None,
+        teacher: Path | None = None,
     ) -> None:
         """Build everything anew, or as it was in the checkpoint `resume`.
 
@@ -50,71 +50,153 @@ class Trainer:
             device: Where.
             weights: Local file to start from: the whole detector's, or its backbone's.
             resume: Folder of a checkpoint to go on from.
+            teacher: Folder of the checkpoint that `loss.distillation` learns from.
         """
         torch.manual_seed(config.seed)
         self.config = config
         self.train_split = train
         self.device = device
         self.rank, self.world = worker_rank()
+        _require_device(config, device, self.world)
         self.detector = Detector(config)
-        if source := (resume / WEIGHTS if resume else weights):
-            load_weights(self.detector, source)
+        if resume:
+            load_weights(self.detector, resume / WEIGHTS)
+        elif weights:
+            load_weights(self.detector, weights, reset_classifier=config.model.reset_classifier)
         place(self.detector, device)
         self.step = read_about(resume).step if resume else 0
-        self.batches = TrainBatches(len(train.records), config, self.rank, self.world, self.step)
+        self.batches = TrainBatches(train.records, config, self.rank, self.world, self.step)
         self.dataset = DetectionDataset(train, config, training=True)
         self.optimizer = build_optimizer(self.detector, config)
         self.scheduler = build_scheduler(
             self.optimizer, config.schedule, self.batches.steps_per_epoch
         )
+        # Scales the loss so that small gradients survive in float16; otherwise does nothing.
+        self.scaler = torch.amp.GradScaler(device.type, enabled=config.optim.precision == "float16")
+        self.average = (
+            None if config.optim.ema is None else Average(self.detector, config.optim.ema)
+        )
+        self.best_ap, self.best_epoch = -1.0, 0
         if resume:
-            state = read_training(resume)
-            self.optimizer.load_state_dict(state["optimizer"])
-            self.scheduler.load_state_dict(state["scheduler"])
-        objective = _Objective(self.detector)
-        self.objective: nn.Module = objective
+            self._restore(resume)
+        master = None if teacher is None else place(load_checkpoint(teacher)[0], device)
+        self.objective = Objective(self.detector, config, master)
+        self.parallel: nn.Module = self.objective
         if dist.is_initialized():
             devices = [device] if device.type == "cuda" else None
-            self.objective = DistributedDataParallel(
-                objective, device_ids=devices, gradient_as_bucket_view=True
+            self.parallel = DistributedDataParallel(
+                self.objective, device_ids=devices, gradient_as_bucket_view=True
             )
         # The first step whose gradient was not finite; on the device, so that no step waits.
         self.first_bad_step = torch.full((), -1, dtype=torch.long, device=device)
+
+    @property
+    def model(self) -> Detector:
+        """What is evaluated and kept: the detector in training, or the average of its weights."""
+        return self.detector if self.average is None else self.average.detector
 
     @property
     def epochs_done(self) -> int:
         """Whole epochs trained."""
         return self.step // self.batches.steps_per_epoch
 
+    @property
+    def out_of_patience(self) -> bool:
+        """Whether AP has not risen for `schedule.patience` epochs."""
+        patience = self.config.schedule.patience
+        return patience is not None and self.epochs_done - self.best_epoch >= patience
+
+    def note_quality(self, ap: float) -> None:
+        """Remember when AP was best."""
+        if ap > self.best_ap:
+            self.best_ap, self.best_epoch = ap, self.epochs_done
+
     def train_step(self, batch: Batch) -> Tensor:
-        """Train on this worker's share of a global batch; return losses and gradient norm, (4,).
+        """Train on this worker's share of a batch; return losses and gradient norm, (L + 1,).
 
         From the first gradient that is not finite on, no weight changes any more: the optimizer is
-        told so on the device. Gradients are the same on all workers, hence so is the decision.
+        told so on the device. Gradients are the same on all workers, hence so is the decision. In
+        float16 the loss scale is lowered first, until it cannot be the reason.
         """
-        images = self.detector.normalize(batch.pixels, batch.targets.sizes)
-        losses = self.objective(images.contiguous(memory_format=torch.channels_last), batch.targets)
         self.optimizer.zero_grad()
-        losses.sum().backward()
-        gradients = [p.grad for p in self.detector.parameters() if p.grad is not None]
-        norm = nn.utils.get_total_norm(gradients)
-        bad = ~norm.isfinite() & (self.first_bad_step < 0)
+        losses = self._backward(batch)
+        self.scaler.unscale_(self.optimizer)
+        parameters = [p for p in self.detector.parameters() if p.grad is not None]
+        norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        overflow = ~norm.isfinite()
+        bad = overflow & (self.first_bad_step < 0)
+        if self.scaler.is_enabled():
+            # The public `get_scale` would wait for the device.
+            scale = self.scaler._get_scale_async()
+            assert scale is not None  # as it is once a loss has been scaled
+            bad &= scale < 1
         self.first_bad_step = torch.where(bad, self.step, self.first_bad_step)
+        if self.config.optim.clip_norm is not None:
+            nn.utils.clip_grads_with_norm_(parameters, self.config.optim.clip_norm, norm)
         # torch's fused optimizers skip their step where this is 1, as its gradient scaler has it.
-        self.optimizer.found_inf = (self.first_bad_step >= 0).float()  # type: ignore[attr-defined]
+        skip = overflow | (self.first_bad_step >= 0)
+        self.optimizer.found_inf = skip.float()  # type: ignore[attr-defined]
         self.optimizer.step()
+        self.scaler.update()
+        if self.average is not None:
+            self.average.add(self.detector)
         self.scheduler.step()
         self.step += 1
-        return torch.cat([losses.detach(), norm.detach().unsqueeze(0)])
+        return torch.cat([losses, norm.detach().unsqueeze(0)])
 
-    def save(self, folder: Path, split: CocoSplit, metrics: dict[str, float]) -> None:
+    def _backward(self, batch: Batch) -> Tensor:
+        """Add the gradient of `batch` to the parameters'; return its losses (L,).
+
+        In several passes if it does not fit into one: the loss is then the mean of theirs, each
+        normalised by its own positives, and workers share their gradients after the last.
+        """
+        images = self.detector.normalize(batch.pixels, batch.targets.sizes)
+        images = images.contiguous(memory_format=torch.channels_last)
+        count = len(images)
+        total = torch.zeros(len(self.objective.names), device=images.device)
+        for part in self._passes(count):
+            share = len(images[part]) / count
+            last = part.stop >= count
+            with nullcontext() if last else self._gradients_kept():
+                taken = self.objective.prepare(images[part], _select(batch.targets, part))
+                losses = self.parallel(*taken) * share
+                self.scaler.scale(losses.sum()).backward()
+            total += losses.detach()
+        return total
+
+    def _passes(self, count: int) -> list[slice]:
+        """Return which of `count` images go through the network together."""
+        size = min(self.config.data.images_per_pass or count, count)
+        return [slice(start, start + size) for start in range(0, count, size)]
+
+    def _gradients_kept(self) -> AbstractContextManager[None]:
+        """Return a context in which workers do not share their gradients yet."""
+        if isinstance(self.parallel, DistributedDataParallel):
+            return self.parallel.no_sync()
+        return nullcontext()
+
+    def save(self, folder: Path, split: Split, metrics: dict[str, float]) -> None:
         """Write a checkpoint into the existing `folder`."""
         about = About(split.classes, split.category_ids, self.step, self.epochs_done, metrics)
         training = {
             "optimizer": self.optimizer.state_dict(),
             "scheduler": self.scheduler.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "best": (self.best_ap, self.best_epoch),
         }
-        save_checkpoint(folder, self.detector, self.config, about, training)
+        if self.average is not None:  # whose weights are the checkpoint's
+            training["detector"] = self.detector.state_dict()
+        save_checkpoint(folder, self.model, self.config, about, training)
+
+    def _restore(self, folder: Path) -> None:
+        """Take up the state that `save` wrote, the model's weights apart."""
+        state = read_training(folder)
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scheduler.load_state_dict(state["scheduler"])
+        self.scaler.load_state_dict(state["scaler"])
+        self.best_ap, self.best_epoch = state["best"]
+        if self.average is not None:  # which took the checkpoint's weights from the detector
+            self.detector.load_state_dict(state["detector"])
 
     def explain_bad_step(self, step: int, folder: Path) -> NonFiniteLossError:
         """Return the error to stop with because of `step`; save what reproduces it in `folder`.
@@ -124,14 +206,17 @@ class Trainer:
         """
         keys = self.batches.keys(step)
         batch = collate([self.dataset[key] for key in keys]).to(self.device)
-        images = self.detector.normalize(batch.pixels, batch.targets.sizes)
-        self.objective.train()
-        culprit = first_non_finite(self.detector, images, batch.targets)
         names = [str(self.train_split.records[image].path) for _, image in keys]
         folder.mkdir(parents=True, exist_ok=True)
         saved = folder / f"batch-rank{self.rank}.pt"
         torch.save({"pixels": batch.pixels, **vars(batch.targets), "images": names}, saved)
         (folder / "config.yaml").write_text(dump_config(self.config))
+        images = self.detector.normalize(batch.pixels, batch.targets.sizes)
+        self.parallel.train()
+        culprit = None
+        for part in self._passes(len(images)):  # all of them: other workers wait for each
+            found_now = first_non_finite(self.objective, images[part], _select(batch.targets, part))
+            culprit = culprit or found_now
         found = [(culprit, names)]
         if dist.is_initialized():
             found = [found[0]] * self.world
@@ -148,3 +233,17 @@ class Trainer:
 def worker_rank() -> tuple[int, int]:
     """Return this process's rank and the number of training processes."""
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def _require_device(config: Config, device: torch.device, world: int) -> None:
+    if config.model.backbone.sync_norm and world > 1 and device.type != "cuda":
+        raise ConfigError(
+            "model.backbone.sync_norm: BatchNorm over several workers runs on GPUs only; use one "
+            "worker, or set model.backbone.sync_norm=false"
+        )
+
+
+def _select(targets: Targets, part: slice) -> Targets:
+    """Return the targets of some of the images."""
+    chosen = {name: value[part] for name, value in vars(targets).items()}
+    return replace(targets, **chosen)

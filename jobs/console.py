@@ -117,7 +117,8 @@ class Progress:
 
     def _show_steps(self, event: Mapping[str, Any]) -> None:
         metrics, left = event["metrics"], event["seconds_left"]
-        losses = "  ".join(f"{name} {metrics[name]:.3f}" for name in ("loss", "qfl", "giou", "dfl"))
+        names = [name for name in ("loss", "qfl", "giou", "dfl", "ld") if name in metrics]
+        losses = "  ".join(f"{name} {metrics[name]:.3f}" for name in names)
         line = (
             f"epoch {event['epoch']:.2f}  step {event['step']}/{event['total_steps']}  {losses}  "
             f"{metrics['images_per_second']:.1f} images/s{self._quality}  "

@@ -19,7 +19,7 @@ def main() -> None:
 def demo(arguments: argparse.Namespace) -> None:
     """Run the demo and write `outputs/demo/summary.json`."""
     from gfl.data import load_splits
-    from gfl.data.transforms import read_image
+    from gfl.data.images import read_image
     from gfl.predict import Predictor
     from gfl.visualize import draw_predictions
     from gfl_platform import registry, training

@@ -16,6 +16,11 @@ def main() -> None:
         "model", help="checkpoint folder, models:/NAME@ALIAS, models:/NAME/VERSION or runs:/ID"
     )
     made.add_argument("--out", type=Path, metavar="FILE", help="write all figures as JSON")
+    made.add_argument("--results", type=Path, metavar="FILE", help="write detections as COCO JSON")
+    made.add_argument("--per-class", action="store_true", help="show the AP of every class, too")
+    made.add_argument(
+        "--official", action="store_true", help="measure AP with pycocotools (the same, slowly)"
+    )
     run(evaluate, parse(made))
 
 
@@ -32,11 +37,21 @@ def evaluate(arguments: argparse.Namespace) -> None:
     with scratch_folder(where) as scratch, Progress() as progress:
         checkpoint = registry.fetch_checkpoint(where, arguments.model, scratch)
         job = derive(JobConfig, read_config(checkpoint), arguments.overrides)
-        figures = evaluate_checkpoint(checkpoint, job, progress.show)
+        figures = evaluate_checkpoint(
+            checkpoint,
+            job,
+            progress.show,
+            official=arguments.official,
+            results=arguments.results,
+        )
     if arguments.out:
         write_atomically(arguments.out, json.dumps(figures, indent=1) + "\n")
-    rows = {**figures["metrics"], "FPS": figures["fps"], "images": figures["images"]}
+    by_iou = {f"AP at IoU {iou}": ap for iou, ap in figures["ap_by_iou"].items()}
+    rows = {**figures["metrics"], **by_iou, "FPS": figures["fps"], "images": figures["images"]}
     show_table(f"{arguments.model} on {job.data.val.annotations}", rows)
+    if arguments.per_class:
+        by_class = sorted(figures["ap_by_class"].items(), key=lambda item: -item[1])
+        show_table("AP of every class", dict(by_class))
 
 
 if __name__ == "__main__":

@@ -30,7 +30,7 @@ def predict(arguments: argparse.Namespace) -> None:
 
     from gfl.checkpoint import load_checkpoint, read_config
     from gfl.configfile import derive
-    from gfl.data.transforms import read_image
+    from gfl.data.images import read_image
     from gfl.predict import Predictor, image_files, write_predictions
     from gfl_platform import registry
     from gfl_platform.config import JobConfig, job_of

@@ -1,18 +1,23 @@
-"""Training processes without Ray (a gloo group of spawned workers), and sizes of a pyramid."""
+"""Training processes without Ray (a gloo group of spawned workers), and forms of test data."""
 
 import math
 import os
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+from gfl.config import Config
+from gfl.data.split import Split
+from gfl.evaluation import evaluate_split
 from gfl.points import STRIDES
+from gfl.postprocess import Rows
 
 
 def run_workers(count: int, work: Callable[..., Any], *arguments: Any) -> list[Any]:
@@ -35,6 +40,19 @@ def _work(rank: int, count: int, port: int, folder: str, work: Any, arguments: A
         dist.destroy_process_group()
 
 
+def as_rows(records: Iterable[dict[str, Any]]) -> Rows:
+    """Return COCO's result records as `gfl.evaluation` takes them."""
+    rows = [[d["image_id"], *d["bbox"], d["score"], d["category_id"]] for d in records]
+    return np.array(rows, dtype=float).reshape(-1, 7)
+
+
 def level_sizes(height: int, width: int) -> tuple[tuple[int, int], ...]:
     """Return the (height, width) in cells of each level for an input of `height` x `width` px."""
     return tuple((math.ceil(height / step), math.ceil(width / step)) for step in STRIDES)
+
+
+def average_precision(split: Split, detections: list[dict[str, Any]]) -> float:
+    """Return the AP of COCO detection records on all images of `split`."""
+    rows = [[d["image_id"], *d["bbox"], d["score"], d["category_id"]] for d in detections]
+    measured = evaluate_split(split, np.array(rows, dtype=float), Config())
+    return measured.metrics["AP"]

@@ -4,7 +4,8 @@ from pathlib import Path
 
 from gfl.config import Config
 from gfl.data import shapes
-from gfl.data.coco import CocoSplit, read_coco, require_same_classes
+from gfl.data.errors import DataError
+from gfl.data.split import Split, read_split, require_same_classes
 
 __all__ = ["load_splits", "render_shapes"]
 
@@ -19,15 +20,17 @@ def render_shapes(config: Config) -> None:
         shapes.render(folder / "val", count=wanted.val, size=wanted.size, seed=2 * wanted.seed + 1)
 
 
-def load_splits(config: Config) -> tuple[CocoSplit, CocoSplit]:
+def load_splits(config: Config) -> tuple[Split, Split]:
     """Return the checked training and evaluation sets of `config`.
 
     Raises:
         DataError: a set that cannot be used.
     """
     render_shapes(config)
-    classes = config.model.num_classes
-    train = read_coco(config.data.train, classes, training=True)
-    val = read_coco(config.data.val, classes, training=False)
+    data, count = config.data, config.model.num_classes
+    train = read_split(data, "train", count)
+    val = read_split(data, "val", count, train.classes)
     require_same_classes(str(train.annotations), train.classes, str(val.annotations), val.classes)
+    if not any(len(record.labels) for record in val.records):
+        raise DataError(f"{val.annotations}: no annotations; evaluate on images that have some")
     return train, val

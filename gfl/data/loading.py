@@ -5,10 +5,12 @@ generator seeded by (seed, epoch, image), so neither the number of workers nor a
 changes a sample.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
+from itertools import cycle, islice
 from math import ceil
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -18,14 +20,18 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from gfl.assigner import Targets, pad_targets
 from gfl.config import Config
-from gfl.data.coco import CocoSplit, DataError
-from gfl.data.transforms import as_sample, build_transforms, read_image
+from gfl.data.cache import read_cached
+from gfl.data.errors import DataError
+from gfl.data.images import is_on_its_side, read_image
+from gfl.data.sampling import batches_of_one_group, repeats_per_epoch
+from gfl.data.split import ImageRecord, Split
+from gfl.data.transforms import as_sample, build_transforms
 
 SIZE_MULTIPLE = 32
 """Batches are padded right and bottom to a multiple of this many px."""
 
 Key = tuple[int, int]
-"""(epoch, image): what a sample of training is drawn by."""
+"""(draw, image): what a sample of training is drawn by; an epoch draws an image at least once."""
 
 
 @dataclass(frozen=True)
@@ -67,9 +73,10 @@ class Batch:
 class DetectionDataset(Dataset[Sample]):
     """The samples of a split."""
 
-    def __init__(self, split: CocoSplit, config: Config, *, training: bool) -> None:
+    def __init__(self, split: Split, config: Config, *, training: bool) -> None:
         self.split = split
         self._seed = config.seed
+        self._cache = Path(config.data.cache) if config.data.cache else None
         self._transforms = build_transforms(config.data, training=training)
 
     def __len__(self) -> int:
@@ -78,18 +85,29 @@ class DetectionDataset(Dataset[Sample]):
     def __getitem__(self, key: Key) -> Sample:
         epoch, image = key
         record = self.split.records[image]
-        pixels = read_image(record.path)
-        if tuple(pixels.shape[-2:]) != record.size:
-            height, width = record.size
-            raise DataError(
-                f"{record.path}: is {pixels.shape[-1]} x {pixels.shape[-2]} px, but its "
-                f"annotations say {width} x {height}; correct {self.split.annotations}"
-            )
+        pixels = self._read(record)
         with _seeded(self._seed, epoch, image):
             pixels, boxes = self._transforms(*as_sample(pixels, record.boxes))
         return Sample(
             pixels.as_subclass(Tensor), boxes.as_subclass(Tensor), record.labels, image, record.size
         )
+
+    def _read(self, record: ImageRecord) -> Tensor:
+        path, cache = record.path, self._cache
+        pixels = read_cached(path, cache) if cache else read_image(path)
+        found = tuple(pixels.shape[-2:])
+        if found == record.size:
+            return pixels
+        height, width = record.size
+        wrong = (
+            f"{path}: is {pixels.shape[-1]} x {pixels.shape[-2]} px, but its annotations say "
+            f"{width} x {height}"
+        )
+        if found == (width, height) and is_on_its_side(path):
+            wrong += ", as before the turn of its EXIF orientation; remove the orientation or"
+        else:
+            wrong += ";"
+        raise DataError(f"{wrong} correct {self.split.annotations}")
 
 
 class TrainBatches(Sampler[list[Key]]):
@@ -98,16 +116,21 @@ class TrainBatches(Sampler[list[Key]]):
     Every epoch is a permutation of the images; its last batch is filled up from its beginning.
     """
 
-    def __init__(self, images: int, config: Config, rank: int, world: int, start_step: int) -> None:
+    def __init__(
+        self, records: Sequence[ImageRecord], config: Config, rank: int, world: int, start_step: int
+    ) -> None:
         share = share_of_batch(config, world)
-        batch = config.data.batch
-        self.images = images
-        self.batch = batch
-        self.steps_per_epoch = ceil(images / batch)
-        self.total_steps = self.steps_per_epoch * config.schedule.epochs
+        self.batch = config.data.batch
         self._seed = config.seed
         self._share = slice(rank * share, (rank + 1) * share)
         self._start_step = start_step
+        repeats = repeats_per_epoch(records, config.data)
+        self._draws = max(repeats)
+        self._shown = [(draw, i) for i, times in enumerate(repeats) for draw in range(times)]
+        tall = [height > width for height, width in (record.size for record in records)]
+        self._tall = [config.data.group_by_aspect and tall[image] for _, image in self._shown]
+        self.steps_per_epoch = ceil(len(self._shown) / self.batch)
+        self.total_steps = self.steps_per_epoch * config.schedule.epochs
 
     def __len__(self) -> int:
         return self.total_steps - self._start_step
@@ -120,15 +143,18 @@ class TrainBatches(Sampler[list[Key]]):
         """Return the samples of this worker at global `step`."""
         epoch, batch = divmod(step, self.steps_per_epoch)
         order = self._order(epoch)[batch * self.batch : (batch + 1) * self.batch]
-        return [(epoch, image) for image in order[self._share]]
+        shown = (self._shown[index] for index in order[self._share])
+        return [(epoch * self._draws + draw, image) for draw, image in shown]
 
     def _order(self, epoch: int) -> list[int]:
         if getattr(self, "_epoch", None) != epoch:
             generator = torch.Generator().manual_seed(_mix(self._seed, epoch))
-            order = torch.randperm(self.images, generator=generator)
-            repeats = ceil(self.steps_per_epoch * self.batch / self.images)
-            self._epoch, self._images_of_epoch = epoch, order.repeat(repeats).tolist()
-        return self._images_of_epoch
+            order = torch.randperm(len(self._shown), generator=generator).tolist()
+            order = batches_of_one_group(order, self._tall, self.batch)
+            missing = self.steps_per_epoch * self.batch - len(order)
+            self._epoch = epoch
+            self._order_of_epoch = [*order, *islice(cycle(order), missing)]
+        return self._order_of_epoch
 
 
 class EvaluationBatches(Sampler[list[Key]]):

@@ -1,34 +1,13 @@
-"""From an image file to a sample: decoding, and the transforms of training and evaluation."""
+"""From pixels and boxes to a sample: the transforms of training and evaluation."""
 
-from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 
 from gfl.config import DataConfig
-from gfl.data.coco import DataError
-
-
-def read_image(path: Path) -> Tensor:
-    """Return the RGB pixels (3, H, W), uint8, of an image file.
-
-    Raises:
-        DataError: a file that is missing or no image.
-    """
-    try:
-        with Image.open(path) as image:
-            pixels = np.array(image.convert("RGB"))
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        reason = str(error).splitlines()[0]
-        raise DataError(
-            f"{path}: cannot be read as an image ({reason}); replace or remove it"
-        ) from error
-    return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
 
 
 def fitted_size(height: int, width: int, short: int, long: int) -> tuple[int, int]:
@@ -41,18 +20,20 @@ class FitWithin(v2.Transform):
     """Scale to fit within (long, short), keeping the aspect ratio: bilinear, without antialiasing.
 
     torchvision's `Resize` rounds sizes down and antialiases; the published weights were trained
-    without either.
+    without either. With `shorts` = (low, high) the short side is drawn from them, both included.
     """
 
-    def __init__(self, short: int, long: int) -> None:
+    def __init__(self, shorts: tuple[int, int], long: int) -> None:
         super().__init__()
-        self.short = short
+        self.shorts = shorts
         self.long = long
 
     def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
         """Return the new size, from the first image or box of the sample."""
         height, width = v2.functional.get_size(flat_inputs[0])
-        return {"size": list(fitted_size(height, width, self.short, self.long))}
+        low, high = self.shorts
+        short = low if low == high else int(torch.randint(low, high + 1, ()))
+        return {"size": list(fitted_size(height, width, short, self.long))}
 
     def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
         """Resize an image or boxes."""
@@ -62,7 +43,10 @@ class FitWithin(v2.Transform):
 
 def build_transforms(config: DataConfig, *, training: bool) -> v2.Transform:
     """Return what turns an image and its boxes into a sample, on `tv_tensors`."""
-    steps: list[v2.Transform] = [FitWithin(config.short_side, config.long_side)]
+    shorts = (config.short_side, config.short_side)
+    if training and config.multi_scale is not None:
+        shorts = config.multi_scale
+    steps: list[v2.Transform] = [FitWithin(shorts, config.long_side)]
     if training:
         steps.append(v2.RandomHorizontalFlip(config.flip))
     return v2.Compose([*steps, v2.ClampBoundingBoxes()])

@@ -1,21 +1,24 @@
 """Evaluation of a checkpoint on a Ray cluster: AP by all workers together, FPS by the first."""
 
+import json
 from pathlib import Path
 from typing import Any
 
 from gfl.checkpoint import load_checkpoint
 from gfl.configfile import dump_config, parse_config, reproducible
 from gfl.data import render_shapes
-from gfl.data.coco import read_coco, require_same_classes
+from gfl.data.errors import DataError
+from gfl.data.split import read_split, require_same_classes
 from gfl.detector import place
 from gfl.engine import build_evaluation_loader
-from gfl.evaluation import evaluate
+from gfl.evaluation import detect, evaluate_split, gather
+from gfl.postprocess import coco_records
 from gfl.speed import measure_fps
 from gfl.trainer import worker_rank
 from gfl_platform import cluster
 from gfl_platform.config import JobConfig
 from gfl_platform.events import Watcher
-from gfl_platform.storage import scratch_folder
+from gfl_platform.storage import scratch_folder, write_atomically
 
 
 def evaluate_worker(settings: dict[str, Any]) -> dict[str, Any]:
@@ -25,8 +28,13 @@ def evaluate_worker(settings: dict[str, Any]) -> dict[str, Any]:
     detector, about = load_checkpoint(Path(settings["checkpoint"]), config)
     place(detector, device)
     render_shapes(config)
-    split = read_coco(config.data.val, config.model.num_classes, training=False)
+    split = read_split(config.data, "val", config.model.num_classes, about.classes)
     require_same_classes("the model", about.classes, str(split.annotations), split.classes)
+    if not settings["results"] and not any(len(record.labels) for record in split.records):
+        raise DataError(
+            f"{split.annotations}: no annotations, so nothing can be measured; write the "
+            "detections with --results FILE"
+        )
     rank, world = worker_rank()
 
     def tell(images: int) -> None:
@@ -35,26 +43,49 @@ def evaluate_worker(settings: dict[str, Any]) -> dict[str, Any]:
         settings["queue"].add.remote(done)
 
     loader = build_evaluation_loader(config, split, device)
-    metrics = evaluate(detector, split, loader, device, tell if rank == 0 else None)
-    if rank != 0:
+    rows = gather(detect(detector, split, loader, device, tell if rank == 0 else None))
+    if rows is None:
         return {}
+    found = evaluate_split(split, rows, config, official=settings["official"])
     fps, protocol = measure_fps(detector, split, config, device)
-    return {"metrics": metrics, "fps": fps, "protocol": protocol, "images": len(split.records)}
+    figures = {"fps": fps, "protocol": protocol, "images": len(split.records)}
+    return vars(found) | figures | {"detections": rows}
 
 
-def evaluate_checkpoint(checkpoint: Path, job: JobConfig, watch: Watcher) -> dict[str, Any]:
-    """Return the COCO `metrics` of a checkpoint on `job.data.val`, its `fps` and their `protocol`.
+def evaluate_checkpoint(
+    checkpoint: Path,
+    job: JobConfig,
+    watch: Watcher,
+    *,
+    official: bool = False,
+    results: Path | None = None,
+) -> dict[str, Any]:
+    """Return the `Evaluation` of a checkpoint on `job.data.val`, its `fps` and their `protocol`.
 
-    `watch` is told how far it is.
+    Args:
+        checkpoint: Its folder.
+        job: How to evaluate, and where.
+        watch: Is told how far it is.
+        official: Measure with pycocotools.
+        results: File for the detections, in the format that COCO's evaluation server takes.
 
     Raises:
         ValueError: a checkpoint, dataset or cluster that cannot be used.
         JobFailedError: a worker stopped.
     """
     cluster.connect()
-    settings = {"config": dump_config(reproducible(job)), "checkpoint": str(checkpoint.resolve())}
+    settings = {
+        "config": dump_config(reproducible(job)),
+        "checkpoint": str(checkpoint.resolve()),
+        "official": official,
+        "results": results is not None,
+    }
     with scratch_folder(job) as scratch:
         result = cluster.run_workers(
             evaluate_worker, settings, cluster.allot(job), watch, storage_path=str(scratch)
         )
-    return result.return_value
+    figures: dict[str, Any] = result.return_value
+    rows = figures.pop("detections")
+    if results:
+        write_atomically(results, json.dumps(coco_records(rows)) + "\n")
+    return figures

@@ -167,13 +167,27 @@ def fetch_checkpoint(job: JobConfig, model: str, scratch: Path) -> Path:
     return folder
 
 
-def _fetch_registered(job: JobConfig, reference: str, scratch: Path) -> Path:
+def resolve(job: JobConfig, model: str) -> str:
+    """Return `models:/NAME/VERSION` of a registered `model`; any other as it is."""
+    if not model.startswith("models:/"):
+        return model
+    version = find(job, *_split(model.removeprefix("models:/").strip("/")))
+    return f"models:/{version.name}/{version.version}"
+
+
+def _split(reference: str) -> tuple[str, str]:
+    """Return the name, and the alias or version, of NAME@ALIAS or NAME/VERSION."""
     name, separator, which = reference.replace("@", "/", 1).partition("/")
     if not separator or not which:
         raise RegistryError(
             f"models:/{reference}: expected models:/NAME@ALIAS or models:/NAME/VERSION"
         )
-    version = find(job, name, which)
+    return name, which
+
+
+def _fetch_registered(job: JobConfig, reference: str, scratch: Path) -> Path:
+    version = find(job, *_split(reference))
+    name = version.name
     import mlflow
     from mlflow.exceptions import MlflowException
 
@@ -265,8 +279,5 @@ def _requirements() -> list[str]:
     """Return what a model needs to be loaded, at the versions it was trained with."""
     from importlib.metadata import version
 
-    packages = (
-        "torch", "torchvision", "pydantic", "pyyaml", "safetensors", "pycocotools", "pillow",
-        "mlflow",
-    )  # fmt: skip
+    packages = ("torch", "torchvision", "pydantic", "pyyaml", "safetensors", "pillow", "mlflow")
     return [f"{package}=={version(package)}" for package in packages]

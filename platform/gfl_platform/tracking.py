@@ -28,7 +28,7 @@ logger = logging.getLogger(__name__)
 RUN_FILE = "run.json"
 """Beside the checkpoints: which MLflow run they belong to, for a job that resumes."""
 
-PACKAGES = ("torch", "torchvision", "ray", "mlflow", "pycocotools", "numpy", "safetensors")
+PACKAGES = ("torch", "torchvision", "ray", "mlflow", "hotcoco", "numpy", "safetensors")
 
 # A dead server would otherwise hold up a call for minutes.
 IMPATIENT = {

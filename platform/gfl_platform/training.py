@@ -11,12 +11,16 @@ from gfl.config import Config
 from gfl.configfile import ConfigError, dump_config, flatten, parse_config, reproducible
 from gfl.data import load_splits
 from gfl.data.loading import share_of_batch
+from gfl.detector import Detector
 from gfl.engine import EpochReport, StepReport, fit
+from gfl.findings import find_cheaply
+from gfl.optim import scaled_lr
+from gfl.pretrained import load_weights
 from gfl.speed import measure_fps
 from gfl_platform import cluster, registry, tracking
 from gfl_platform.config import JobConfig
 from gfl_platform.events import Event, Watcher
-from gfl_platform.storage import fetch_weights, open_run_folder, write_atomically
+from gfl_platform.storage import fetch_model, fetch_weights, open_run_folder, write_atomically
 
 logger = logging.getLogger(__name__)
 
@@ -88,24 +92,25 @@ def train_worker(settings: dict[str, Any]) -> dict[str, Any]:
         }
         facts |= {f"{n}.images": len(s.records) for n, s in zip(names, splits, strict=True)}
         facts |= {f"train.dropped.{why}": count for why, count in splits[0].dropped.items()}
-        queue.add.remote({"kind": "data", "facts": facts})
+        findings = [str(finding) for finding in find_cheaply(config, splits[0])]
+        queue.add.remote({"kind": "data", "facts": facts, "findings": findings})
     restored = ray.train.get_checkpoint()
-    pretrained = None if restored else config.model.backbone.pretrained
     options = {
         "device": device,
         "failure_folder": Path(settings["folder"]) / "non_finite",
-        "weights": fetch_weights(pretrained) if pretrained else None,
+        "teacher": settings["teacher"],
         "report_every": settings["report_every"],
     }
     if restored is None:
-        trainer = fit(config, splits, WorkerListener(queue), **options)
+        weights = settings["weights"]
+        trainer = fit(config, splits, WorkerListener(queue), weights=weights, **options)
     else:
         with restored.as_directory() as folder:
             trainer = fit(config, splits, WorkerListener(queue), resume=Path(folder), **options)
     if rank != 0:
         return {}
-    fps, protocol = measure_fps(trainer.detector, splits[1], config, device)
-    return {"fps": fps, "protocol": protocol}
+    fps, protocol = measure_fps(trainer.model, splits[1], config, device)
+    return {"fps": fps, "protocol": protocol, "epochs": trainer.epochs_done}
 
 
 def train(job: JobConfig, name: str, *, resume: bool, watch: Watcher) -> TrainingResult:
@@ -123,10 +128,16 @@ def train(job: JobConfig, name: str, *, resume: bool, watch: Watcher) -> Trainin
     workers = cluster.allot(job)
     share_of_batch(config, workers.count)
     tracking.connect(job)  # before anything is written
+    sources = _fetch_sources(job)
+    if sources["weights"] is not None and not cluster.in_cluster():
+        # Says what is loaded, or why it cannot be, before anything is written.
+        load_weights(Detector(config), sources["weights"],
+                     reset_classifier=config.model.reset_classifier)  # fmt: skip
+    logger.info("learning rate %g for %d images a step", scaled_lr(config), config.data.batch)
     folder = open_run_folder(job, name, resume=resume)
     _require_same_config(folder / CONFIG_FILE, config)
     with tracking.RunTracker(job, name, folder) as tracker:
-        measured, checkpoint, metrics = _run(job, config, workers, folder, tracker, watch)
+        measured, checkpoint, metrics = _run(job, sources, workers, folder, tracker, watch)
         fps = measured["fps"]
         tracker.handle({"kind": "result", **measured})
         version = None
@@ -139,9 +150,18 @@ def train(job: JobConfig, name: str, *, resume: bool, watch: Watcher) -> Trainin
     return TrainingResult(tracker.run_id, checkpoint, metrics, fps, seconds, version)
 
 
+def _fetch_sources(job: JobConfig) -> dict[str, Path | None]:
+    """Return the weights to start from and the teacher's checkpoint, where all nodes see them."""
+    distillation = job.loss.distillation
+    return {
+        "weights": fetch_weights(job, job.model.pretrained) if job.model.pretrained else None,
+        "teacher": fetch_model(job, distillation.teacher) if distillation else None,
+    }
+
+
 def _run(
     job: JobConfig,
-    config: Config,
+    sources: dict[str, Path | None],
     workers: cluster.Workers,
     folder: Path,
     tracker: tracking.RunTracker,
@@ -151,13 +171,16 @@ def _run(
     from ray.train import CheckpointConfig, FailureConfig
 
     def handle(event: Event) -> None:
+        for finding in event.get("findings", ()):  # what workers log, nobody sees
+            logger.warning("warning: %s; jobs.inspect shows more", finding)
         tracker.handle(event)
         watch(event)
 
     result = cluster.run_workers(
         train_worker,
         {
-            "config": dump_config(config),
+            "config": dump_config(reproducible(job)),
+            **sources,
             "folder": str(folder),
             "report_every": job.tracking.every_steps,
         },
@@ -172,6 +195,10 @@ def _run(
             num_to_keep=job.storage.keep_checkpoints, checkpoint_score_attribute="AP"
         ),
     )
+    epochs = result.return_value.pop("epochs")
+    if epochs < job.schedule.epochs:
+        patience = job.schedule.patience
+        logger.info("stopped after epoch %d: AP has not risen for %d epochs", epochs, patience)
     best, facts = max(result.best_checkpoints, key=lambda pair: pair[1]["AP"])
     return result.return_value, Path(best.path), facts["metrics"]
 

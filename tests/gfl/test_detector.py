@@ -1,9 +1,6 @@
-"""The detector against the reference's numbers, and what its training step promises."""
-
-import json
+"""What the detector and its training step promise."""
 
 import pytest
-import recipe
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -16,112 +13,11 @@ from gfl.data.loading import collate
 from gfl.detector import LOSSES
 from gfl.trainer import Trainer
 
-REFERENCE_LOSSES = {"qfl": "loss_cls", "giou": "loss_bbox", "dfl": "loss_dfl"}
-
-
-@pytest.fixture(scope="module")
-def numbers(golden):
-    return json.loads((golden / "gfl_r50_1x.json").read_text())
-
-
-@pytest.fixture(scope="module")
-def reference_weights(golden):
-    shapes = json.loads((golden / "gfl_r50_1x.keys.json").read_text())
-    return {key: recipe.weight(key, shape) for key, shape in shapes.items()}
-
-
-@pytest.fixture
-def detector(reference_weights):
-    detector = gfl.Detector(gfl.load_config("configs/gfl_r50_1x.yaml"))
-    gfl.load_weights(detector, reference_weights)
-    return detector.train()
-
 
 @pytest.fixture
 def small(tiny):
     torch.manual_seed(0)
     return gfl.Detector(tiny).train()
-
-
-def test_logits_of_every_level_are_the_references(detector, numbers):
-    with torch.no_grad():
-        outputs = detector(recipe.batch(0)[0])
-        pyramid = detector.fpn(detector.backbone(recipe.batch(0)[0]))
-    names = ("cls_logits", "reg_logits", "fpn")
-    for levels, name in zip((*outputs, pyramid), names, strict=True):
-        for found, expected in zip(levels, numbers[name], strict=True):
-            assert list(found.shape) == expected["shape"]
-            flat = found.flatten()
-            torch.testing.assert_close(
-                flat[:8], torch.tensor(expected["first"]), rtol=1e-4, atol=1e-4
-            )
-            torch.testing.assert_close(
-                flat[-8:], torch.tensor(expected["last"]), rtol=1e-4, atol=1e-4
-            )
-            assert flat.double().mean().item() == pytest.approx(
-                expected["mean"], rel=1e-4, abs=1e-5
-            )
-            assert flat.double().abs().mean().item() == pytest.approx(
-                expected["abs_mean"], rel=1e-4
-            )
-
-
-def test_losses_and_gradients_are_the_references(detector, numbers):
-    losses = detector.losses(*recipe.batch(0))
-    for name, loss in losses.items():
-        assert loss.item() == pytest.approx(numbers["losses"][REFERENCE_LOSSES[name]], rel=1e-4)
-    sum(losses.values()).backward()
-    ours = dict(zip(numbers_keys(numbers), our_names(numbers), strict=True))
-    parameters = dict(detector.named_parameters())
-    for key, norm in numbers["grad_norms"].items():
-        assert parameters[ours[key]].grad.norm().item() == pytest.approx(
-            norm, rel=1e-3, abs=1e-9
-        ), key
-    assert {n for n, p in parameters.items() if not p.requires_grad} == {
-        ours[key] for key in numbers["frozen"] if ours[key] in parameters
-    }
-    assert len(numbers["grad_norms"]) == sum(p.requires_grad for p in parameters.values())
-
-
-def numbers_keys(numbers):
-    return [*numbers["grad_norms"], *numbers["frozen"]]
-
-
-def our_names(numbers):
-    from gfl.pretrained import _our_name
-
-    return [_our_name(key) for key in numbers_keys(numbers)]
-
-
-def test_predictions_are_the_references(detector, numbers):
-    images = recipe.batch(0)[0]
-    for found, expected in zip(
-        detector.eval().predict(images), numbers["predictions"], strict=True
-    ):
-        assert len(found) == len(expected["scores"])
-        # Pair by box, for near-equal scores may change places.
-        boxes, scores = torch.tensor(expected["boxes"]), torch.tensor(expected["scores"])
-        distance = (found.boxes[:, None] - boxes).abs().amax(dim=-1)
-        distance += 1e6 * (found.labels[:, None] != torch.tensor(expected["labels"]))
-        nearest, partner = distance.min(dim=1)
-        assert nearest.max() < 1e-3
-        assert partner.unique().numel() == len(found)
-        assert (found.scores - scores[partner]).abs().max() < 1e-4
-
-
-def test_trajectory_of_eight_steps_is_the_references(detector, numbers):
-    trainable = [p for p in detector.parameters() if p.requires_grad]
-    optimizer = torch.optim.SGD(trainable, lr=0.0025, momentum=0.9, weight_decay=1e-4, fused=True)
-    for step, expected in enumerate(numbers["trajectory"]["steps"]):
-        losses = detector.losses(*recipe.batch(step))
-        if step < 4:
-            for name, loss in losses.items():
-                assert loss.item() == pytest.approx(expected[REFERENCE_LOSSES[name]], rel=1e-3)
-        # Rounding grows from step to step: even the number of threads changes the last by 0.5 %.
-        assert sum(losses.values()).item() == pytest.approx(expected["total"], rel=1e-2)
-        optimizer.zero_grad()
-        sum(losses.values()).backward()
-        optimizer.step()
 
 
 def batch_of(counts, size=64, classes=3):
@@ -172,9 +68,18 @@ def test_the_training_step_never_waits_for_the_host(small, objects):
     assert waits.operations > 100
 
 
-@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
-def test_the_whole_step_of_the_trainer_never_waits_either(tiny, optimizer):
-    config = derive(type(tiny), tiny, [f"optim.name={optimizer}"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["optim.name=sgd"],
+        ["optim.name=adamw"],
+        ["optim.ema=0.9", "optim.clip_norm=1.0", "data.images_per_pass=3"],
+        ["optim.precision=bfloat16", "model.quality_predictor={topk: 4, hidden: 8}"],
+        ["optim.precision=float16", "model.backbone.deformable={version: 2, stages: [5]}"],
+    ],
+)
+def test_the_whole_step_of_the_trainer_never_waits_either(tiny, options):
+    config = derive(type(tiny), tiny, options)
     trainer = Trainer(config, load_splits(config)[0], torch.device("cpu"))
     trainer.objective.train()
     batches = [collate([trainer.dataset[k] for k in trainer.batches.keys(step)]) for step in (0, 1)]
@@ -221,7 +126,7 @@ def test_padding_of_the_ground_truths_changes_nothing(small):
     wider = [torch.nn.functional.pad(t, pad) for t, pad in (
         (targets.boxes, (0, 0, 0, 5)), (targets.labels, (0, 5)), (targets.mask, (0, 5)),
     )]  # fmt: skip
-    padded = small.objective(images, type(targets)(*wider, targets.sizes))
+    padded = small.objective(small(images), type(targets)(*wider, targets.sizes))
     for name in LOSSES:
         assert torch.equal(plain[name], padded[name])
 
@@ -316,10 +221,13 @@ def test_normalisation_leaves_padding_at_zero(small):
     torch.testing.assert_close(inputs[0, :, 0, 0], expected)
 
 
-def test_frozen_stages_and_their_statistics_stay(reference_weights, detector):
+def test_frozen_stages_and_their_statistics_stay():
+    detector = gfl.Detector(gfl.load_config("configs/gfl_r18_1x.yaml")).train()
     before = {key: value.clone() for key, value in detector.state_dict().items()}
-    detector.losses(*recipe.batch(0))["qfl"].backward()
+    detector.losses(*batch_of([2, 1]))["qfl"].backward()
     assert not detector.backbone.bn1.training
+    frozen = {name.split(".")[1] for name, p in detector.named_parameters() if not p.requires_grad}
+    assert frozen == {"conv1", "bn1", "layer1"}
     for key, value in detector.state_dict().items():
         if "running" in key:
             assert torch.equal(value, before[key]), key

@@ -97,7 +97,7 @@ def test_a_finished_training_resumes_to_nothing(tiny, tmp_path):
 def five_steps(rank, config):
     torch.set_num_threads(1)
     trainer = Trainer(config, load_splits(config)[0], CPU)
-    trainer.objective.train()
+    trainer.parallel.train()
     rows = []
     for keys, _ in zip(trainer.batches, range(5), strict=False):
         row = trainer.train_step(collate([trainer.dataset[key] for key in keys]))
@@ -135,7 +135,7 @@ def test_a_loss_that_turns_nan_stops_training_and_is_explained(tiny, tmp_path):
 
 def test_weights_stay_those_of_the_step_that_failed(tiny):
     trainer = Trainer(tiny, load_splits(tiny)[0], CPU)
-    trainer.objective.train()
+    trainer.parallel.train()
     batches = [collate([trainer.dataset[key] for key in trainer.batches.keys(i)]) for i in range(3)]
     trainer.train_step(batches[0])
     before = {k: v.clone() for k, v in trainer.detector.named_parameters()}
@@ -155,7 +155,7 @@ def test_the_first_bad_tensor_is_named_wherever_it_is(tiny):
     images = trainer.detector.normalize(batch.pixels, batch.targets.sizes)
 
     def culprit():
-        return first_non_finite(trainer.detector, images, batch.targets)
+        return first_non_finite(trainer.objective, images, batch.targets)
 
     assert culprit() is None
     scale = trainer.detector.head.scales[0]

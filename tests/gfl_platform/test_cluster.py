@@ -6,7 +6,7 @@ import pytest
 
 from gfl.configfile import derive
 from gfl.data import load_splits
-from gfl.data.coco import DataError
+from gfl.data.errors import DataError
 from gfl.data.loading import DetectionDataset, TrainBatches, build_loader
 from gfl_platform.cluster import JobFailedError, one_line, root_cause
 
@@ -20,7 +20,9 @@ def test_a_damaged_image_is_named_in_one_line_whichever_process_read_it(coco, ti
         type(tiny), tiny, [f"data.train={split}", f"data.val={split}", "model.num_classes=1"]
     )
     dataset = DetectionDataset(load_splits(config)[0], config, training=True)
-    loader = build_loader(dataset, TrainBatches(1, config, 0, 1, 0), processes, pin=False)
+    loader = build_loader(
+        dataset, TrainBatches(dataset.split.records, config, 0, 1, 0), processes, pin=False
+    )
     with pytest.raises(DataError) as caught:
         next(iter(loader))
     line = one_line(caught.value)

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import boto3
 import pytest
 
 from gfl.config import Config
@@ -73,17 +74,50 @@ def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):
     assert path.read_text() == "new"
 
 
-def test_weights_come_from_a_path_or_from_torchvision(tmp_path, monkeypatch):
-    assert fetch_weights("some/file.pth") == Path("some/file.pth")
+@pytest.fixture
+def job(tmp_path):
+    return load_job(ROOT / "configs" / "demo.yaml", [f"storage.root={tmp_path}/outputs"])
+
+
+def test_weights_come_from_a_path_or_from_torchvision(job, tmp_path, monkeypatch):
+    assert fetch_weights(job, "some/file.pth") == Path("some/file.pth")
     with pytest.raises(StorageError, match="torchvision has no such model"):
-        fetch_weights("torchvision://resnet9000")
+        fetch_weights(job, "torchvision://resnet9000")
+    with pytest.raises(StorageError, match=r"ftp://x: expected a file, s3://"):
+        fetch_weights(job, "ftp://x")
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")
     with pytest.raises(StorageError, match=r"cannot be downloaded .* put the file at"):
-        fetch_weights("torchvision://resnet18")
-    (cached,) = [tmp_path / "hub" / "checkpoints" / "resnet18-f37072fd.pth"]
-    cached.write_bytes(b"")
-    assert fetch_weights("torchvision://resnet18") == cached
+        fetch_weights(job, "torchvision://resnet18")
+    (tmp_path / "hub" / "checkpoints").mkdir(parents=True)
+    (tmp_path / "hub" / "checkpoints" / "resnet18-f37072fd.pth").write_bytes(b"cached")
+    assert fetch_weights(job, "torchvision://resnet18").read_bytes() == b"cached"
+
+
+def test_weights_come_from_s3_once(job, monkeypatch):
+    from moto.server import ThreadedMotoServer
+
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.setenv(name, "test")
+    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+    server = ThreadedMotoServer("127.0.0.1", port=0)
+    server.start()
+    try:
+        host, port = server.get_host_and_port()
+        monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
+        client = boto3.client("s3")
+        client.create_bucket(Bucket="models")
+        client.put_object(Bucket="models", Key="a/gfl.pth", Body=b"weights")
+        client.put_object(Bucket="models", Key="c/gfl.pth", Body=b"others")
+        path = fetch_weights(job, "s3://models/a/gfl.pth")
+        assert fetch_weights(job, "s3://models/c/gfl.pth").read_bytes() == b"others"
+        assert path.read_bytes() == b"weights"
+        with pytest.raises(StorageError, match=r"s3://models/b\.pth: cannot be downloaded .*404"):
+            fetch_weights(job, "s3://models/b.pth")
+        assert [file.name for file in path.parent.iterdir()] == ["gfl.pth"]
+    finally:
+        server.stop()
+    assert fetch_weights(job, "s3://models/a/gfl.pth") == path
 
 
 def test_no_file_of_ours_shadows_the_standard_library():

@@ -9,11 +9,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from tests_support import as_rows
 
 from gfl.checkpoint import load_checkpoint, read_about
-from gfl.configfile import ConfigError, load_config
+from gfl.configfile import ConfigError, derive, load_config
+from gfl.evaluation import evaluate_detections
 from gfl_platform import cluster, registry, training
-from gfl_platform.config import load_job
+from gfl_platform.config import JobConfig, load_job
 from gfl_platform.evaluating import evaluate_checkpoint
 from gfl_platform.storage import StorageError
 from gfl_platform.tracking import TrackingError, connect
@@ -78,14 +80,29 @@ def test_the_best_checkpoint_is_the_result(trained):
     assert about.classes == ["rectangle", "ellipse", "triangle"]
 
 
-def test_evaluation_over_the_cluster_repeats_the_figures(trained):
+def test_evaluation_over_the_cluster_repeats_the_figures(trained, tmp_path):
     job, result, _ = trained
-    events = []
-    figures = evaluate_checkpoint(result.checkpoint, job, events.append)
+    events, results = [], tmp_path / "results.json"
+    figures = evaluate_checkpoint(result.checkpoint, job, events.append, results=results)
     assert events[-1] == {"kind": "evaluated", "images": 11, "total": 11}
     assert figures["metrics"] == pytest.approx(result.metrics, abs=1e-6)
     assert figures["fps"] > 0
     assert figures["images"] == 11
+    truth, rows = Path(job.data.val.annotations), as_rows(json.loads(results.read_text()))
+    ids = [image["id"] for image in json.loads(truth.read_text())["images"]]
+    again = evaluate_detections(truth, rows, ids, official=True)
+    assert figures["metrics"] == pytest.approx(again.metrics, rel=0, abs=1e-12)
+
+
+def test_images_without_annotations_are_for_results_only(trained, tmp_path):
+    job, result, _ = trained
+    content = json.loads(Path(job.data.val.annotations).read_text())
+    del content["annotations"]
+    listed = tmp_path / "image_info.json"
+    listed.write_text(json.dumps(content))
+    job = derive(JobConfig, job, [f"data.val.annotations={listed}"])
+    with pytest.raises(cluster.JobFailedError, match=r"info\.json: no annotations.*--results"):
+        evaluate_checkpoint(result.checkpoint, job, [].append)
 
 
 def test_a_model_is_looked_up_and_loaded_by_alias(trained):
@@ -251,9 +268,9 @@ def same_weights(one, other):
         assert torch.equal(value, others[key]), key
 
 
-def test_a_nan_ends_the_job_with_one_line(tiny_file, tmp_path):
+def test_a_nan_ends_the_job_with_one_line(tiny_file, tmp_path, caplog):
     job = job_of(tiny_file, tmp_path, "optim.lr=1e30", "optim.name=sgd", "schedule.name=step",
-                 "schedule.warmup_steps=0")  # fmt: skip
+                 "schedule.warmup_steps=0", "model.reg_max=2")  # fmt: skip
     with pytest.raises(
         cluster.JobFailedError, match=r"step \d: NaN or infinity, first in"
     ) as caught:
@@ -264,6 +281,7 @@ def test_a_nan_ends_the_job_with_one_line(tiny_file, tmp_path):
     assert {p.name for p in saved.iterdir()} >= {"config.yaml", "batch-rank0.pt", "batch-rank1.pt"}
     run_id = json.loads((tmp_path / "runs" / "nan" / "run.json").read_text())["run_id"]
     assert connect(job).get_run(run_id).info.status == "FAILED"
+    assert "warning: train: edges that model.reg_max 2 cannot reach" in caplog.text
 
 
 @pytest.mark.real_data
@@ -288,6 +306,8 @@ def test_coco128_trains_through_the_true_pipeline_at_320_px(real_data, tmp_path)
     assert (job.data.short_side, job.data.long_side) == (320, 533)
     events = []
     result = training.train(job, "coco", resume=False, watch=events.append)
+    (data,) = [e for e in events if e["kind"] == "data"]
+    assert data["findings"][-1].startswith("train: classes without boxes: ")
     losses = [e["metrics"]["loss"] for e in events if e["kind"] == "steps"]
     assert len(losses) == 12
     assert sum(losses[-4:]) < 0.95 * sum(losses[:4])

@@ -20,7 +20,7 @@ from pycocotools.coco import COCO
 
 from gfl.checkpoint import load_checkpoint, read_about
 
-JOBS = ("train", "evaluate", "predict", "registry", "demo")
+JOBS = ("train", "inspect", "evaluate", "predict", "registry", "demo")
 
 
 def start(*arguments):
@@ -48,9 +48,10 @@ def test_every_job_explains_itself_with_an_example(job):
         (("jobs.train", "configs/absent.yaml"), "configs/absent.yaml: cannot be read"),
         (
             ("jobs.train", "configs/coco128.yaml"),
-            "data/coco128/annotations/instances.json: annotations",
+            "data/coco128/images: no such folder of images",
         ),
         (("jobs.train", "configs/demo.yaml", "--resume"), "say which run with run.name=NAME"),
+        (("jobs.inspect", "configs/coco128.yaml"), "no such folder of images"),
         (("jobs.evaluate", "no/such/folder"), "no/such/folder: no such folder"),
         (("jobs.predict", "models:/x@y", "absent.jpg"), "absent.jpg: no such image or folder"),
         (("jobs.registry", "list", "loss.qfl.beta=1.5"), "has no effect here"),
@@ -124,14 +125,22 @@ def test_a_model_is_evaluated_by_alias(outputs, tmp_path):
         "models:/shapes@champion",
         f"storage.root={outputs}",
         "postprocess.score_threshold=1.0",
+        "--official",
+        "--per-class",
         "--out",
         tmp_path / "new" / "e.json",
+        "--results",
+        tmp_path / "new" / "r.json",
     )
     assert status == 0, error
     assert "AP50" in out
+    assert "ellipse" in out
+    assert json.loads((tmp_path / "new" / "r.json").read_text()) == []
     figures = json.loads((tmp_path / "new" / "e.json").read_text())
     assert figures["images"] == 11
     assert figures["metrics"]["AR100"] == 0  # no score reaches the threshold
+    assert figures["ap_by_class"] == {"rectangle": 0, "ellipse": 0, "triangle": 0}
+    assert figures["ap_by_iou"]["0.95"] == 0
     assert figures["protocol"]["postprocess"]["score_threshold"] == 1.0
 
 

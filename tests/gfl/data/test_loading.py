@@ -2,14 +2,15 @@
 
 from dataclasses import replace
 from itertools import islice
+from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
 
-from gfl.configfile import derive
+from gfl.configfile import ConfigError, derive
 from gfl.data import load_splits
-from gfl.data.coco import DataError
+from gfl.data.errors import DataError
 from gfl.data.loading import (
     DetectionDataset,
     EvaluationBatches,
@@ -17,7 +18,9 @@ from gfl.data.loading import (
     build_loader,
     collate,
 )
-from gfl.data.transforms import FitWithin, as_sample, build_transforms, fitted_size, read_image
+from gfl.data.sampling import repeats_per_epoch
+from gfl.data.split import ImageRecord
+from gfl.data.transforms import FitWithin, as_sample, build_transforms, fitted_size
 
 
 @pytest.fixture
@@ -42,7 +45,7 @@ def test_boxes_scale_with_their_image():
     image, boxes = as_sample(
         torch.zeros(3, 48, 64, dtype=torch.uint8), torch.tensor([[8.0, 6, 64, 48]])
     )
-    image, boxes = FitWithin(96, 1333)(image, boxes)
+    image, boxes = FitWithin((96, 96), 1333)(image, boxes)
     assert image.shape == (3, 96, 128)
     assert boxes.tolist() == [[16, 12, 128, 96]]
     assert image.dtype == torch.uint8
@@ -68,10 +71,23 @@ def test_a_sample_depends_on_epoch_and_image_alone(dataset):
     assert flips == {True, False}
 
 
+def images(count, tall=(), labels=None):
+    return [
+        ImageRecord(
+            image_id=i,
+            path=Path(f"{i}.jpg"),
+            size=(40, 30) if i in tall else (30, 40),
+            boxes=torch.zeros(1, 4),
+            labels=torch.tensor(labels[i] if labels else [0]),
+        )
+        for i in range(count)
+    ]
+
+
 @pytest.mark.parametrize("world", [1, 2, 4])
 def test_workers_share_every_global_batch(tiny, world):
-    shares = [TrainBatches(37, tiny, rank, world, 0) for rank in range(world)]
-    single = TrainBatches(37, tiny, 0, 1, 0)
+    shares = [TrainBatches(images(37), tiny, rank, world, 0) for rank in range(world)]
+    single = TrainBatches(images(37), tiny, 0, 1, 0)
     for step, expected in enumerate(single):
         assert [key for share in shares for key in share.keys(step)] == expected
     assert single.steps_per_epoch == 5
@@ -81,20 +97,62 @@ def test_workers_share_every_global_batch(tiny, world):
 
 
 def test_batches_go_on_from_any_step(tiny):
-    complete = list(TrainBatches(20, tiny, 0, 1, 0))
-    assert list(TrainBatches(20, tiny, 0, 1, 4)) == complete[4:]
-    assert len(TrainBatches(20, tiny, 0, 1, 4)) == len(complete) - 4
+    complete = list(TrainBatches(images(20), tiny, 0, 1, 0))
+    assert list(TrainBatches(images(20), tiny, 0, 1, 4)) == complete[4:]
+    assert len(TrainBatches(images(20), tiny, 0, 1, 4)) == len(complete) - 4
 
 
 def test_a_batch_larger_than_the_set_repeats_it(tiny):
-    (keys, *_) = TrainBatches(3, tiny, 0, 1, 0)
+    (keys, *_) = TrainBatches(images(3), tiny, 0, 1, 0)
     assert len(keys) == 8
     assert {image for _, image in keys} == {0, 1, 2}
 
 
+def test_wide_and_tall_images_have_batches_of_their_own(tiny):
+    tall = set(range(0, 40, 3))
+    batches = TrainBatches(images(40, tall), tiny, 0, 1, 0)
+    epoch = [batches.keys(step) for step in range(batches.steps_per_epoch)]
+    assert sorted(image for keys in epoch for _, image in keys) == list(range(40))
+    mixed = [keys for keys in epoch if len({image in tall for _, image in keys}) > 1]
+    assert len(mixed) <= 1
+    apart = derive(type(tiny), tiny, ["data.group_by_aspect=false"])
+    order = [key for keys in TrainBatches(images(40, tall), apart, 0, 1, 0) for key in keys]
+    assert (
+        order[:40] == [key for keys in TrainBatches(images(40), tiny, 0, 1, 0) for key in keys][:40]
+    )
+
+
+def test_an_image_that_is_repeated_is_augmented_anew(tiny):
+    config = derive(type(tiny), tiny, ["data.repeat=3", "data.batch=6"])
+    batches = TrainBatches(images(4), config, 0, 1, 0)
+    assert batches.steps_per_epoch == 2
+    keys = [key for step in range(4) for key in batches.keys(step)]
+    assert sorted(keys) == [(draw, image) for draw in range(6) for image in range(4)]
+
+
+def test_rare_classes_are_shown_more_often(tiny):
+    """Class 1 is on 1 of 16 images: sqrt(0.5 / (1 / 16)) = 2.83, rounded up."""
+    labels = [[0, 0]] * 14 + [[0, 1], []]
+    config = derive(type(tiny), tiny, ["data.oversample=0.5"])
+    assert repeats_per_epoch(images(16, labels=labels), config.data) == [1] * 14 + [3, 1]
+    twice = derive(type(tiny), tiny, ["data.oversample=0.5", "data.repeat=2"])
+    assert repeats_per_epoch(images(16, labels=labels), twice.data)[14] == 6
+
+
+def test_the_short_side_is_drawn_for_training_alone(tiny):
+    config = derive(type(tiny), tiny, ["data.multi_scale=[48, 60]", "data.flip=0"])
+    split = load_splits(config)[0]
+    training = DetectionDataset(split, config, training=True)
+    sizes = {training[draw, 0].pixels.shape[1] for draw in range(60)}
+    assert sizes == set(range(48, 61))
+    assert DetectionDataset(split, config, training=False)[3, 0].pixels.shape[1] == 64
+    with pytest.raises(ConfigError, match=r"multi_scale \[60, 48\]: expected \[smallest, largest"):
+        derive(type(tiny), tiny, ["data.multi_scale=[60, 48]"])
+
+
 def test_batches_that_cannot_be_shared_equally_are_refused(tiny):
     with pytest.raises(DataError, match="8 images cannot be shared equally by 3 workers"):
-        TrainBatches(37, tiny, 0, 3, 0)
+        TrainBatches(images(37), tiny, 0, 3, 0)
 
 
 @pytest.mark.parametrize(
@@ -129,33 +187,11 @@ def test_a_batch_without_any_object_has_a_masked_column(dataset):
 
 
 def test_loading_processes_give_the_same_batches(tiny, dataset):
-    batches = TrainBatches(len(dataset), tiny, 0, 1, 0)
+    batches = TrainBatches(dataset.split.records, tiny, 0, 1, 0)
     here = [b.pixels for b in islice(build_loader(dataset, batches, 0, pin=False), 3)]
     there = [b.pixels for b in islice(build_loader(dataset, batches, 2, pin=False), 3)]
     for one, other in zip(here, there, strict=True):
         assert torch.equal(one, other)
-
-
-def test_a_damaged_image_is_named(tmp_path, dataset):
-    path = tmp_path / "broken.jpg"
-    path.write_bytes(b"\xff\xd8\xff\xe0 no picture")
-    with pytest.raises(DataError, match=r"broken\.jpg: cannot be read as an image"):
-        read_image(path)
-    with pytest.raises(DataError, match=r"absent\.jpg: cannot be read"):
-        read_image(tmp_path / "absent.jpg")
-    path.write_bytes(b"")
-    with pytest.raises(DataError, match=r"broken\.jpg"):
-        read_image(path)
-
-
-def test_a_truncated_jpeg_is_named(tmp_path):
-    whole = tmp_path / "whole.jpg"
-    noise = torch.randint(0, 255, (64, 64, 3), dtype=torch.uint8)
-    Image.fromarray(noise.numpy()).save(whole)
-    cut = tmp_path / "cut.jpg"
-    cut.write_bytes(whole.read_bytes()[: whole.stat().st_size // 2])
-    with pytest.raises(DataError, match=r"cut\.jpg"):
-        read_image(cut)
 
 
 def test_an_image_of_another_size_than_annotated_is_named(coco, tiny):
@@ -169,10 +205,3 @@ def test_an_image_of_another_size_than_annotated_is_named(coco, tiny):
     broken = DetectionDataset(load_splits(config)[0], config, training=True)
     with pytest.raises(DataError, match=r"a\.jpg: is 60 x 48 px, but its annotations say 64 x 48"):
         broken[0, 0]
-
-
-def test_grey_and_palette_images_become_rgb(tmp_path):
-    for mode in ("L", "P", "RGBA"):
-        path = tmp_path / f"{mode}.png"
-        Image.new(mode, (8, 6)).save(path)
-        assert read_image(path).shape == (3, 6, 8)

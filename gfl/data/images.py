@@ -1,0 +1,111 @@
+"""Image files: which they are, their sizes and their pixels, upright and in RGB.
+
+Shapes: H, W = height and width in px, after the turn that a file's EXIF orientation asks for.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import ExifTags, Image, ImageOps
+from torch import Tensor
+
+from gfl.data.errors import DataError
+
+IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff"})
+
+DECODER_VERSION = 1
+"""To be raised whenever `read_image` would give other pixels of the same file."""
+
+
+def list_images(folder: Path) -> list[Path]:
+    """Return the image files in `folder`, sorted by name.
+
+    Raises:
+        DataError: it holds none.
+    """
+    found = [file for file in folder.iterdir() if file.suffix.lower() in IMAGE_SUFFIXES]
+    if not found:
+        raise DataError(f"{folder}: no images; expected files {', '.join(sorted(IMAGE_SUFFIXES))}")
+    return sorted(found)
+
+
+def read_image(path: Path) -> Tensor:
+    """Return the RGB pixels (3, H, W), uint8, of an image file.
+
+    Transparency is dropped; 16 bits of grey are scaled to 8, not clipped.
+
+    Raises:
+        DataError: a file that is missing or no image.
+    """
+    with _opened(path) as image:
+        pixels = _rgb(_upright(image))
+    return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
+
+
+def image_size(path: Path) -> tuple[int, int]:
+    """Return (H, W) of an image file, from its header alone.
+
+    Raises:
+        DataError: a file that is missing or no image.
+    """
+    with _opened(path) as image:
+        width, height = image.size
+        return (width, height) if _swaps_sides(image) else (height, width)
+
+
+def is_on_its_side(path: Path) -> bool:
+    """Return whether an image's EXIF orientation swaps the sides of the stored pixels.
+
+    Raises:
+        DataError: a file that is missing or no image.
+    """
+    with _opened(path) as image:
+        return _swaps_sides(image)
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Image.Image]:
+    try:
+        with Image.open(path) as image:
+            yield image
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        reason, _, _ = str(error).partition("\n")
+        raise DataError(
+            f"{path}: cannot be read as an image ({reason}); replace or remove it"
+        ) from error
+
+
+def _orientation(image: Image.Image) -> int:
+    # Of the header alone, in `image_size` as in `read_image`: a PNG's own `getexif` would decode
+    # all of its pixels to look behind them.
+    return Image.Image.getexif(image).get(ExifTags.Base.Orientation, 1)
+
+
+def _swaps_sides(image: Image.Image) -> bool:
+    # Pillow gives a TIFF's size as after its turn already.
+    return _orientation(image) in range(5, 9) and image.format != "TIFF"
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    if _orientation(image) == 1:
+        return image
+    # Pillow has parsed it by now; left here, it would be written anew, which fails on damaged ones.
+    image.info.pop("exif", None)
+    return ImageOps.exif_transpose(image)
+
+
+def _rgb(image: Image.Image) -> NDArray[np.uint8]:
+    """Return pixels (H, W, 3)."""
+    if image.mode[0] in "IF":  # wider than 8 bits, where Pillow's own conversion clips
+        grey = np.asarray(image)
+        if image.mode == "F" or grey.min() < 0 or grey.max() > 65535:
+            raise ValueError("neither 8 nor 16 bits a pixel, so that its white is unknown")
+        narrow = np.round(grey / 257).astype(np.uint8)  # 65535 becomes 255
+        return np.repeat(narrow[:, :, None], 3, axis=2)
+    if "transparency" in image.info:
+        image = image.convert("RGBA")  # Pillow wants this detour for some palettes
+    return np.array(image.convert("RGB"))

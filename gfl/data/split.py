@@ -1,0 +1,258 @@
+"""A set of annotated images: read, checked and reduced to what training needs.
+
+Every format is turned into COCO's dictionary first; from there on they are the same. The checks
+answer what otherwise fails hours later or trains silently: files that are not there, classes that
+do not fit the model, boxes that no detector can learn.
+"""
+
+import logging
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import zip_longest
+from math import isfinite
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from gfl.config import DataConfig, SplitConfig
+from gfl.data.coco import read_coco
+from gfl.data.errors import DataError
+from gfl.data.voc import read_voc
+from gfl.data.yolo import find_classes, read_yolo
+
+logger = logging.getLogger(__name__)
+
+SMALLEST_SIDE = 32
+"""Images with a shorter side, in px, are not trained on (the reference's value)."""
+
+
+@dataclass(frozen=True)
+class ImageRecord:
+    """An image and its objects.
+
+    Attributes:
+        image_id: The id in the annotation file.
+        path: The image file.
+        size: (height, width) in px.
+        boxes: `xyxy` in px, (G, 4), as annotated: not clipped to the image.
+        labels: Classes 0..C-1, (G,), in the order of category ids.
+    """
+
+    image_id: int
+    path: Path
+    size: tuple[int, int]
+    boxes: Tensor
+    labels: Tensor
+
+
+@dataclass(frozen=True)
+class Split:
+    """A checked set of images.
+
+    Attributes:
+        records: Every image that takes part.
+        classes: Class names; the index is the label.
+        category_ids: COCO's id of every class.
+        dropped: How many boxes and images do not take part, by reason.
+        annotations: The COCO JSON file, or the folder of annotation files.
+        digest: SHA-256 of the annotations.
+        truth: What average precision is measured against: a COCO JSON file, or its content where
+            the annotations are of another format.
+    """
+
+    records: list[ImageRecord]
+    classes: list[str]
+    category_ids: list[int]
+    dropped: dict[str, int]
+    annotations: Path
+    digest: str
+    truth: Path | dict[str, Any]
+
+
+def read_split(
+    data: DataConfig,
+    which: Literal["train", "val"],
+    num_classes: int,
+    classes: Sequence[str] | None = None,
+) -> Split:
+    """Read and check the images that are trained or evaluated on.
+
+    For training, what is not trained on is left out: crowd, difficult and degenerate boxes, images
+    without annotations or with a side under `SMALLEST_SIDE`. Evaluation takes every image.
+
+    Args:
+        data: Where images and annotations are, and in which format.
+        which: The set, hence what it is for.
+        num_classes: What the model was built for.
+        classes: Names in the order of labels, for annotations that do not define it and where
+            `data.classes` does not either.
+
+    Raises:
+        DataError: see the class.
+    """
+    section = data.train if which == "train" else data.val
+    path, folder = Path(section.annotations), Path(section.images)
+    content, digest = _read(data, section, classes)
+    names, label_of = _classes(path, content, num_classes, data.classes)
+    by_image = _group(path, content, label_of)
+    _require_files(folder, [image["file_name"] for image in content["images"]])
+    training = which == "train"
+    records, dropped = _records(content["images"], by_image, label_of, folder, training=training)
+    if not records:
+        raise DataError(f"{path}: no image to {'train on' if training else 'evaluate'} ({dropped})")
+    if dropped:
+        reasons = ", ".join(f"{count} {reason}" for reason, count in sorted(dropped.items()))
+        logger.info("%s: %d images; left out: %s", path, len(records), reasons)
+    truth = path if data.format == "coco" else content
+    return Split(records, names, list(label_of), dropped, path, digest, truth)
+
+
+def _read(
+    data: DataConfig, section: SplitConfig, classes: Sequence[str] | None
+) -> tuple[dict[str, Any], str]:
+    """Return annotations as COCO's dictionary, and their SHA-256."""
+    if not Path(section.images).is_dir():
+        raise DataError(
+            f"{section.images}: no such folder of images; set data.train.images and data.val.images"
+        )
+    match data.format:
+        case "coco":
+            return read_coco(Path(section.annotations))
+        case "voc":
+            return read_voc(section, data.classes or classes)
+        case "yolo":
+            named = data.classes or find_classes(Path(section.annotations)) or classes
+            return read_yolo(section, named)
+
+
+def require_same_classes(
+    one: str, classes: Sequence[str], other: str, others: Sequence[str]
+) -> None:
+    """Refuse two lists of classes that give a label two meanings; `one` and `other` name them.
+
+    Raises:
+        DataError: names the first class that differs.
+    """
+    for label, (name, other_name) in enumerate(zip_longest(classes, others)):
+        if name != other_name:
+            raise DataError(
+                f"{other}: class {label} is '{other_name}', but '{name}' in {one}; give both the "
+                "same categories in the order of their ids"
+            )
+
+
+def _classes(
+    path: Path, content: Mapping[str, Any], num_classes: int, wanted: Sequence[str] | None
+) -> tuple[list[str], dict[int, int]]:
+    """Return class names in the order of labels, and the label of every category's id."""
+    categories = sorted(content["categories"], key=lambda category: category["id"])
+    if len(categories) != num_classes:
+        raise DataError(
+            f"{path}: has {len(categories)} categories, but model.num_classes is {num_classes}; "
+            f"set model.num_classes={len(categories)}"
+        )
+    names = [category["name"] for category in categories]
+    if wanted is not None:
+        require_same_classes("data.classes", wanted, str(path), names)
+    return names, {category["id"]: label for label, category in enumerate(categories)}
+
+
+def _group(
+    path: Path, content: Mapping[str, Any], label_of: Mapping[int, int]
+) -> dict[int, list[dict[str, Any]]]:
+    """Return the annotations of every image."""
+    by_image: dict[int, list[dict[str, Any]]] = {image["id"]: [] for image in content["images"]}
+    for annotation in content["annotations"]:
+        what = f"{path}: annotation {annotation['id']}"
+        if annotation["image_id"] not in by_image:
+            raise DataError(
+                f"{what} belongs to image {annotation['image_id']}, "
+                "which is not listed; list it or remove the annotation"
+            )
+        if annotation["category_id"] not in label_of:
+            raise DataError(
+                f"{what} has category {annotation['category_id']}, "
+                f"but the categories are {sorted(label_of)}; correct the id or add the category"
+            )
+        box = annotation["bbox"]
+        numbers = isinstance(box, list) and all(isinstance(side, int | float) for side in box)
+        if not numbers or len(box) != 4:
+            raise DataError(f"{what}: bbox: expected [x, y, width, height] in px, got {box!r}")
+        by_image[annotation["image_id"]].append(annotation)
+    return by_image
+
+
+def _require_files(folder: Path, names: Iterable[str]) -> None:
+    present = {path.name for path in folder.iterdir()}
+    absent = [name for name in names if name not in present and not (folder / name).is_file()]
+    if absent:
+        more = f" and {len(absent) - 1} more" if len(absent) > 1 else ""
+        raise DataError(
+            f"{folder / absent[0]}: annotated image is missing{more}; complete the folder or "
+            "remove it from the annotations"
+        )
+
+
+def _records(
+    images: list[dict[str, Any]],
+    by_image: Mapping[int, list[dict[str, Any]]],
+    label_of: Mapping[int, int],
+    folder: Path,
+    *,
+    training: bool,
+) -> tuple[list[ImageRecord], dict[str, int]]:
+    """Return the images that take part, and how many images and boxes do not, by reason."""
+    dropped: Counter[str] = Counter()
+    records = []
+    for image in images:
+        annotations = by_image[image["id"]]
+        height, width = image["height"], image["width"]
+        if training and (reason := _unfit(annotations, height, width)):
+            dropped[reason] += 1
+            continue
+        kept = [a for a in annotations if not (reason := _untrainable(a, height, width))
+                or dropped.update([reason])]  # fmt: skip
+        records.append(
+            ImageRecord(
+                image_id=image["id"],
+                path=folder / image["file_name"],
+                size=(height, width),
+                boxes=_xyxy([annotation["bbox"] for annotation in kept]),
+                labels=torch.tensor([label_of[a["category_id"]] for a in kept], dtype=torch.long),
+            )
+        )
+    return records, dict(dropped)
+
+
+def _unfit(annotations: list[dict[str, Any]], height: int, width: int) -> str | None:
+    """Return why an image is not trained on, if so."""
+    if not annotations:
+        return "images without annotations"
+    if min(height, width) < SMALLEST_SIDE:
+        return f"images with a side under {SMALLEST_SIDE} px"
+    return None
+
+
+def _untrainable(annotation: Mapping[str, Any], height: int, width: int) -> str | None:
+    """Return why a box is not trained on, if so (the reference's rules)."""
+    if annotation.get("iscrowd", 0):
+        return "difficult boxes" if annotation.get("difficult", 0) else "crowd boxes"
+    x, y, w, h = annotation["bbox"]
+    visible_width = min(x + w, width) - max(x, 0)
+    visible_height = min(y + h, height) - max(y, 0)
+    if not all(map(isfinite, (x, y, w, h))):
+        return "boxes with NaN or infinity"
+    area = annotation.get("area")
+    if w < 1 or h < 1 or (area is not None and area <= 0):
+        return "degenerate boxes"
+    if visible_width <= 0 or visible_height <= 0:
+        return "boxes outside of their image"
+    return None
+
+
+def _xyxy(xywh: list[list[float]]) -> Tensor:
+    boxes = torch.tensor(xywh, dtype=torch.float32).reshape(-1, 4)
+    return torch.cat([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]], dim=1)
