@@ -129,10 +129,6 @@ def train(job: JobConfig, name: str, *, resume: bool, watch: Watcher) -> Trainin
     share_of_batch(config, workers.count)
     tracking.connect(job)  # before anything is written
     sources = _fetch_sources(job)
-    if sources["weights"] is not None and not cluster.in_cluster():
-        # Says what is loaded, or why it cannot be, before anything is written.
-        load_weights(Detector(config), sources["weights"],
-                     reset_classifier=config.model.reset_classifier)  # fmt: skip
     logger.info("learning rate %g for %d images a step", scaled_lr(config), config.data.batch)
     folder = open_run_folder(job, name, resume=resume)
     _require_same_config(folder / CONFIG_FILE, config)
@@ -151,10 +147,24 @@ def train(job: JobConfig, name: str, *, resume: bool, watch: Watcher) -> Trainin
 
 
 def _fetch_sources(job: JobConfig) -> dict[str, Path | None]:
-    """Return the weights to start from and the teacher's checkpoint, where all nodes see them."""
-    distillation = job.loss.distillation
+    """Return the weights to start from and the teacher's checkpoint, where all nodes see them.
+
+    Raises:
+        ValueError: what cannot be fetched or loaded; before anything is written for the run.
+    """
+    weights, backbone, distillation = None, job.model.backbone, job.loss.distillation
+    if job.model.pretrained is not None:
+        weights = fetch_weights(job, job.model.pretrained)
+        if not cluster.in_cluster():  # where nodes' files may be elsewhere
+            reset = job.model.reset_classifier
+            load_weights(Detector(reproducible(job)), weights, reset_classifier=reset)
+    elif backbone.frozen_stages >= 0 or backbone.norm_eval:
+        logger.warning(
+            "warning: model.pretrained is null, so frozen stages and fixed BatchNorm stay random; "
+            "from scratch, set model.backbone.frozen_stages=-1 and model.backbone.norm_eval=false"
+        )
     return {
-        "weights": fetch_weights(job, job.model.pretrained) if job.model.pretrained else None,
+        "weights": weights,
         "teacher": fetch_model(job, distillation.teacher) if distillation else None,
     }
 

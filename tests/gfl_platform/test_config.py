@@ -4,12 +4,15 @@ from pathlib import Path
 
 import boto3
 import pytest
+import torch
 
 from gfl.config import Config
-from gfl.configfile import JOB_SECTIONS, ConfigError, load_config, reproducible
+from gfl.configfile import JOB_SECTIONS, ConfigError, derive, load_config, reproducible
+from gfl.detector import Detector
 from gfl_platform.config import JobConfig, load_job
 from gfl_platform.storage import StorageError, fetch_weights, open_run_folder, write_atomically
 from gfl_platform.tracking import tracking_uri
+from gfl_platform.training import _fetch_sources
 
 ROOT = Path(__file__).parents[2]
 
@@ -118,6 +121,26 @@ def test_weights_come_from_s3_once(job, monkeypatch):
     finally:
         server.stop()
     assert fetch_weights(job, "s3://models/a/gfl.pth") == path
+
+
+def test_what_stays_random_although_it_is_frozen_is_said_before_training(job, tmp_path, caplog):
+    assert _fetch_sources(job) == {"weights": None, "teacher": None}
+    assert caplog.text == ""
+    frozen = derive(JobConfig, job, ["model.backbone.frozen_stages=1"])
+    _fetch_sources(frozen)
+    assert "model.pretrained is null" in caplog.text
+
+
+def test_weights_that_do_not_fit_are_refused_before_training(job, tmp_path):
+    path = tmp_path / "seven.pth"
+    torch.save(
+        Detector(derive(Config, reproducible(job), ["model.num_classes=7"])).state_dict(), path
+    )
+    starting = derive(JobConfig, job, [f"model.pretrained={path}"])
+    with pytest.raises(ValueError, match=r"num_classes 7, the model has 3.*reset_classifier=true"):
+        _fetch_sources(starting)
+    reset = derive(JobConfig, starting, ["model.reset_classifier=true"])
+    assert _fetch_sources(reset)["weights"] == path
 
 
 def test_no_file_of_ours_shadows_the_standard_library():
