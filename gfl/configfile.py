@@ -22,7 +22,7 @@ from gfl.config import Config
 
 # Sections of a configuration file that say where and how a job runs. `gfl` skips them; their schema
 # is `gfl_platform.config.JobConfig`.
-JOB_SECTIONS = frozenset({"run", "cluster", "storage", "tracking", "registry"})
+JOB_SECTIONS = frozenset({"run", "cluster", "storage", "tracking", "registry", "sweep"})
 
 ConfigT = TypeVar("ConfigT", bound=Config)
 KeyPath = tuple[str, ...]
@@ -84,12 +84,14 @@ def parse_config(text: str, source: str) -> Config:
     return _validate(Config, values, dict.fromkeys(_leaves(values), source), source)
 
 
-def derive(schema: type[ConfigT], config: Config, overrides: Sequence[str]) -> ConfigT:
-    """Return `config` as `schema`, changed by `section.key=value` overrides."""
+def derive(
+    schema: type[ConfigT], config: Config, overrides: Sequence[str], origin: str = "command line"
+) -> ConfigT:
+    """Return `config` as `schema`, changed by `section.key=value` overrides that `origin` gave."""
     values = config.model_dump(mode="json")
     origins: dict[KeyPath, str] = {}
     for override in overrides:
-        _merge(values, _parse_override(override), origins, "command line")
+        _merge(values, _parse_override(override), origins, origin)
     return _validate(schema, values, origins, "configuration")
 
 
@@ -216,11 +218,15 @@ def _explain(
 def _keys(schema: type[BaseModel], path: KeyPath) -> list[str]:
     """Return the keys that the schema knows below `path`."""
     for name in path:
-        annotation = schema.model_fields[name].annotation
-        options = [annotation, *getattr(annotation, "__args__", ())]
-        schema = next(
-            option
-            for option in options
-            if isinstance(option, type) and issubclass(option, BaseModel)
-        )
+        field = schema.model_fields.get(name)
+        if field is None:  # a key of a mapping, whose values the loop has reached already
+            continue
+        schema = _sections(field.annotation)[0]
     return list(schema.model_fields)
+
+
+def _sections(annotation: Any) -> list[type[BaseModel]]:
+    """Return the sections that an annotation stands for, also as an option or in a mapping."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return [found for part in getattr(annotation, "__args__", ()) for found in _sections(part)]

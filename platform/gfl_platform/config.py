@@ -3,7 +3,7 @@
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, model_validator
 
@@ -82,6 +82,113 @@ class RegistryConfig(Section):
         return self
 
 
+class RangeConfig(Section):
+    """The values that a sweep tries for one key, in one of five forms."""
+
+    grid: Annotated[tuple[Any, ...], Field(min_length=1)] | None = None
+    """Each of these values."""
+    choice: Annotated[tuple[Any, ...], Field(min_length=1)] | None = None
+    """The same; the searchers that draw treat it alike."""
+    uniform: tuple[float, float] | None = None
+    """Between two numbers."""
+    log_uniform: tuple[float, float] | None = None
+    """Between two positive numbers, uniform in the logarithm."""
+    int_uniform: tuple[int, int] | None = None
+    """Integers between two, both included."""
+
+    @model_validator(mode="after")
+    def _one_form(self) -> "RangeConfig":
+        forms = {name: value for name, value in self if value is not None}
+        if len(forms) != 1:
+            raise ValueError(f"a range: expected one of {', '.join(type(self).model_fields)}")
+        ((name, value),) = forms.items()
+        if name not in ("grid", "choice") and not value[0] < value[1]:
+            raise ValueError(f"{name} {list(value)}: expected [lowest, highest]")
+        if name == "log_uniform" and value[0] <= 0:
+            raise ValueError(f"log_uniform {list(value)}: expected positive bounds")
+        return self
+
+    @property
+    def values(self) -> tuple[Any, ...] | None:
+        """All values, or None of a continuous or integer range."""
+        return self.grid or self.choice
+
+    @property
+    def bounds(self) -> tuple[float, float] | None:
+        """Both ends of a range, or None of a list of values."""
+        return self.uniform or self.log_uniform or self.int_uniform
+
+
+class SearchConfig(Section):
+    """Which points of the space a sweep tries, and in which order."""
+
+    name: Literal["grid", "random", "tpe"] = "grid"
+    """All of them; drawn at random; or drawn by Optuna's TPE, which learns from those before."""
+    seed: Count = 0
+    """Of what is drawn."""
+
+
+class SchedulerConfig(Section):
+    """Which trials a sweep stops before their last epoch."""
+
+    name: Literal["none", "asha", "median"] = "none"
+    """None; by successive halving (ASHA, Li et al., 2020); or those below the median of others."""
+    grace_epochs: Positive = 1
+    """No trial is stopped before."""
+    reduction: Annotated[float, Field(gt=1)] = 3
+    """Of ASHA: one of so many trials goes on from each rung; rungs are at its powers."""
+
+
+class BudgetConfig(Section):
+    """The most that a sweep's search may use; what runs then is stopped."""
+
+    trials: Positive | None = None
+    """Points drawn; a grid has all of its own."""
+    epochs: Positive | None = None
+    """Trained by all trials together."""
+    hours: Annotated[float, Field(gt=0)] | None = None
+    """Of wall time."""
+
+
+class PublishedRow(Section):
+    """What a paper reports for one point."""
+
+    at: dict[str, Any]
+    """Values of swept keys."""
+    figures: dict[str, float]
+    """By the names of our metrics, as the paper prints them: AP 40.2."""
+
+
+class PublishedConfig(Section):
+    """A paper's figures for the points of a sweep, printed beside ours."""
+
+    source: str
+    rows: tuple[PublishedRow, ...]
+
+
+Objective = Literal["AP", "AP50", "AP75", "APs", "APm", "APl", "AR100", "fps", "latency_ms"]
+
+
+class SweepConfig(Section):
+    """A search over keys of the configuration; the resources of a trial are those of `cluster`."""
+
+    space: Annotated[dict[str, RangeConfig], Field(min_length=1)]
+    """Dotted keys, and the values to try."""
+    search: SearchConfig = SearchConfig()
+    scheduler: SchedulerConfig = SchedulerConfig()
+    objectives: Annotated[tuple[Objective, ...], Field(min_length=1)] = ("AP",)
+    """What is searched for, all at once; trials are stopped by the first. Lower latency is better,
+    more of any other."""
+    seeds: Positive = 1
+    """Trainings of a point: with `seed`, `seed` + 1 and so on."""
+    finalists: Positive | None = None
+    """Points that are trained with all seeds, the best after the search; by default all points."""
+    concurrency: Positive | None = None
+    """Trials at once; by default as many as fit."""
+    budget: BudgetConfig = BudgetConfig()
+    published: PublishedConfig | None = None
+
+
 class JobConfig(Config):
     """All that a job reads from its configuration file."""
 
@@ -90,6 +197,7 @@ class JobConfig(Config):
     storage: StorageConfig = StorageConfig()
     tracking: TrackingConfig = TrackingConfig()
     registry: RegistryConfig = RegistryConfig()
+    sweep: SweepConfig | None = None
 
 
 def load_job(path: str | Path, overrides: Sequence[str] = ()) -> JobConfig:
