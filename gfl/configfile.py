@@ -9,6 +9,7 @@ comes last.
 """
 
 import difflib
+import hashlib
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -98,6 +99,11 @@ def derive(
 def dump_config(config: Config) -> str:
     """Return the resolved configuration as YAML, which `parse_config` reads back."""
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+
+
+def config_hash(config: Config) -> str:
+    """Return what tells configurations apart that give other numbers: 64 hexadecimal digits."""
+    return hashlib.sha256(dump_config(reproducible(config)).encode()).hexdigest()
 
 
 def reproducible(config: Config) -> Config:

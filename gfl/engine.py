@@ -55,12 +55,14 @@ class EpochReport:
         epoch: Epochs done.
         step: Steps done.
         metrics: The COCO statistics.
+        config: What the trainer that trained it was built from.
         save: Writes a checkpoint into an existing folder; to be called on one worker only.
     """
 
     epoch: int
     step: int
     metrics: dict[str, float]
+    config: Config
     save: Callable[[Path], None]
 
 
@@ -124,7 +126,8 @@ def fit(
             trainer.parallel.train()
             trainer.note_quality(metrics["AP"])
             save = partial(trainer.save, split=train, metrics=metrics)
-            listener.on_epoch(EpochReport(trainer.epochs_done, trainer.step, metrics, save))
+            report_of = (trainer.epochs_done, trainer.step, metrics, trainer.config, save)
+            listener.on_epoch(EpochReport(*report_of))
             if trainer.out_of_patience:
                 break
             window.restart()

@@ -4,8 +4,7 @@ import logging
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,12 +13,11 @@ from ray.train import UserCallback
 
 from gfl.diagnosis import NonFiniteLossError
 from gfl_platform.config import JobConfig
-from gfl_platform.events import Watcher, start_event_queue
+from gfl_platform.events import Events
 
 logger = logging.getLogger(__name__)
 
 DEFAULT_CPU_WORKERS = 2
-DRAIN_SECONDS = 0.5
 
 
 class ClusterError(ValueError):
@@ -28,6 +26,10 @@ class ClusterError(ValueError):
 
 class JobFailedError(RuntimeError):
     """A worker stopped; the message is what it said."""
+
+
+class DivergedError(JobFailedError):
+    """A loss or gradient turned NaN or infinite."""
 
 
 @dataclass(frozen=True)
@@ -113,88 +115,63 @@ def run_workers(
     loop: Callable[[dict[str, Any]], Any],
     settings: dict[str, Any],
     workers: Workers,
-    handle: Watcher,
+    events: Events,
+    callbacks: Sequence[UserCallback] = (),
     **run_options: Any,
 ) -> Any:
     """Run `loop(settings)` in every worker, joined in one process group, and return Ray's result.
 
     Args:
-        loop: Finds the event queue under `settings["queue"]`; what it returns on rank 0 is
+        loop: Finds `events` under `settings["events"]`; what it returns on rank 0 is
             `result.return_value`.
         settings: For `loop`.
         workers: What to run on.
-        handle: Is told of events while the workers run, in a thread of its own.
+        events: Is told of what workers and controller do.
+        callbacks: Of the training controller, besides its own.
         run_options: Of Ray's `RunConfig`.
 
     Raises:
-        JobFailedError: a worker stopped, and going on was no use or was tried often enough.
+        JobFailedError: a worker stopped, and going on was no use or was tried often enough; of a
+            NaN a `DivergedError`.
     """
     from ray.train import RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer
 
-    queue = start_event_queue()
     resources = {"CPU": workers.cpus} | ({"GPU": 1} if workers.use_gpu else {})
     trainer = TorchTrainer(
         loop,
-        train_loop_config=settings | {"queue": queue},
+        train_loop_config=settings | {"events": events},
         scaling_config=ScalingConfig(
             num_workers=workers.count, use_gpu=workers.use_gpu, resources_per_worker=resources
         ),
-        run_config=RunConfig(callbacks=[ControllerCallback(queue)], **run_options),
+        run_config=RunConfig(callbacks=[ControllerCallback(events), *callbacks], **run_options),
     )
-    with _pumped(queue, handle):
-        on_interrupt = signal.getsignal(signal.SIGINT)
-        try:
-            return trainer.fit()
-        except SystemExit as error:  # Ray's answer to Ctrl-C, once the workers have stopped
-            raise KeyboardInterrupt from error
-        except Exception as error:
-            raise JobFailedError(one_line(root_cause(error))) from error
-        finally:
-            if threading.current_thread() is threading.main_thread():
-                signal.signal(signal.SIGINT, on_interrupt)
-
-
-@contextmanager
-def _pumped(queue: Any, handle: Watcher) -> Iterator[None]:
-    """Hand the events of `queue` to `handle` in a thread of its own, the last ones at the end."""
-    import ray
-
-    done = threading.Event()
-
-    def drain() -> None:
-        for event in ray.get(queue.drain.remote()):
-            try:
-                handle(event)
-            except Exception:  # whatever shows or logs a training must not end it
-                logger.exception("an event of the job was not shown or logged")
-
-    def pump() -> None:
-        while not done.wait(DRAIN_SECONDS):
-            drain()
-
-    thread = threading.Thread(target=pump, name="events", daemon=True)
-    thread.start()
+    on_interrupt = signal.getsignal(signal.SIGINT)
     try:
-        yield
+        return trainer.fit()
+    except SystemExit as error:  # Ray's answer to Ctrl-C, once the workers have stopped
+        raise KeyboardInterrupt from error
+    except Exception as error:
+        cause = root_cause(error)
+        kind = DivergedError if isinstance(cause, DivergedError) else JobFailedError
+        raise kind(one_line(cause)) from error
     finally:
-        done.set()
-        thread.join()
-        drain()
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGINT, on_interrupt)
 
 
 class ControllerCallback(UserCallback):
     """Tells the driver what the training controller sees; gives up where trying again is no use."""
 
-    def __init__(self, queue: Any) -> None:
-        self._queue = queue
+    def __init__(self, events: Events) -> None:
+        self._events = events
 
     def after_report(
         self, run_context: Any, metrics: list[dict[str, Any]], checkpoint: Any
     ) -> None:
         """Tell of a checkpoint that lies in storage, with the metrics of rank 0."""
         if checkpoint is not None:
-            self._queue.add.remote({"kind": "checkpoint", "uri": checkpoint.path, **metrics[0]})
+            self._events.tell({"kind": "checkpoint", "uri": checkpoint.path, **metrics[0]})
 
     def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
         """Tell of workers that stopped; raise, which ends the run, where they would stop again."""
@@ -202,11 +179,10 @@ class ControllerCallback(UserCallback):
             cause = root_cause(error)
             final = isinstance(cause, (ValueError, NonFiniteLossError))
             reason = one_line(cause)
-            self._queue.add.remote(
-                {"kind": "failure", "rank": rank, "reason": reason, "final": final}
-            )
+            self._events.tell({"kind": "failure", "rank": rank, "reason": reason, "final": final})
             if final:
-                raise JobFailedError(reason)
+                diverged = isinstance(cause, NonFiniteLossError)
+                raise DivergedError(reason) if diverged else JobFailedError(reason)
 
 
 def root_cause(error: BaseException) -> BaseException:

@@ -5,7 +5,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, Field, model_validator
+from pydantic import (
+    AfterValidator,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    StrictFloat,
+    StrictInt,
+    model_validator,
+)
 
 from gfl.config import Config, Count, Positive, Section
 from gfl.configfile import JOB_SECTIONS, derive, load_schema
@@ -85,15 +93,17 @@ class RegistryConfig(Section):
 class RangeConfig(Section):
     """The values that a sweep tries for one key, in one of five forms."""
 
+    model_config = ConfigDict(strict=False)  # a list is taken for a tuple, but no text for a number
+
     grid: Annotated[tuple[Any, ...], Field(min_length=1)] | None = None
     """Each of these values."""
     choice: Annotated[tuple[Any, ...], Field(min_length=1)] | None = None
     """The same; the searchers that draw treat it alike."""
-    uniform: tuple[float, float] | None = None
+    uniform: tuple[StrictFloat, StrictFloat] | None = None
     """Between two numbers."""
-    log_uniform: tuple[float, float] | None = None
+    log_uniform: tuple[StrictFloat, StrictFloat] | None = None
     """Between two positive numbers, uniform in the logarithm."""
-    int_uniform: tuple[int, int] | None = None
+    int_uniform: tuple[StrictInt, StrictInt] | None = None
     """Integers between two, both included."""
 
     @model_validator(mode="after")
@@ -117,6 +127,19 @@ class RangeConfig(Section):
     def bounds(self) -> tuple[float, float] | None:
         """Both ends of a range, or None of a list of values."""
         return self.uniform or self.log_uniform or self.int_uniform
+
+
+def _dotted(space: Any) -> Any:
+    """Return a space with dotted keys, which the command line's overrides nest; the last wins."""
+    if not isinstance(space, dict):
+        return space
+    flat: dict[str, Any] = {}
+    for key, value in space.items():
+        if isinstance(value, dict) and value and all(isinstance(v, dict) for v in value.values()):
+            flat |= {f"{key}.{below}": inner for below, inner in _dotted(value).items()}
+        else:
+            flat[key] = value
+    return flat
 
 
 class SearchConfig(Section):
@@ -172,8 +195,10 @@ Objective = Literal["AP", "AP50", "AP75", "APs", "APm", "APl", "AR100", "fps", "
 class SweepConfig(Section):
     """A search over keys of the configuration; the resources of a trial are those of `cluster`."""
 
-    space: Annotated[dict[str, RangeConfig], Field(min_length=1)]
-    """Dotted keys, and the values to try."""
+    space: Annotated[
+        dict[str, RangeConfig], BeforeValidator(_dotted), Field(min_length=1)
+    ]
+    """Keys, dotted or nested, and the values to try."""
     search: SearchConfig = SearchConfig()
     scheduler: SchedulerConfig = SchedulerConfig()
     objectives: Annotated[tuple[Objective, ...], Field(min_length=1)] = ("AP",)

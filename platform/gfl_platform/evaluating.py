@@ -17,7 +17,7 @@ from gfl.speed import measure_fps
 from gfl.trainer import worker_rank
 from gfl_platform import cluster
 from gfl_platform.config import JobConfig
-from gfl_platform.events import Watcher
+from gfl_platform.events import Watcher, pumped
 from gfl_platform.storage import scratch_folder, write_atomically
 
 
@@ -40,7 +40,7 @@ def evaluate_worker(settings: dict[str, Any]) -> dict[str, Any]:
     def tell(images: int) -> None:
         total = len(split.records)
         done = {"kind": "evaluated", "images": min(images * world, total), "total": total}
-        settings["queue"].add.remote(done)
+        settings["events"].tell(done)
 
     loader = build_evaluation_loader(config, split, device)
     rows = gather(detect(detector, split, loader, device, tell if rank == 0 else None))
@@ -80,9 +80,10 @@ def evaluate_checkpoint(
         "official": official,
         "results": results is not None,
     }
-    with scratch_folder(job) as scratch:
+    workers = cluster.allot(job)
+    with scratch_folder(job) as scratch, pumped(watch) as events:
         result = cluster.run_workers(
-            evaluate_worker, settings, cluster.allot(job), watch, storage_path=str(scratch)
+            evaluate_worker, settings, workers, events, storage_path=str(scratch)
         )
     figures: dict[str, Any] = result.return_value
     rows = figures.pop("detections")

@@ -4,8 +4,16 @@ Workers and the training controller only add; the driver drains, shows and logs.
 tracking server nor a slow terminal ever holds up training.
 """
 
-from collections.abc import Callable
+import logging
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any
+
+logger = logging.getLogger(__name__)
+
+DRAIN_SECONDS = 0.5
 
 Event = dict[str, Any]
 """`kind` and what belongs to it: steps, checkpoint, data, evaluated, failure, result."""
@@ -30,7 +38,53 @@ class EventQueue:
         return events
 
 
-def start_event_queue() -> Any:
+@dataclass(frozen=True)
+class Events:
+    """The way to a job's driver, for its other processes.
+
+    Attributes:
+        queue: Handle of the `EventQueue`.
+        about: Added to every event: what it is about.
+    """
+
+    queue: Any
+    about: Event = field(default_factory=dict)
+
+    def tell(self, event: Event) -> None:
+        """Send an event; without waiting."""
+        self.queue.add.remote({**event, **self.about})
+
+
+@contextmanager
+def pumped(handle: Watcher) -> Iterator[Events]:
+    """Hand all events to `handle`, in a thread of its own; the last ones at the end."""
+    import ray
+
+    events = Events(_start_queue())
+    done = threading.Event()
+
+    def drain() -> None:
+        for event in ray.get(events.queue.drain.remote()):
+            try:
+                handle(event)
+            except Exception:  # whatever shows or logs a training must not end it
+                logger.exception("an event of the job was not shown or logged")
+
+    def pump() -> None:
+        while not done.wait(DRAIN_SECONDS):
+            drain()
+
+    thread = threading.Thread(target=pump, name="events", daemon=True)
+    thread.start()
+    try:
+        yield events
+    finally:
+        done.set()
+        thread.join()
+        drain()
+
+
+def _start_queue() -> Any:
     """Return the handle of a new queue on this node."""
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy

@@ -9,7 +9,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from gfl.checkpoint import WEIGHTS
 from gfl_platform.config import JobConfig
@@ -26,29 +26,27 @@ def storage_root(job: JobConfig) -> Path:
     return Path(job.storage.root).expanduser().resolve()
 
 
-def runs_folder(job: JobConfig) -> Path:
-    """Return the folder that holds a folder for each run."""
-    return storage_root(job) / "runs"
-
-
-def open_run_folder(job: JobConfig, name: str, *, resume: bool) -> Path:
-    """Return the folder of the run `name`: a new one, or with `resume` the existing one.
+def open_run_folder(
+    job: JobConfig, name: str, *, resume: bool, kind: Literal["runs", "sweeps"] = "runs"
+) -> Path:
+    """Return the folder of the run or sweep `name`: a new one, or with `resume` the existing one.
 
     Raises:
         StorageError: a run that exists already, or does not although it is to be resumed.
     """
-    folder = runs_folder(job) / name
+    folder = storage_root(job) / kind / name
+    what = kind.removesuffix("s")
     if resume and not folder.is_dir():
-        existing = [path.name for path in runs_folder(job).glob("*")]
+        existing = [path.name for path in folder.parent.glob("*")]
         near = difflib.get_close_matches(name, existing, n=1)
         hint = f"did you mean '{near[0]}'?" if near else "start it without --resume"
-        raise StorageError(f"run '{name}': nothing to resume in {folder.parent}; {hint}")
+        raise StorageError(f"{what} '{name}': nothing to resume in {folder.parent}; {hint}")
     try:
         folder.mkdir(parents=True, exist_ok=resume)
     except FileExistsError as error:
         raise StorageError(
-            f"run '{name}' exists in {folder.parent}; continue it with --resume, or choose another "
-            "run.name"
+            f"{what} '{name}' exists in {folder.parent}; continue it with --resume, or choose "
+            "another run.name"
         ) from error
     return folder
 

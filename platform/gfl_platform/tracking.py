@@ -86,13 +86,16 @@ def connect(job: JobConfig) -> "MlflowClient":
 class RunTracker:
     """One MLflow run from its opening to its end; calls that fail are kept and tried again."""
 
-    def __init__(self, job: JobConfig, name: str, folder: Path) -> None:
+    def __init__(
+        self, job: JobConfig, name: str, folder: Path, tags: Mapping[str, str] | None = None
+    ) -> None:
         """Open a run called `name`, or go on in the one that `folder` belongs to.
 
         Args:
             job: Logged as parameters and as a file.
             name: Of a new run.
             folder: The run's folder; remembers the MLflow run.
+            tags: Of a new run.
         """
         self.client = connect(job)
         self._job = job
@@ -102,7 +105,7 @@ class RunTracker:
             self.run_id: str = known["run_id"]
             self.client.update_run(self.run_id, status="RUNNING")
         else:
-            self.run_id = self._create(name)
+            self.run_id = self._create(name, tags or {})
             write_atomically(folder / RUN_FILE, f'{{"run_id": "{self.run_id}"}}\n')
             self._describe()
         self._experiment: str = self.client.get_run(self.run_id).info.experiment_id
@@ -153,7 +156,7 @@ class RunTracker:
 
         self.client.log_batch(self.run_id, tags=[RunTag(k, v) for k, v in tags.items()])
 
-    def _create(self, name: str) -> str:
+    def _create(self, name: str, tags: Mapping[str, str]) -> str:
         experiment = self.client.get_experiment_by_name(self._job.tracking.experiment)
         if experiment is None:
             embedded = tracking_uri(self._job).startswith("sqlite:")
@@ -161,7 +164,7 @@ class RunTracker:
             identity = self.client.create_experiment(self._job.tracking.experiment, location)
         else:
             identity = experiment.experiment_id
-        return self.client.create_run(identity, run_name=name).info.run_id
+        return self.client.create_run(identity, run_name=name, tags=dict(tags)).info.run_id
 
     def _describe(self) -> None:
         """Log the configuration, the code's state and the packages."""
@@ -191,6 +194,8 @@ class RunTracker:
                 self._metrics(event, {"fps": event["fps"]})
                 self._tag({f"fps.{key}": str(value) for key, value in event["protocol"].items()})
                 self._tag_deleted_checkpoints()
+            case "tags":
+                self._tag(event["tags"])
             case "end":
                 self.client.set_terminated(self.run_id, event["status"])
 

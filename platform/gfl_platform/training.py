@@ -3,12 +3,24 @@
 import logging
 import tempfile
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ray.train import UserCallback
+
 from gfl.config import Config
-from gfl.configfile import ConfigError, dump_config, flatten, parse_config, reproducible
+from gfl.configfile import (
+    ConfigError,
+    ConfigT,
+    config_hash,
+    dump_config,
+    flatten,
+    load_schema,
+    parse_config,
+    reproducible,
+)
 from gfl.data import load_splits
 from gfl.data.loading import share_of_batch
 from gfl.detector import Detector
@@ -19,7 +31,7 @@ from gfl.pretrained import load_weights
 from gfl.speed import measure_fps
 from gfl_platform import cluster, registry, tracking
 from gfl_platform.config import JobConfig
-from gfl_platform.events import Event, Watcher
+from gfl_platform.events import Event, Events, Watcher, pumped
 from gfl_platform.storage import fetch_model, fetch_weights, open_run_folder, write_atomically
 
 logger = logging.getLogger(__name__)
@@ -51,16 +63,16 @@ class TrainingResult:
 class WorkerListener:
     """Reports what a worker's `fit` does: steps to the driver, epochs with checkpoints to Ray."""
 
-    def __init__(self, queue: Any) -> None:
+    def __init__(self, events: Events) -> None:
         import ray.train
 
-        self._queue = queue
+        self._events = events
         self._is_first = ray.train.get_context().get_world_rank() == 0
 
     def on_steps(self, report: StepReport) -> None:
         """Tell the driver; without waiting."""
         if self._is_first:
-            self._queue.add.remote({"kind": "steps", **vars(report)})
+            self._events.tell({"kind": "steps", **vars(report)})
 
     def on_epoch(self, report: EpochReport) -> None:
         """Hand over the checkpoint of rank 0."""
@@ -68,6 +80,7 @@ class WorkerListener:
 
         facts = {"epoch": report.epoch, "step": report.step, "metrics": report.metrics}
         facts["AP"] = report.metrics["AP"]  # what Ray keeps checkpoints by
+        facts["config_hash"] = config_hash(report.config)
         with tempfile.TemporaryDirectory(prefix="gfl-checkpoint-") as folder:
             checkpoint = None
             if self._is_first:
@@ -81,7 +94,7 @@ def train_worker(settings: dict[str, Any]) -> dict[str, Any]:
     import ray.train
 
     config = parse_config(settings["config"], "job")
-    queue = settings["queue"]
+    events = settings["events"]
     device = cluster.worker_device()
     splits = load_splits(config)
     rank = ray.train.get_context().get_world_rank()
@@ -93,7 +106,7 @@ def train_worker(settings: dict[str, Any]) -> dict[str, Any]:
         facts |= {f"{n}.images": len(s.records) for n, s in zip(names, splits, strict=True)}
         facts |= {f"train.dropped.{why}": count for why, count in splits[0].dropped.items()}
         findings = [str(finding) for finding in find_cheaply(config, splits[0])]
-        queue.add.remote({"kind": "data", "facts": facts, "findings": findings})
+        events.tell({"kind": "data", "facts": facts, "findings": findings})
     restored = ray.train.get_checkpoint()
     options = {
         "device": device,
@@ -103,14 +116,33 @@ def train_worker(settings: dict[str, Any]) -> dict[str, Any]:
     }
     if restored is None:
         weights = settings["weights"]
-        trainer = fit(config, splits, WorkerListener(queue), weights=weights, **options)
+        trainer = fit(config, splits, WorkerListener(events), weights=weights, **options)
     else:
         with restored.as_directory() as folder:
-            trainer = fit(config, splits, WorkerListener(queue), resume=Path(folder), **options)
+            trainer = fit(config, splits, WorkerListener(events), resume=Path(folder), **options)
     if rank != 0:
         return {}
     fps, protocol = measure_fps(trainer.model, splits[1], config, device)
     return {"fps": fps, "protocol": protocol, "epochs": trainer.epochs_done}
+
+
+class HashCheck(UserCallback):
+    """Ends a training whose workers train another configuration than they were given."""
+
+    def __init__(self, config: Config) -> None:
+        self._expected = config_hash(config)
+
+    def after_report(
+        self, run_context: Any, metrics: list[dict[str, Any]], checkpoint: Any
+    ) -> None:
+        """Compare what every worker says that it trains with."""
+        for rank, facts in enumerate(metrics):
+            if facts["config_hash"] != self._expected:
+                raise cluster.JobFailedError(
+                    f"worker {rank} trains the configuration {facts['config_hash'][:12]}, not "
+                    f"{self._expected[:12]}: its figures would be another's; are all nodes' "
+                    "packages the same?"
+                )
 
 
 def train(job: JobConfig, name: str, *, resume: bool, watch: Watcher) -> TrainingResult:
@@ -128,12 +160,20 @@ def train(job: JobConfig, name: str, *, resume: bool, watch: Watcher) -> Trainin
     workers = cluster.allot(job)
     share_of_batch(config, workers.count)
     tracking.connect(job)  # before anything is written
-    sources = _fetch_sources(job)
+    sources = fetch_sources(job)
     logger.info("learning rate %g for %d images a step", scaled_lr(config), config.data.batch)
     folder = open_run_folder(job, name, resume=resume)
-    _require_same_config(folder / CONFIG_FILE, config)
+    require_same(folder / CONFIG_FILE, config, "run")
     with tracking.RunTracker(job, name, folder) as tracker:
-        measured, checkpoint, metrics = _run(job, sources, workers, folder, tracker, watch)
+
+        def handle(event: Event) -> None:
+            for finding in event.get("findings", ()):  # what workers log, nobody sees
+                logger.warning("warning: %s; jobs.inspect shows more", finding)
+            tracker.handle(event)
+            watch(event)
+
+        with pumped(handle) as events:
+            measured, checkpoint, metrics = run(job, sources, workers, folder, events)
         fps = measured["fps"]
         tracker.handle({"kind": "result", **measured})
         version = None
@@ -146,7 +186,7 @@ def train(job: JobConfig, name: str, *, resume: bool, watch: Watcher) -> Trainin
     return TrainingResult(tracker.run_id, checkpoint, metrics, fps, seconds, version)
 
 
-def _fetch_sources(job: JobConfig) -> dict[str, Path | None]:
+def fetch_sources(job: JobConfig) -> dict[str, Path | None]:
     """Return the weights to start from and the teacher's checkpoint, where all nodes see them.
 
     Raises:
@@ -169,33 +209,44 @@ def _fetch_sources(job: JobConfig) -> dict[str, Path | None]:
     }
 
 
-def _run(
+def run(
     job: JobConfig,
     sources: dict[str, Path | None],
     workers: cluster.Workers,
     folder: Path,
-    tracker: tracking.RunTracker,
-    watch: Watcher,
+    events: Events,
+    callbacks: Sequence[UserCallback] = (),
 ) -> tuple[dict[str, Any], Path, dict[str, float]]:
-    """Return what rank 0 returned, and the best checkpoint with its metrics."""
+    """Train in `folder`, from the latest checkpoint there if there is one.
+
+    Args:
+        job: What to train.
+        sources: What `fetch_sources` returned.
+        workers: What to run on.
+        folder: Of the run.
+        events: Is told what happens.
+        callbacks: Of Ray's training controller.
+
+    Returns:
+        What rank 0 measured at the end, and the best checkpoint with its metrics.
+
+    Raises:
+        JobFailedError: training stopped.
+    """
     from ray.train import CheckpointConfig, FailureConfig
 
-    def handle(event: Event) -> None:
-        for finding in event.get("findings", ()):  # what workers log, nobody sees
-            logger.warning("warning: %s; jobs.inspect shows more", finding)
-        tracker.handle(event)
-        watch(event)
-
+    config = reproducible(job)
     result = cluster.run_workers(
         train_worker,
         {
-            "config": dump_config(reproducible(job)),
+            "config": dump_config(config),
             **sources,
             "folder": str(folder),
             "report_every": job.tracking.every_steps,
         },
         workers,
-        handle,
+        events,
+        [HashCheck(config), *callbacks],
         name="ray",
         storage_path=str(folder),
         failure_config=FailureConfig(
@@ -205,7 +256,7 @@ def _run(
             num_to_keep=job.storage.keep_checkpoints, checkpoint_score_attribute="AP"
         ),
     )
-    epochs = result.return_value.pop("epochs")
+    epochs = result.return_value["epochs"]
     if epochs < job.schedule.epochs:
         patience = job.schedule.patience
         logger.info("stopped after epoch %d: AP has not risen for %d epochs", epochs, patience)
@@ -213,8 +264,14 @@ def _run(
     return result.return_value, Path(best.path), facts["metrics"]
 
 
-def _require_same_config(path: Path, config: Config) -> None:
+def require_same(path: Path, config: ConfigT, what: str, free: Sequence[str] = ()) -> None:
     """Note the configuration of a new run; refuse to go on with another than the one noted.
+
+    Args:
+        path: Where it is noted.
+        config: The present one.
+        what: Is called so in the message.
+        free: Beginnings of keys that may differ.
 
     Raises:
         ConfigError: names every key that differs.
@@ -222,15 +279,16 @@ def _require_same_config(path: Path, config: Config) -> None:
     if not path.exists():
         write_atomically(path, dump_config(config))
         return
-    before = flatten(parse_config(path.read_text(), str(path)).model_dump(mode="json"))
+    before = flatten(load_schema(type(config), path).model_dump(mode="json"))
     now = flatten(config.model_dump(mode="json"))
     changes = [
         f"{key} {before.get(key)!r} -> {now.get(key)!r}"
         for key in sorted(before.keys() | now.keys())
-        if before.get(key) != now.get(key)
+        if before.get(key) != now.get(key) and not key.startswith(tuple(free))
     ]
     if changes:
         raise ConfigError(
-            f"{path}: this run was started with another configuration ({', '.join(changes)}); "
+            f"{path}: this {what} was started with another configuration ({', '.join(changes)}); "
             "resume it with the same, or start another run"
         )
+    write_atomically(path, dump_config(config))

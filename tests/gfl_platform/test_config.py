@@ -12,7 +12,7 @@ from gfl.detector import Detector
 from gfl_platform.config import JobConfig, load_job
 from gfl_platform.storage import StorageError, fetch_weights, open_run_folder, write_atomically
 from gfl_platform.tracking import tracking_uri
-from gfl_platform.training import _fetch_sources
+from gfl_platform.training import fetch_sources
 
 ROOT = Path(__file__).parents[2]
 
@@ -124,10 +124,10 @@ def test_weights_come_from_s3_once(job, monkeypatch):
 
 
 def test_what_stays_random_although_it_is_frozen_is_said_before_training(job, tmp_path, caplog):
-    assert _fetch_sources(job) == {"weights": None, "teacher": None}
+    assert fetch_sources(job) == {"weights": None, "teacher": None}
     assert caplog.text == ""
     frozen = derive(JobConfig, job, ["model.backbone.frozen_stages=1"])
-    _fetch_sources(frozen)
+    fetch_sources(frozen)
     assert "model.pretrained is null" in caplog.text
 
 
@@ -138,9 +138,9 @@ def test_weights_that_do_not_fit_are_refused_before_training(job, tmp_path):
     )
     starting = derive(JobConfig, job, [f"model.pretrained={path}"])
     with pytest.raises(ValueError, match=r"num_classes 7, the model has 3.*reset_classifier=true"):
-        _fetch_sources(starting)
+        fetch_sources(starting)
     reset = derive(JobConfig, starting, ["model.reset_classifier=true"])
-    assert _fetch_sources(reset)["weights"] == path
+    assert fetch_sources(reset)["weights"] == path
 
 
 def test_no_file_of_ours_shadows_the_standard_library():

@@ -188,10 +188,10 @@ def test_a_section_that_came_or_went_is_a_change_of_configuration(tmp_path):
     without = load_config("configs/demo.yaml", ["data.shapes=null"])
     for number, (first, second) in enumerate(((with_shapes, without), (without, with_shapes))):
         noted = tmp_path / f"{number}.yaml"
-        training._require_same_config(noted, first)
-        training._require_same_config(noted, first)
+        training.require_same(noted, first, "run")
+        training.require_same(noted, first, "run")
         with pytest.raises(ConfigError, match=r"another configuration \(data\.shapes"):
-            training._require_same_config(noted, second)
+            training.require_same(noted, second, "run")
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,11 @@ from gfl_platform.storage import read_json, write_atomically
 
 TRIAL_FILE = "trial.json"
 
+AT_THE_END = ("fps", "latency_ms")
+"""Objectives that a trial reports once; all others it reports after every epoch."""
+
 State = Literal["running", "finished", "stopped early", "failed", "nan", "out of budget"]
+Stage = Literal["search", "finalists"]
 Point = dict[str, Any]
 """Values of the swept keys."""
 
@@ -33,7 +37,7 @@ class Trial:
         stage: `search`, or `finalists`: other seeds of the best points and of the default.
         state: How it ended: `stopped early` by the scheduler, `out of budget` with the sweep.
         cause: Why it failed.
-        curve: Epochs done and AP, in their order.
+        curve: Epochs done and the sweep's `watched` metric, in their order.
         figures: Of the checkpoint with the best AP: the COCO statistics; of a finished trial `fps`
             and `latency_ms`, too.
         seconds: Of training, start of the workers included, in all attempts.
@@ -46,7 +50,7 @@ class Trial:
     id: str
     point: Point
     seed: int
-    stage: Literal["search", "finalists"] = "search"
+    stage: Stage = "search"
     state: State = "running"
     cause: str | None = None
     curve: list[tuple[int, float]] = field(default_factory=list)
@@ -86,6 +90,12 @@ class SweepResults:
         """The `sweep:` section."""
         assert self.job.sweep is not None
         return self.job.sweep
+
+    @property
+    def watched(self) -> str:
+        """The metric that is followed over epochs: the first objective, or AP."""
+        first = self.sweep.objectives[0]
+        return "AP" if first in AT_THE_END else first
 
     @property
     def epochs(self) -> int:

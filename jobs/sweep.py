@@ -1,0 +1,43 @@
+"""Search over keys of the configuration: `python -m jobs.sweep CONFIG [key=value ...]`."""
+
+import argparse
+import time
+from pathlib import Path
+
+from jobs.console import console, parse, parser, run
+
+EXAMPLE = "python -m jobs.sweep configs/sweeps/beta_bins_demo.yaml run.name=first"
+
+
+def main() -> None:
+    """Run the command line."""
+    made = parser("Train the points of a sweep: section, and report which is best.", EXAMPLE)
+    made.add_argument("config", help="YAML file with a sweep: section, see configs/sweeps/")
+    made.add_argument("--resume", action="store_true", help="go on with the sweep called run.name")
+    made.add_argument("--register", metavar="NAME", help="register the best model, as @challenger")
+    run(sweep, parse(made))
+
+
+def sweep(arguments: argparse.Namespace) -> None:
+    """Run the sweep."""
+    from gfl_platform.config import load_job
+
+    job = load_job(arguments.config, arguments.overrides)
+    if arguments.resume and job.run.name is None:
+        raise ValueError("--resume: say which sweep with run.name=NAME")
+    name = job.run.name or f"{Path(arguments.config).stem}-{time.strftime('%Y%m%d-%H%M%S')}"
+    console.print(f"sweep {name}")
+    from gfl_platform.sweeps.run import run_sweep
+
+    def watch(trial, event):
+        if event["kind"] not in ("steps",):
+            console.print(round(time.time()-t, 1), trial.id, trial.seed, event["kind"], trial.state, trial.curve[-1:], trial.cause)
+    t = time.time()
+    results = run_sweep(job, name, resume=arguments.resume, watch=watch)
+    for trial in results.trials:
+        console.print(trial.id, trial.point, trial.seed, trial.stage, trial.state, trial.epochs, trial.figures.get("AP"), round(trial.seconds))
+    console.print(time.time() - t)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,147 @@
+"""What the driver of a sweep notes: every trial in its folder and in its own MLflow run."""
+
+import logging
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from ray.tune import Callback
+
+from gfl_platform.config import JobConfig
+from gfl_platform.events import Event, Events
+from gfl_platform.sweeps.results import Trial, read_trial, write_trial
+from gfl_platform.sweeps.space import describe_point, trial_job
+from gfl_platform.tracking import RunTracker
+
+logger = logging.getLogger(__name__)
+
+RUN_STATUS = {"finished": "FINISHED", "failed": "FAILED", "nan": "FAILED"}
+"""How MLflow calls a trial's end; one that was stopped is KILLED, as in Optuna's integration."""
+
+
+class Recorder:
+    """Hears of all trials; `watch` is told of each one that changed, after it was noted."""
+
+    def __init__(
+        self,
+        job: JobConfig,
+        name: str,
+        folder: Path,
+        parent: str,
+        devices: int,
+        watch: Callable[[Trial, Event], None],
+    ) -> None:
+        """Take up the trials noted in `folder`.
+
+        Args:
+            job: The sweep's configuration.
+            name: The sweep's.
+            folder: Of the trials.
+            parent: The sweep's MLflow run.
+            devices: That a trial holds.
+            watch: Is told of a trial and what happened to it.
+        """
+        self._job, self._name, self._folder = job, name, folder
+        self._parent, self._devices, self._watch = parent, devices, watch
+        found = [read_trial(path) for path in sorted(folder.glob("*"))]
+        self.trials = {trial.id: trial for trial in found if trial}
+        self._trackers: dict[str, RunTracker] = {}
+        self._since: dict[str, float] = {}
+        self._watched = job.sweep.objectives[0] if job.sweep else "AP"
+
+    def handle(self, event: Event) -> None:
+        """Note an event of a trial."""
+        name = event["trial"]
+        if event["kind"] == "started":
+            self._start(event)
+        trial = self.trials[name]
+        match event["kind"]:
+            case "checkpoint":
+                self._note_epoch(trial, event)
+            case "outcome":
+                trial.state, trial.cause = event["state"], event.get("cause")
+                trial.figures = event.get("figures", trial.figures)
+                trial.checkpoint = event.get("checkpoint", trial.checkpoint)
+                if trial.state == "finished":
+                    result = {"fps": trial.figures["fps"], "protocol": event["protocol"]}
+                    self._trackers[name].handle({"kind": "result", **result})
+            case "ended":
+                self._end(trial, event)
+            case "steps" | "data":
+                self._trackers[name].handle(event)
+        self._watch(trial, event)
+
+    def close(self) -> None:
+        """Close the runs of trials that an interruption left running."""
+        for name in list(self._trackers):
+            self._tick(self.trials[name])
+            write_trial(self._folder / name, self.trials[name])
+            self._trackers.pop(name).close("KILLED")
+
+    def _start(self, event: Event) -> None:
+        planned = event["planned"]
+        name = planned["id"]
+        folder = self._folder / name
+        trial = self.trials.setdefault(name, Trial(**planned))
+        trial.state, trial.cause = "running", None
+        trial.config_hash, trial.devices = event["config_hash"], self._devices
+        if name not in self._trackers:
+            tags = {
+                "mlflow.parentRunId": self._parent,
+                "sweep.stage": trial.stage,
+                "config.hash": trial.config_hash,
+            }
+            job = trial_job(self._job, trial.point, trial.seed)
+            called = f"{self._name}-{name} {describe_point(trial.point)} seed={trial.seed}"
+            folder.mkdir(parents=True, exist_ok=True)
+            self._trackers[name] = RunTracker(job, called, folder, tags)
+        trial.run_id = self._trackers[name].run_id
+        self._since[name] = time.monotonic()
+        write_trial(folder, trial)
+
+    def _note_epoch(self, trial: Trial, event: Event) -> None:
+        metrics = event["metrics"]
+        if event["epoch"] > trial.epochs:
+            watched = self._watched if self._watched in metrics else "AP"
+            trial.curve.append((event["epoch"], metrics[watched]))
+        if metrics["AP"] >= trial.figures.get("AP", -1.0):
+            trial.figures, trial.checkpoint = dict(metrics), event["uri"]
+        self._tick(trial)
+        write_trial(self._folder / trial.id, trial)
+        self._trackers[trial.id].handle(event)
+
+    def _end(self, trial: Trial, event: Event) -> None:
+        if trial.state == "running":  # it gave no outcome of its own
+            trial.state, trial.cause = event["state"], event.get("cause")
+        self._tick(trial)
+        self._since.pop(trial.id, None)
+        write_trial(self._folder / trial.id, trial)
+        tracker = self._trackers.pop(trial.id)
+        tags = {"sweep.state": trial.state, "sweep.cause": trial.cause or ""}
+        tracker.handle({"kind": "tags", "tags": tags})
+        tracker.close(RUN_STATUS.get(trial.state, "KILLED"))
+
+    def _tick(self, trial: Trial) -> None:
+        """Add the time since the last event to what the trial has taken."""
+        now = time.monotonic()
+        trial.seconds += now - self._since.get(trial.id, now)
+        self._since[trial.id] = now
+
+
+class EndOfTrials(Callback):
+    """Tells the recorder what only Ray Tune knows: that a trial has ended, and who ended it."""
+
+    def __init__(self, events: Events, out_of_budget: Callable[[], bool]) -> None:
+        self._events, self._out_of_budget = events, out_of_budget
+
+    def on_trial_complete(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
+        """Tell of a trial that finished or was stopped."""
+        self._tell(trial, "out of budget" if self._out_of_budget() else "stopped early")
+
+    def on_trial_error(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
+        """Tell of a trial that failed without giving a reason: its process was lost."""
+        self._tell(trial, "failed", cause="its process was lost too often")
+
+    def _tell(self, trial: Any, state: str, **more: str) -> None:
+        self._events.tell({"kind": "ended", "trial": trial.config["id"], "state": state, **more})

@@ -1,0 +1,223 @@
+"""A sweep from start to end: the search, the finalists' other seeds, the report."""
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from gfl.configfile import derive, reproducible
+from gfl.data import load_splits
+from gfl.data.loading import share_of_batch
+from gfl_platform import cluster, tracking
+from gfl_platform.cluster import Workers
+from gfl_platform.config import BudgetConfig, JobConfig
+from gfl_platform.events import Event, pumped
+from gfl_platform.storage import open_run_folder, read_json, scratch_folder
+from gfl_platform.sweeps.plan import (
+    ENDED,
+    MINIMISED,
+    DrawnTrials,
+    ListedTrials,
+    Planned,
+    trial_name,
+)
+from gfl_platform.sweeps.recorder import EndOfTrials, Recorder
+from gfl_platform.sweeps.results import Point, SweepResults, Trial
+from gfl_platform.sweeps.space import (
+    check_sweep,
+    default_point,
+    grid_points,
+    sweep_of,
+    trial_job,
+)
+from gfl_platform.sweeps.stopping import BudgetStopper, EarlyStopping
+from gfl_platform.sweeps.trial import OUTCOME_FILE, Train, TrialSettings, run_trial, train_with_ray
+from gfl_platform.training import require_same
+
+CONFIG_FILE = "sweep.yaml"
+MAY_CHANGE = ("sweep.budget.", "sweep.concurrency")
+"""Keys that a resumed sweep may change."""
+
+DRIVER_RESOURCES = {"memory": float(1 << 20)}
+"""Of a trial's driver: no CPU, which its workers need. (Tune refuses to reserve nothing.)"""
+
+
+@dataclass(frozen=True)
+class _Sweep:
+    """A sweep that runs."""
+
+    job: JobConfig
+    trials: Path
+    workers: Workers
+    recorder: Recorder
+    train: Train
+
+    @property
+    def known(self) -> list[Trial]:
+        return list(self.recorder.trials.values())
+
+
+def run_sweep(
+    job: JobConfig,
+    name: str,
+    *,
+    resume: bool,
+    watch: Callable[[Trial, Event], None],
+    train: Train = train_with_ray,
+) -> SweepResults:
+    """Run the sweep that `job` describes, or go on with it, and write its report.
+
+    Args:
+        job: A configuration with a `sweep:` section.
+        name: Of the sweep.
+        resume: Whether to go on with an interrupted one.
+        watch: Is told of a trial and of what happened to it.
+        train: What trains a trial.
+
+    Raises:
+        ValueError: a sweep, dataset, cluster or tracking store that cannot be used.
+        KeyboardInterrupt: it was interrupted, and can be resumed.
+    """
+    check_sweep(job)
+    first = trial_job(job, {}, job.seed)
+    if not cluster.in_cluster():
+        load_splits(first)  # here workers see the same files: say at once what is wrong with them
+    cluster.connect()
+    workers = cluster.allot(first)
+    share_of_batch(first, workers.count)
+    tracking.connect(job)  # before anything is written
+    folder = open_run_folder(job, name, resume=resume, kind="sweeps")
+    asked = derive(JobConfig, reproducible(job), []).model_copy(update={"sweep": job.sweep})
+    require_same(folder / CONFIG_FILE, asked, "sweep", MAY_CHANGE)
+    with tracking.RunTracker(job, name, folder) as tracker:
+        recorder = Recorder(job, name, folder / "trials", tracker.run_id, _devices(workers), watch)
+        sweep = _Sweep(job, folder / "trials", workers, recorder, train)
+        try:
+            _search(sweep)
+            _train_finalists(sweep)
+        finally:
+            recorder.close()
+        device = "GPU" if workers.use_gpu else "CPU"
+        results = SweepResults(name, job, default_point(job), device, sweep.known)
+        tracker.handle({"kind": "tags", "tags": {"sweep.trials": str(len(results.trials))}})
+        return results
+
+
+def _devices(workers: Workers) -> int:
+    """Return what a trial holds: GPUs, or CPUs where it takes no GPU."""
+    return workers.count * (1 if workers.use_gpu else workers.cpus)
+
+
+def _search(sweep: _Sweep) -> None:
+    """Run the trials of the search that have not ended."""
+    asked, job = sweep_of(sweep.job), sweep.job
+    known = [trial for trial in sweep.known if trial.stage == "search"]
+    searcher: Any
+    if asked.search.name == "grid":
+        points = grid_points(asked)
+        seeds = 1 if asked.finalists else asked.seeds
+        order = [(point, job.seed + seed) for seed in range(seeds) for point in points]
+        planned = [
+            Planned(trial_name(number), point, seed, "search")
+            for number, (point, seed) in enumerate(order)
+        ]
+        searcher = ListedTrials([p for p in planned if not _has_ended(sweep, p.id)])
+    else:
+        searcher = DrawnTrials(asked, default_point(job), job.seed, known)
+    epochs = sum(trial.epochs for trial in known)
+    seconds = sum(trial.seconds for trial in known) / _concurrency(sweep)
+    budget = BudgetStopper(asked.budget, epochs, seconds)
+    scheduler = EarlyStopping(asked, job.schedule.epochs, known)
+    _run(sweep, searcher, scheduler, budget)
+
+
+def _train_finalists(sweep: _Sweep) -> None:
+    """Train the best points, and the default, with all seeds."""
+    planned = [p for p in _finalists(sweep) if not _has_ended(sweep, p.id)]
+    if planned:
+        _run(sweep, ListedTrials(planned), None, BudgetStopper(BudgetConfig(), 0, 0.0))
+
+
+def _finalists(sweep: _Sweep) -> list[Planned]:
+    asked, job = sweep_of(sweep.job), sweep.job
+    if asked.seeds == 1 or (asked.search.name == "grid" and asked.finalists is None):
+        return []
+    objective = asked.objectives[0]
+    sign = 1 if objective in MINIMISED else -1
+    searched = [trial for trial in sweep.known if trial.stage == "search"]
+    finished = [trial for trial in searched if trial.state == "finished"]
+    finished.sort(key=lambda trial: sign * trial.figures[objective])
+    points = _distinct([trial.point for trial in finished])[: asked.finalists]
+    default = default_point(job)  # what every verdict compares with
+    points = _distinct([*points, *(t.point for t in searched if t.point == default)])
+    known = {
+        (describe(trial.point), trial.seed): trial.id
+        for trial in sweep.known
+        if trial.stage == "finalists" or trial.state == "finished"
+    }
+    fresh = iter(range(len(sweep.known), 10**9))
+    return [
+        Planned(
+            known.get((describe(point), seed)) or trial_name(next(fresh)), point, seed, "finalists"
+        )
+        for point in points
+        for seed in range(job.seed, job.seed + asked.seeds)
+    ]
+
+
+def describe(point: Point) -> str:
+    """Return a text that tells points apart."""
+    return repr(sorted(point.items()))
+
+
+def _distinct(points: list[Point]) -> list[Point]:
+    return list({describe(point): point for point in points}.values())
+
+
+def _has_ended(sweep: _Sweep, name: str) -> bool:
+    known = sweep.recorder.trials.get(name)
+    return known is not None and known.state in ENDED
+
+
+def _concurrency(sweep: _Sweep) -> int:
+    """Return how many trials run at once: as many as fit, unless fewer are wanted."""
+    import ray
+
+    total, workers = ray.cluster_resources(), sweep.workers
+    fits = int(total["CPU"] // (workers.count * workers.cpus))
+    if workers.use_gpu:
+        fits = min(fits, int(total["GPU"] // workers.count))
+    return min(fits, sweep_of(sweep.job).concurrency or fits)
+
+
+def _run(sweep: _Sweep, searcher: Any, scheduler: Any, budget: BudgetStopper) -> None:
+    """Let Ray Tune run the trials that `searcher` gives."""
+    os.environ.update(
+        TUNE_DISABLE_SIGINT_HANDLER="1",  # Ctrl-C ends the job; there is no state of Tune's to keep
+        TUNE_DISABLE_AUTO_CALLBACK_LOGGERS="1",
+        RAY_AIR_NEW_OUTPUT="0",  # the new one prints even if told not to
+        TUNE_PRINT_ALL_TRIAL_ERRORS="0",
+    )
+    from ray import tune
+
+    for outcome in sweep.trials.glob(f"*/{OUTCOME_FILE}"):  # failed trials are tried again
+        if read_json(outcome)["state"] == "failed":
+            outcome.unlink()
+    with scratch_folder(sweep.job) as scratch, pumped(sweep.recorder.handle) as events:
+        settings = TrialSettings(sweep.job, sweep.trials, sweep.workers, events, sweep.train)
+        tune.run(
+            tune.with_parameters(run_trial, settings=settings),
+            name="tune",
+            storage_path=str(scratch),
+            resources_per_trial=tune.PlacementGroupFactory([DRIVER_RESOURCES]),
+            num_samples=-1,
+            search_alg=searcher,
+            scheduler=scheduler,
+            stop=budget,
+            callbacks=[EndOfTrials(events, budget.stop_all)],
+            max_concurrent_trials=_concurrency(sweep),
+            max_failures=sweep.job.cluster.max_failures,
+            raise_on_failed_trial=False,
+            verbose=0,
+        )

@@ -1,0 +1,163 @@
+"""The space of a sweep: its points, checked against the schema, and a trial's configuration."""
+
+import itertools
+import json
+import logging
+import math
+from collections import Counter
+from typing import Any
+
+from gfl.configfile import JOB_SECTIONS, ConfigError, derive
+from gfl_platform.config import JobConfig, RangeConfig, SweepConfig
+from gfl_platform.sweeps.results import AT_THE_END, Point
+
+logger = logging.getLogger(__name__)
+
+ORIGIN = "sweep.space"
+
+
+def sweep_of(job: JobConfig) -> SweepConfig:
+    """Return the `sweep:` section.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    if job.sweep is None:
+        raise ConfigError("no sweep: section; see configs/sweeps/ for examples")
+    return job.sweep
+
+
+def trial_job(job: JobConfig, point: Point, seed: int) -> JobConfig:
+    """Return the configuration of the training of `point`: one worker, unless `cluster` says more.
+
+    Raises:
+        ConfigError: values that the schema does not allow, alone or together.
+    """
+    where = {"workers": job.cluster.workers or 1}
+    values = {**point, "seed": seed, "cluster": where, "sweep": None, "registry": {}}
+    plain = job.model_copy(update={"registry": type(job.registry)()})
+    overrides = [f"{key}={json.dumps(value)}" for key, value in values.items()]
+    return derive(JobConfig, plain, overrides, ORIGIN)
+
+
+def default_point(job: JobConfig) -> Point:
+    """Return what the configuration says for the swept keys."""
+
+    def look_up(key: str) -> Any:
+        values: Any = job.model_dump(mode="json")
+        for name in key.split("."):
+            values = values.get(name) if isinstance(values, dict) else None
+        return values
+
+    return {key: look_up(key) for key in sweep_of(job).space}
+
+
+def grid_points(sweep: SweepConfig) -> list[Point]:
+    """Return all points of a finite space, the last key changing fastest."""
+    lists = [each.values or () for each in sweep.space.values()]
+    return [dict(zip(sweep.space, values, strict=True)) for values in itertools.product(*lists)]
+
+
+def describe_point(point: Point) -> str:
+    """Return a point in few words: the last part of every key where that tells them apart."""
+    short = [key.rpartition(".")[2] for key in point]
+    counts = Counter(short)
+    names = [s if counts[s] == 1 else key for s, key in zip(short, point, strict=True)]
+    return " ".join(
+        f"{name}={value if isinstance(value, str) else json.dumps(value)}"
+        for name, value in zip(names, point.values(), strict=True)
+    )
+
+
+def check_sweep(job: JobConfig) -> None:
+    """Refuse a sweep that cannot be run, before anything is; warn of one that may surprise.
+
+    Raises:
+        ConfigError: what is wrong, where, and what to do.
+    """
+    sweep = sweep_of(job)
+    _check_settings(sweep)
+    for key, values in sweep.space.items():
+        _check_range(job, key, values)
+    if sweep.search.name == "grid":
+        for point in grid_points(sweep):
+            trial_job(job, point, job.seed)  # raises where values do not go together
+    for key, default in default_point(job).items():
+        if not _contains(sweep.space[key], default):
+            logger.warning(
+                "warning: sweep.space: %s is %s by default, which is outside the range: the "
+                "report cannot compare with it",
+                key,
+                json.dumps(default),
+            )
+
+
+def _check_settings(sweep: SweepConfig) -> None:
+    lists = [each.values for each in sweep.space.values()]
+    if sweep.search.name == "grid":
+        if None in lists:
+            key = list(sweep.space)[lists.index(None)]
+            raise ConfigError(
+                f"sweep.space: {key} is no list of values, so there is no grid: set "
+                "sweep.search.name=tpe or random, or list them"
+            )
+        if sweep.budget.trials:
+            raise ConfigError(
+                "sweep.budget.trials: a grid trains all of its points; set sweep.search.name=random"
+            )
+    elif sweep.budget.trials is None:
+        raise ConfigError(f"sweep.budget.trials: how many points shall {sweep.search.name} draw?")
+    if None not in lists and math.prod(len(values or ()) for values in lists) == 1:
+        raise ConfigError("sweep.space: one point is no sweep; give more values, or use jobs.train")
+    if sweep.scheduler.name != "none" and sweep.objectives[0] in AT_THE_END:
+        raise ConfigError(
+            f"sweep.objectives: {sweep.scheduler.name} stops trials by the first objective, but "
+            f"{sweep.objectives[0]} is never reported before the end; put AP first"
+        )
+    if len(set(sweep.objectives)) < len(sweep.objectives):
+        raise ConfigError(f"sweep.objectives: {', '.join(sweep.objectives)}: one is repeated")
+    if sweep.scheduler.name != "none" and "schedule.epochs" in sweep.space:
+        raise ConfigError(
+            "sweep.space: trials of different schedule.epochs cannot be stopped by comparison; "
+            "set sweep.scheduler.name=none"
+        )
+    if sweep.finalists and sweep.seeds == 1:
+        raise ConfigError("sweep.finalists: finalists get more seeds; set sweep.seeds=2 or more")
+    if "seed" in sweep.space and sweep.seeds > 1:
+        raise ConfigError("sweep.space: seed is swept already; set sweep.seeds=1")
+    for row in sweep.published.rows if sweep.published else ():
+        for key in row.at.keys() - sweep.space.keys():
+            raise ConfigError(f"sweep.published: {key} is not in sweep.space")
+
+
+def _check_range(job: JobConfig, key: str, values: RangeConfig) -> None:
+    """Refuse a key that the configuration does not have, or values that it does not take."""
+    if key.split(".")[0] in JOB_SECTIONS:
+        raise ConfigError(f"{ORIGIN}: {key} says how a job runs, and changes no result; remove it")
+    if values.values is not None and len({json.dumps(v) for v in values.values}) < len(
+        values.values
+    ):
+        raise ConfigError(f"{ORIGIN}: {key}: a value is repeated in {json.dumps(values.values)}")
+    plain = job.model_copy(update={"sweep": None})
+    for value in values.values or values.bounds or ():
+        try:
+            derive(JobConfig, plain, [f"{key}={json.dumps(value)}"], ORIGIN)
+        except ConfigError as error:
+            if "valid integer" in str(error) and values.bounds:
+                raise ConfigError(f"{ORIGIN}: {key} takes integers: use int_uniform") from error
+            if values.bounds:  # lists may hold values that go with others only
+                raise
+            _refuse_alone(error, key)
+
+
+def _refuse_alone(error: ConfigError, key: str) -> None:
+    """Raise `error` if it is about `key` itself, not about how it goes with other keys."""
+    if f"{key}:" in str(error) or "unknown key" in str(error):
+        raise error
+
+
+def _contains(values: RangeConfig, default: Any) -> bool:
+    if values.bounds is not None:
+        low, high = values.bounds
+        return isinstance(default, int | float) and low <= default <= high
+    return any(value == default for value in values.values or ())

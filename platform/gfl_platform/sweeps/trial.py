@@ -1,0 +1,97 @@
+"""A trial of a sweep: one training, driven by Ray Tune, run by Ray Train."""
+
+import json
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from gfl.configfile import config_hash
+from gfl_platform import training
+from gfl_platform.cluster import DivergedError, JobFailedError, Workers, one_line
+from gfl_platform.config import JobConfig
+from gfl_platform.events import Events
+from gfl_platform.storage import read_json, write_atomically
+from gfl_platform.sweeps.space import trial_job
+
+logger = logging.getLogger(__name__)
+
+OUTCOME_FILE = "outcome.json"
+"""In a trial's folder once it has ended: a trial that is started again repeats what it says."""
+
+Outcome = dict[str, Any]
+"""`state`; if finished `figures`, `epochs`, `checkpoint` and `protocol`, if not the `cause`."""
+
+Train = Callable[[JobConfig, Path, Workers, Events], Outcome]
+"""Trains a configuration in a folder, tells of epochs, and returns how it went."""
+
+
+@dataclass(frozen=True)
+class TrialSettings:
+    """What all trials of a sweep have in common.
+
+    Attributes:
+        job: The sweep's configuration.
+        folder: Of the sweep's trials.
+        workers: What each runs on.
+        events: The way to the sweep's driver.
+        train: What trains.
+    """
+
+    job: JobConfig
+    folder: Path
+    workers: Workers
+    events: Events
+    train: Train
+
+
+def run_trial(planned: dict[str, Any], settings: TrialSettings) -> None:
+    """Run a `Planned` trial to its end, or repeat how it ended; a Tune trainable.
+
+    A training that fails is no failure to Tune, which would try it again; a lost process is.
+    """
+    from ray import tune
+
+    folder = settings.folder / planned["id"]
+    job = trial_job(settings.job, planned["point"], planned["seed"])
+    events = Events(settings.events.queue, {"trial": planned["id"]})
+    events.tell({"kind": "started", "planned": planned, "config_hash": config_hash(job)})
+    outcome = read_json(folder / OUTCOME_FILE)
+    if not outcome:
+        folder.mkdir(parents=True, exist_ok=True)
+        outcome = _train(settings, job, folder, events)
+        write_atomically(folder / OUTCOME_FILE, json.dumps(outcome) + "\n")
+    events.tell({"kind": "outcome", **outcome})
+    final = {"epoch": outcome.get("epochs", 0), "final": outcome["state"]}
+    tune.report({**outcome.get("figures", {}), **final})
+
+
+def _train(settings: TrialSettings, job: JobConfig, folder: Path, events: Events) -> Outcome:
+    try:
+        return settings.train(job, folder, settings.workers, events)
+    except DivergedError as error:
+        return {"state": "nan", "cause": str(error)}
+    except (JobFailedError, ValueError) as error:
+        return {"state": "failed", "cause": str(error)}
+    except Exception as error:  # a mistake of ours fails this trial, and Tune does not repeat it
+        logger.exception("trial failed")
+        return {"state": "failed", "cause": f"{type(error).__name__}: {one_line(error)}"}
+
+
+def train_with_ray(job: JobConfig, folder: Path, workers: Workers, events: Events) -> Outcome:
+    """Train on `workers`; go on from the latest checkpoint in `folder` if there is one."""
+    from ray.tune.integration.ray_train import TuneReportCallback
+
+    sources = training.fetch_sources(job)
+    measured, checkpoint, metrics = training.run(
+        job, sources, workers, folder, events, [TuneReportCallback()]
+    )
+    speed = {"fps": measured["fps"], "latency_ms": 1000 / measured["fps"]}
+    return {
+        "state": "finished",
+        "figures": {**metrics, **speed},
+        "epochs": measured["epochs"],
+        "checkpoint": str(checkpoint),
+        "protocol": measured["protocol"],
+    }
