@@ -3,10 +3,12 @@
 import argparse
 import logging
 import re
+import shlex
 import sys
 import time
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, Self
 
 from rich.console import Console
 from rich.live import Live
@@ -53,18 +55,27 @@ def run(job: Callable[[argparse.Namespace], None], arguments: argparse.Namespace
         logging.getLogger(package).setLevel(level)
     try:
         job(arguments)
-    except KeyboardInterrupt:
-        sys.exit(
-            _report(
-                "interrupted; the same command with --resume goes on, if it was a training", 130
-            )
-        )
+    except KeyboardInterrupt as interrupt:
+        sys.exit(_report(" ".join(["interrupted", *map(str, interrupt.args)]), 130))
     except Exception as error:
         if arguments.debug:
             raise
         expected = isinstance(error, (ValueError, RuntimeError))
         text = str(error) if expected else f"{type(error).__name__}: {error}; --debug shows where"
         sys.exit(_report(" ".join(text.split()), 1))
+
+
+@contextmanager
+def resumable(module: str, name: str) -> Iterator[None]:
+    """Let an interruption name the command that goes on with the run or sweep `name`."""
+    try:
+        yield
+    except KeyboardInterrupt as interrupt:
+        words = [word for word in sys.argv[1:] if word != "--resume"]
+        if f"run.name={name}" not in words:
+            words.append(f"run.name={name}")
+        command = shlex.join(["python", "-m", module, *words, "--resume"])
+        raise KeyboardInterrupt(f"- {command} goes on") from interrupt
 
 
 def _report(message: str, status: int) -> int:
@@ -90,7 +101,7 @@ class Progress:
         self._last_line = 0.0
         self._quality = ""
 
-    def __enter__(self) -> "Progress":
+    def __enter__(self) -> Self:
         if self._live:
             self._live.start()
             self._live.update("waiting for the workers to start")

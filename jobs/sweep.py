@@ -4,7 +4,7 @@ import argparse
 import time
 from pathlib import Path
 
-from jobs.console import console, parse, parser, run
+from jobs.console import console, parse, parser, resumable, run
 
 EXAMPLE = "python -m jobs.sweep configs/sweeps/beta_bins_demo.yaml run.name=first"
 
@@ -14,12 +14,14 @@ def main() -> None:
     made = parser("Train the points of a sweep: section, and report which is best.", EXAMPLE)
     made.add_argument("config", help="YAML file with a sweep: section, see configs/sweeps/")
     made.add_argument("--resume", action="store_true", help="go on with the sweep called run.name")
-    made.add_argument("--register", metavar="NAME", help="register the best model, as @challenger")
+    made.add_argument(
+        "--register", metavar="NAME", help="register the best trial's model as NAME@challenger"
+    )
     run(sweep, parse(made))
 
 
 def sweep(arguments: argparse.Namespace) -> None:
-    """Run the sweep."""
+    """Run the sweep, and show what it found."""
     from gfl_platform.config import load_job
 
     job = load_job(arguments.config, arguments.overrides)
@@ -28,15 +30,12 @@ def sweep(arguments: argparse.Namespace) -> None:
     name = job.run.name or f"{Path(arguments.config).stem}-{time.strftime('%Y%m%d-%H%M%S')}"
     console.print(f"sweep {name}")
     from gfl_platform.sweeps.run import run_sweep
+    from jobs.sweep_progress import SweepProgress
 
-    def watch(trial, event):
-        if event["kind"] not in ("steps",):
-            console.print(round(time.time()-t, 1), trial.id, trial.seed, event["kind"], trial.state, trial.curve[-1:], trial.cause)
-    t = time.time()
-    results = run_sweep(job, name, resume=arguments.resume, watch=watch)
+    with SweepProgress() as progress, resumable("jobs.sweep", name):
+        results = run_sweep(job, name, resume=arguments.resume, watch=progress.show_trial)
     for trial in results.trials:
-        console.print(trial.id, trial.point, trial.seed, trial.stage, trial.state, trial.epochs, trial.figures.get("AP"), round(trial.seconds))
-    console.print(time.time() - t)
+        console.print(f"{trial}")
 
 
 if __name__ == "__main__":

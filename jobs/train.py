@@ -4,7 +4,7 @@ import argparse
 import time
 from pathlib import Path
 
-from jobs.console import Progress, console, parse, parser, run, show_table
+from jobs.console import Progress, console, parse, parser, resumable, run, show_table
 
 EXAMPLE = "python -m jobs.train configs/demo.yaml schedule.epochs=3 run.name=first"
 
@@ -28,7 +28,7 @@ def train(arguments: argparse.Namespace) -> None:
     console.print(f"run {name}")
     from gfl_platform import training  # brings Ray, which takes seconds
 
-    with Progress() as progress:
+    with Progress() as progress, resumable("jobs.train", name):
         result = training.train(job, name, resume=arguments.resume, watch=progress.show)
     rows: dict[str, object] = {**result.metrics, "FPS": result.fps, "run": result.run_id}
     rows["checkpoint"] = result.checkpoint

@@ -195,9 +195,7 @@ Objective = Literal["AP", "AP50", "AP75", "APs", "APm", "APl", "AR100", "fps", "
 class SweepConfig(Section):
     """A search over keys of the configuration; the resources of a trial are those of `cluster`."""
 
-    space: Annotated[
-        dict[str, RangeConfig], BeforeValidator(_dotted), Field(min_length=1)
-    ]
+    space: Annotated[dict[str, RangeConfig], BeforeValidator(_dotted), Field(min_length=1)]
     """Keys, dotted or nested, and the values to try."""
     search: SearchConfig = SearchConfig()
     scheduler: SchedulerConfig = SchedulerConfig()

@@ -194,6 +194,8 @@ class RunTracker:
                 self._metrics(event, {"fps": event["fps"]})
                 self._tag({f"fps.{key}": str(value) for key, value in event["protocol"].items()})
                 self._tag_deleted_checkpoints()
+            case "discarded":
+                self._tag_deleted_checkpoints(all_of_them=True)
             case "tags":
                 self._tag(event["tags"])
             case "end":
@@ -221,10 +223,11 @@ class RunTracker:
             # Of a model, hence of its run, too.
             self.client.log_metric(self.run_id, key, value, at, step, model_id=model.model_id)
 
-    def _tag_deleted_checkpoints(self) -> None:
+    def _tag_deleted_checkpoints(self, *, all_of_them: bool = False) -> None:
         """Mark the models of checkpoints that gave way to better ones."""
         for model in self._models():
-            if "uri" in model.tags and not Path(model.tags["uri"]).is_dir():
+            uri = model.tags.get("uri")
+            if uri and (all_of_them or not Path(uri).is_dir()):
                 self.client.set_logged_model_tags(model.model_id, {"deleted": "true"})
 
     def _models(self) -> list[Any]:

@@ -1,6 +1,7 @@
 """What the driver of a sweep notes: every trial in its folder and in its own MLflow run."""
 
 import logging
+import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -8,9 +9,10 @@ from typing import Any
 
 from ray.tune import Callback
 
+from gfl.configfile import config_hash
 from gfl_platform.config import JobConfig
 from gfl_platform.events import Event, Events
-from gfl_platform.sweeps.results import Trial, read_trial, write_trial
+from gfl_platform.sweeps.results import State, Trial, read_trial, write_trial
 from gfl_platform.sweeps.space import describe_point, trial_job
 from gfl_platform.tracking import RunTracker
 
@@ -18,6 +20,10 @@ logger = logging.getLogger(__name__)
 
 RUN_STATUS = {"finished": "FINISHED", "failed": "FAILED", "nan": "FAILED"}
 """How MLflow calls a trial's end; one that was stopped is KILLED, as in Optuna's integration."""
+
+
+DISCARDED = ("stopped early", "nan", "out of budget")
+"""Ends of trials whose checkpoints nobody will want."""
 
 
 class Recorder:
@@ -53,7 +59,7 @@ class Recorder:
     def handle(self, event: Event) -> None:
         """Note an event of a trial."""
         name = event["trial"]
-        if event["kind"] == "started":
+        if event["kind"] == "started" or name not in self._trackers:
             self._start(event)
         trial = self.trials[name]
         match event["kind"]:
@@ -68,7 +74,7 @@ class Recorder:
                     self._trackers[name].handle({"kind": "result", **result})
             case "ended":
                 self._end(trial, event)
-            case "steps" | "data":
+            case "steps" | "data" | "failure":
                 self._trackers[name].handle(event)
         self._watch(trial, event)
 
@@ -79,20 +85,33 @@ class Recorder:
             write_trial(self._folder / name, self.trials[name])
             self._trackers.pop(name).close("KILLED")
 
+    def end_running(self, state: State) -> None:
+        """Note that the search is over for trials that Ray Tune stopped without a word."""
+        for name in list(self._trackers):
+            self.handle({"kind": "ended", "trial": name, "state": state})
+
+    def discard_checkpoints(self) -> None:
+        """Delete the checkpoints of trials that were stopped."""
+        for trial in self.trials.values():
+            if trial.state in DISCARDED and trial.checkpoint:
+                shutil.rmtree(self._folder / trial.id / "ray", ignore_errors=True)
+                trial.checkpoint = None
+                write_trial(self._folder / trial.id, trial)
+
     def _start(self, event: Event) -> None:
         planned = event["planned"]
         name = planned["id"]
         folder = self._folder / name
         trial = self.trials.setdefault(name, Trial(**planned))
         trial.state, trial.cause = "running", None
-        trial.config_hash, trial.devices = event["config_hash"], self._devices
+        job = trial_job(self._job, trial.point, trial.seed)
+        trial.config_hash, trial.devices = config_hash(job), self._devices
         if name not in self._trackers:
             tags = {
                 "mlflow.parentRunId": self._parent,
                 "sweep.stage": trial.stage,
                 "config.hash": trial.config_hash,
             }
-            job = trial_job(self._job, trial.point, trial.seed)
             called = f"{self._name}-{name} {describe_point(trial.point)} seed={trial.seed}"
             folder.mkdir(parents=True, exist_ok=True)
             self._trackers[name] = RunTracker(job, called, folder, tags)
@@ -120,6 +139,8 @@ class Recorder:
         tracker = self._trackers.pop(trial.id)
         tags = {"sweep.state": trial.state, "sweep.cause": trial.cause or ""}
         tracker.handle({"kind": "tags", "tags": tags})
+        if trial.state in DISCARDED:
+            tracker.handle({"kind": "discarded"})
         tracker.close(RUN_STATUS.get(trial.state, "KILLED"))
 
     def _tick(self, trial: Trial) -> None:
@@ -140,8 +161,12 @@ class EndOfTrials(Callback):
         self._tell(trial, "out of budget" if self._out_of_budget() else "stopped early")
 
     def on_trial_error(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
-        """Tell of a trial that failed without giving a reason: its process was lost."""
-        self._tell(trial, "failed", cause="its process was lost too often")
+        """Tell of a trial that failed without giving a reason: its process was lost, too often."""
+        told = Path(trial.error_file).read_text().split("\n") if trial.error_file else []
+        reasons = [line for line in told if line and not line.startswith(" ")]
+        self._tell(trial, "failed", cause=reasons[-1] if reasons else "its process was lost")
 
     def _tell(self, trial: Any, state: str, **more: str) -> None:
-        self._events.tell({"kind": "ended", "trial": trial.config["id"], "state": state, **more})
+        planned = dict(trial.config)
+        event = {"kind": "ended", "trial": planned["id"], "planned": planned, "state": state}
+        self._events.tell(event | more)

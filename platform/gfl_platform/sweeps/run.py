@@ -55,7 +55,7 @@ class _Sweep:
 
     @property
     def known(self) -> list[Trial]:
-        return list(self.recorder.trials.values())
+        return [trial for _, trial in sorted(self.recorder.trials.items())]
 
 
 def run_sweep(
@@ -96,6 +96,7 @@ def run_sweep(
         try:
             _search(sweep)
             _train_finalists(sweep)
+            recorder.discard_checkpoints()
         finally:
             recorder.close()
         device = "GPU" if workers.use_gpu else "CPU"
@@ -221,3 +222,4 @@ def _run(sweep: _Sweep, searcher: Any, scheduler: Any, budget: BudgetStopper) ->
             raise_on_failed_trial=False,
             verbose=0,
         )
+    sweep.recorder.end_running("out of budget")

@@ -28,14 +28,16 @@ def sweep_of(job: JobConfig) -> SweepConfig:
 
 
 def trial_job(job: JobConfig, point: Point, seed: int) -> JobConfig:
-    """Return the configuration of the training of `point`: one worker, unless `cluster` says more.
+    """Return the configuration of the training of `point`.
+
+    It has one worker, unless `cluster` says more, and keeps its best and its latest checkpoint.
 
     Raises:
         ConfigError: values that the schema does not allow, alone or together.
     """
-    where = {"workers": job.cluster.workers or 1}
-    values = {**point, "seed": seed, "cluster": where, "sweep": None, "registry": {}}
-    plain = job.model_copy(update={"registry": type(job.registry)()})
+    where = {"cluster.workers": job.cluster.workers or 1, "storage.keep_checkpoints": 1}
+    values = {"seed": seed, **point, **where}
+    plain = job.model_copy(update={"sweep": None, "registry": type(job.registry)()})
     overrides = [f"{key}={json.dumps(value)}" for key, value in values.items()]
     return derive(JobConfig, plain, overrides, ORIGIN)
 

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gfl.configfile import config_hash
 from gfl_platform import training
 from gfl_platform.cluster import DivergedError, JobFailedError, Workers, one_line
 from gfl_platform.config import JobConfig
@@ -56,7 +55,7 @@ def run_trial(planned: dict[str, Any], settings: TrialSettings) -> None:
     folder = settings.folder / planned["id"]
     job = trial_job(settings.job, planned["point"], planned["seed"])
     events = Events(settings.events.queue, {"trial": planned["id"]})
-    events.tell({"kind": "started", "planned": planned, "config_hash": config_hash(job)})
+    events.tell({"kind": "started", "planned": planned})
     outcome = read_json(folder / OUTCOME_FILE)
     if not outcome:
         folder.mkdir(parents=True, exist_ok=True)
