@@ -75,6 +75,7 @@ def test_the_training_step_never_waits_for_the_host(small, objects):
         ["optim.name=adamw"],
         ["optim.ema=0.9", "optim.clip_norm=1.0", "data.images_per_pass=3"],
         ["optim.precision=bfloat16", "model.quality_predictor={topk: 4, hidden: 8}"],
+        ["model.edges=dirac", "model.quality=centerness"],
         ["optim.precision=float16", "model.backbone.deformable={version: 2, stages: [5]}"],
     ],
 )

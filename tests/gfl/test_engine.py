@@ -56,7 +56,9 @@ def test_a_fit_reports_steps_epochs_and_checkpoints(tiny, tmp_path):
     assert trainer.step == recorder.steps[-1].total_steps == 3 * trainer.batches.steps_per_epoch
     assert [r.epoch for r in recorder.epochs] == [1, 2, 3]
     last = recorder.steps[-1]
-    assert last.metrics["loss"] == pytest.approx(sum(last.metrics[name] for name in loss_names(tiny.model)))
+    assert last.metrics["loss"] == pytest.approx(
+        sum(last.metrics[name] for name in loss_names(tiny.model))
+    )
     assert last.metrics["loss"] < recorder.steps[0].metrics["loss"]
     assert {"lr", "grad_norm", "images_per_second"} < set(last.metrics)
     detector, about = load_checkpoint(tmp_path / "epoch-3")
