@@ -86,21 +86,16 @@ class ModelConfig(Section):
         return self.reg_max + 1 if self.edges == "distribution" else 1
 
     @model_validator(mode="after")
-    def _quality_is_one(self) -> "ModelConfig":
+    def _quality_predictor_fits(self) -> "ModelConfig":
         if self.quality_predictor and (self.edges, self.quality) != ("distribution", "joint"):
             raise ValueError(
-                "model.quality_predictor reads distributions and lowers joint scores: it needs "
-                "model.edges=distribution and model.quality=joint, not "
-                f"{self.edges} and {self.quality}"
+                "model.quality_predictor needs model.edges=distribution and model.quality=joint, "
+                f"not {self.edges} and {self.quality}"
             )
-        return self
-
-    @model_validator(mode="after")
-    def _bins_suffice(self) -> "ModelConfig":
-        if self.quality_predictor and self.quality_predictor.topk > self.reg_max + 1:
+        if self.quality_predictor and self.quality_predictor.topk > self.bins:
             raise ValueError(
                 f"model.quality_predictor.topk {self.quality_predictor.topk} exceeds the "
-                f"{self.reg_max + 1} bins of model.reg_max {self.reg_max}: lower it"
+                f"{self.bins} bins of model.reg_max {self.reg_max}: lower it"
             )
         return self
 
@@ -283,10 +278,7 @@ class Config(Section):
                 "them"
             )
         if self.loss.distillation and self.model.edges == "dirac":
-            raise ValueError(
-                "loss.distillation: model.edges=dirac has no distributions to learn; set "
-                "model.edges=distribution"
-            )
+            raise ValueError("loss.distillation: needs model.edges=distribution, not dirac")
         backbone = self.model.backbone
         if self.optim.compile and backbone.checkpoint_gradients and not backbone.norm_eval:
             raise ValueError(

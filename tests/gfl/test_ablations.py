@@ -40,7 +40,9 @@ def option(edges, quality):
 
 @pytest.fixture(params=TABLE_3, ids="-".join)
 def config(request, tiny):
-    return derive(type(tiny), tiny, option(*request.param))
+    weights = [f"loss.{name}.weight={w}" for name, w in
+               (("qfl", 0.7), ("focal", 0.5), ("centerness", 1.5), ("dfl", 0.3))]  # fmt: skip
+    return derive(type(tiny), tiny, [*option(*request.param), *weights])
 
 
 @pytest.fixture
