@@ -30,12 +30,15 @@ def infer_model(state: Mapping[str, Tensor]) -> ModelConfig:
     classes, channels = state["head.cls_logits.weight"].shape[:2]
     tower = {int(m[1]) for key in state if (m := re.match(r"head\.\w+_tower\.(\d+)\.", key))}
     quality = state.get("head.quality_predictor.layers.0.weight")
+    bins = len(state["head.reg_logits.weight"]) // 4
     return ModelConfig(
         backbone=_infer_backbone(state),
         num_classes=classes,
         channels=channels,
         tower_convs=1 + max(tower, default=0) // TOWER_LAYERS,
-        reg_max=len(state["head.reg_logits.weight"]) // 4 - 1,
+        edges="dirac" if bins == 1 else "distribution",
+        reg_max=bins - 1 or 1,  # of Dirac edges it means nothing
+        quality="centerness" if "head.centerness_logits.weight" in state else "joint",
         quality_predictor=None
         if quality is None
         else QualityPredictorConfig(topk=quality.shape[1] // 4 - 1, hidden=len(quality)),
@@ -88,11 +91,12 @@ def require_same_entries(
 
 def differences(weights: ModelConfig, model: ModelConfig) -> list[str]:
     """Return which keys of the architecture differ, and how: `num_classes 80, the model has 3`."""
+    both = weights.edges == model.edges == "distribution"
     return [
         f"model.{key} {_read(weights, key)}, the model has {_read(model, key)}"
         for key in (
             "backbone.name", "backbone.deformable", "num_classes", "channels", "tower_convs",
-            "reg_max", "quality_predictor",
+            "edges", *(["reg_max"] if both else []), "quality", "quality_predictor",
         )
         if _read(weights, key) != _read(model, key)
     ]  # fmt: skip

@@ -23,6 +23,16 @@ def xyxy_to_ltrb(points: Tensor, boxes: Tensor) -> Tensor:
     return torch.cat([points - boxes[..., :2], boxes[..., 2:] - points], dim=-1)
 
 
+def ltrb_centerness(ltrb: Tensor) -> Tensor:
+    """Return how near a point is to the centre of its box, (...) in [0, 1], from `ltrb` (..., 4).
+
+    1 at the centre, 0 on an edge (FCOS, equation 3; Tian et al., ICCV 2019) and outside.
+    """
+    near = torch.minimum(ltrb[..., :2], ltrb[..., 2:]).clamp(min=0)
+    far = torch.maximum(ltrb[..., :2], ltrb[..., 2:]).clamp(min=EPSILON)
+    return (near / far).prod(dim=-1).sqrt()
+
+
 def box_area(boxes: Tensor) -> Tensor:
     """Return the signed product of width and height of `boxes` (..., 4), without any "+ 1"."""
     return (boxes[..., 2] - boxes[..., 0]) * (boxes[..., 3] - boxes[..., 1])

@@ -74,14 +74,28 @@ class ModelConfig(Section):
     """The last bin of an edge distribution, which has `reg_max + 1` bins."""
     bin_width: Annotated[float, Field(gt=0)] = 1.0
     """Delta of table 2c: the distance between neighbouring bins, in strides."""
+    edges: Literal["distribution", "dirac"] = "distribution"
+    """What is learned of an edge: a distribution over bins, or its distance alone (table 3)."""
+    quality: Literal["joint", "centerness"] = "joint"
+    """Boxes rank by scores that learn their IoU, or by a second branch as in ATSS (table 3)."""
     quality_predictor: QualityPredictorConfig | None = None
 
+    @property
+    def bins(self) -> int:
+        """Outputs of the network for each edge."""
+        return self.reg_max + 1 if self.edges == "distribution" else 1
+
     @model_validator(mode="after")
-    def _bins_suffice(self) -> "ModelConfig":
-        if self.quality_predictor and self.quality_predictor.topk > self.reg_max + 1:
+    def _quality_predictor_fits(self) -> "ModelConfig":
+        if self.quality_predictor and (self.edges, self.quality) != ("distribution", "joint"):
+            raise ValueError(
+                "model.quality_predictor needs model.edges=distribution and model.quality=joint, "
+                f"not {self.edges} and {self.quality}"
+            )
+        if self.quality_predictor and self.quality_predictor.topk > self.bins:
             raise ValueError(
                 f"model.quality_predictor.topk {self.quality_predictor.topk} exceeds the "
-                f"{self.reg_max + 1} bins of model.reg_max {self.reg_max}: lower it"
+                f"{self.bins} bins of model.reg_max {self.reg_max}: lower it"
             )
         return self
 
@@ -93,8 +107,8 @@ class QualityFocalConfig(Section):
     weight: Weight = 1.0
 
 
-class BoxLossConfig(Section):
-    """A loss on boxes that has nothing to choose but its weight."""
+class WeightConfig(Section):
+    """A loss that has nothing to choose but its weight."""
 
     weight: Weight
 
@@ -110,11 +124,15 @@ class DistillationConfig(Section):
 
 
 class LossConfig(Section):
-    """The three losses and their weights; with a teacher, a fourth."""
+    """The losses and their weights; `model.edges` and `model.quality` say which there are."""
 
     qfl: QualityFocalConfig = QualityFocalConfig()
-    giou: BoxLossConfig = BoxLossConfig(weight=2.0)
-    dfl: BoxLossConfig = BoxLossConfig(weight=0.25)
+    focal: WeightConfig = WeightConfig(weight=1.0)
+    """With `model.quality: centerness`, like the next, in place of `qfl`."""
+    centerness: WeightConfig = WeightConfig(weight=1.0)
+    giou: WeightConfig = WeightConfig(weight=2.0)
+    dfl: WeightConfig = WeightConfig(weight=0.25)
+    """With `model.edges: distribution`."""
     distillation: DistillationConfig | None = None
 
 
@@ -259,6 +277,8 @@ class Config(Section):
                 f"data.short_side {data.short_side} exceeds data.long_side {data.long_side}: swap "
                 "them"
             )
+        if self.loss.distillation and self.model.edges == "dirac":
+            raise ValueError("loss.distillation: needs model.edges=distribution, not dirac")
         backbone = self.model.backbone
         if self.optim.compile and backbone.checkpoint_gradients and not backbone.norm_eval:
             raise ValueError(

@@ -1,10 +1,11 @@
 """The detector: body, pyramid and head, with its training objective and its predictions.
 
 Shapes: B images, P locations over all levels, C classes, G padded ground truths,
-R = reg_max + 1 bins.
+R bins (`ModelConfig.bins`).
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
@@ -12,13 +13,15 @@ from torch import Tensor, nn
 
 from gfl.assigner import Targets, assign, pad_targets, valid_locations
 from gfl.backbone import Backbone
-from gfl.boxes import box_iou, ltrb_to_xyxy, xyxy_to_ltrb
-from gfl.config import Config
+from gfl.boxes import box_iou, ltrb_centerness, ltrb_to_xyxy, xyxy_to_ltrb
+from gfl.config import Config, ModelConfig
 from gfl.fpn import FPN
 from gfl.head import Head
-from gfl.integral import Integral
+from gfl.integral import build_edges
 from gfl.losses import (
+    centerness_loss,
     distribution_focal_loss,
+    focal_loss,
     giou_loss,
     localisation_distillation_loss,
     quality_focal_loss,
@@ -26,10 +29,15 @@ from gfl.losses import (
 from gfl.points import Points, grid_points
 from gfl.postprocess import Predictions, postprocess
 
-LOSSES = ("qfl", "giou", "dfl")
-"""The parts of the objective; with a teacher `DISTILLATION` is one more."""
-
 DISTILLATION = "ld"
+"""The part of the objective that a teacher adds."""
+
+
+def loss_names(model: ModelConfig) -> tuple[str, ...]:
+    """Return the parts of the objective, a teacher's apart."""
+    of_scores = ("qfl",) if model.quality == "joint" else ("focal", "centerness")
+    of_boxes = ("giou", "dfl") if model.edges == "distribution" else ("giou",)
+    return of_scores + of_boxes
 
 
 class Detector(nn.Module):
@@ -44,13 +52,16 @@ class Detector(nn.Module):
         self.backbone = Backbone(config.model.backbone)
         self.fpn = FPN(self.backbone.out_channels, config.model.channels)
         self.head = Head(config.model)
-        self.integral = Integral(config.model.reg_max, config.model.bin_width)
+        self.integral = build_edges(config.model)
         mean, std = torch.tensor(config.data.mean), torch.tensor(config.data.std)
         self.register_buffer("pixel_mean", mean.view(3, 1, 1), persistent=False)
         self.register_buffer("pixel_std", std.view(3, 1, 1), persistent=False)
 
-    def forward(self, images: Tensor) -> tuple[list[Tensor], list[Tensor]]:
-        """Return class (B, C, H_l, W_l) and distribution logits (B, 4 * R, H_l, W_l) per level."""
+    def forward(self, images: Tensor) -> tuple[list[Tensor], ...]:
+        """Return class logits (B, C, H_l, W_l) and logits of edges (B, 4 * R, H_l, W_l) per level.
+
+        With `model.quality: centerness` a third list follows: centerness logits (B, 1, H_l, W_l).
+        """
         return self.head(self.fpn(self.backbone(images)))
 
     def normalize(self, pixels: Tensor, sizes: Tensor) -> Tensor:
@@ -64,7 +75,7 @@ class Detector(nn.Module):
     def losses(
         self, images: Tensor, boxes: Sequence[Tensor], labels: Sequence[Tensor]
     ) -> dict[str, Tensor]:
-        """Return the weighted, normalised `qfl`, `giou` and `dfl`, whose sum is the objective.
+        """Return the weighted, normalised losses `loss_names`, whose sum is the objective.
 
         Args:
             images: Normalised, (B, 3, H, W).
@@ -75,66 +86,55 @@ class Detector(nn.Module):
 
     def objective(
         self,
-        outputs: tuple[list[Tensor], list[Tensor]],
+        outputs: tuple[list[Tensor], ...],
         targets: Targets,
         teacher: list[Tensor] | None = None,
     ) -> dict[str, Tensor]:
         """Return the losses of what `forward` returned.
 
-        Box losses of a positive location weigh by its highest class score. QFL is divided by the
-        positives, GIoU and DFL by the sum of those weights; both divisors are averages over
-        workers, by one all-reduce. Distillation is divided by the images alone, as its authors do.
+        Losses of scores and of centerness are divided by the positives, losses of boxes by the sum
+        of their weights; both divisors are averages over workers, by one all-reduce. Distillation
+        is divided by the images alone, as its authors do.
 
         Args:
-            outputs: Class and distribution logits per level.
+            outputs: Class logits, logits of edges and, where there is one, centerness per level.
             targets: The padded ground truths.
             teacher: Another detector's distribution logits of the same images: adds the loss `ld`.
         """
-        cls_levels, reg_levels = outputs
-        points = _points(cls_levels)
-        cls_logits = _flatten(cls_levels)  # (B, P, C)
-        reg_logits = _flatten(reg_levels)  # (B, P, 4 * R)
-        assigned = assign(points, targets, self.config.assigner.topk)
-        positive = assigned >= 0
-        truth = assigned.clamp(min=0).unsqueeze(-1)  # (B, P, 1)
-        # From here on geometry is in units of each location's stride.
-        anchor = points.xy / points.stride
-        true_boxes = targets.boxes.gather(1, truth.expand(-1, -1, 4)) / points.stride
-        boxes = ltrb_to_xyxy(anchor, self.integral(reg_logits))
+        points = _points(outputs[0])
+        cls_logits, reg_logits, *centerness = (_flatten(levels) for levels in outputs)
+        aim = _find_aim(points, targets, self.config.assigner.topk)
+        boxes = ltrb_to_xyxy(points.xy / points.stride, self.integral(reg_logits))
+        if centerness:
+            of_scores, weight = _centerness_losses(cls_logits, centerness[0], aim)
+        else:
+            of_scores, weight = _joint_losses(cls_logits, boxes, aim, self.config.loss.qfl.beta)
+        of_boxes = {"giou": giou_loss(boxes, aim.boxes)}
+        if self.config.model.edges == "distribution":
+            bins = aim.ltrb / self.config.model.bin_width
+            dfl = distribution_focal_loss(reg_logits.unflatten(-1, (4, -1)), bins)
+            of_boxes["dfl"] = dfl.mean(dim=-1)
 
-        quality = _quality(
-            box_iou(boxes.detach(), true_boxes), positive, truth, targets, cls_logits
-        )
-        qfl = quality_focal_loss(cls_logits, quality, self.config.loss.qfl.beta)
-        qfl = qfl.sum(dim=-1) * valid_locations(points, targets.sizes)
-        weight = cls_logits.detach().amax(dim=-1).sigmoid() * positive  # (B, P)
-        giou = giou_loss(boxes, true_boxes) * weight
-        bins = xyxy_to_ltrb(anchor, true_boxes) / self.integral.bin_width
-        dfl = distribution_focal_loss(reg_logits.unflatten(-1, (4, -1)), bins).mean(dim=-1) * weight
-
-        config = self.config.loss
-        losses = {}
-        if teacher is not None:
-            assert config.distillation is not None
-            ld = localisation_distillation_loss(
-                reg_logits.unflatten(-1, (4, -1)),
-                _flatten(teacher).unflatten(-1, (4, -1)),
-                config.distillation.temperature,
-            )
-            ld = (ld.mean(dim=-1) * weight).sum() / len(ld)
-            losses[DISTILLATION] = ld * config.distillation.weight
-
-        positives = positive.sum(dim=1).clamp(min=1).sum()
+        positives = aim.positive.sum(dim=1).clamp(min=1).sum()
         positives, weights = mean_over_workers(torch.stack([positives, weight.sum()])).unbind()
         # At least 1 over all workers. (The reference: 1 on their average, so that the number of
         # workers changes the losses while scores are small.)
         weights = weights.clamp(min=1 / world_size())
-        return {
-            "qfl": qfl.sum() / positives * config.qfl.weight,
-            "giou": giou.sum() / weights * config.giou.weight,
-            "dfl": dfl.sum() / weights * config.dfl.weight,
-            **losses,
-        }
+        losses = {name: loss.sum() / positives for name, loss in of_scores.items()}
+        losses |= {name: (loss * weight).sum() / weights for name, loss in of_boxes.items()}
+        losses = {name: loss * getattr(self.config.loss, name).weight
+                  for name, loss in losses.items()}  # fmt: skip
+        if teacher is not None:
+            losses[DISTILLATION] = self._distillation(reg_logits, _flatten(teacher), weight)
+        return losses
+
+    def _distillation(self, reg_logits: Tensor, teacher: Tensor, weight: Tensor) -> Tensor:
+        config = self.config.loss.distillation
+        assert config is not None
+        ld = localisation_distillation_loss(
+            reg_logits.unflatten(-1, (4, -1)), teacher.unflatten(-1, (4, -1)), config.temperature
+        )
+        return (ld.mean(dim=-1) * weight).sum() / len(ld) * config.weight
 
     @torch.no_grad()
     def predict(
@@ -152,16 +152,20 @@ class Detector(nn.Module):
         sizes = _full_sizes(images) if sizes is None else sizes
         was_training = self.training
         self.eval()
-        cls_levels, reg_levels = self(images)
+        outputs = self(images)
         self.train(was_training)
+        cls_logits, reg_logits, *centerness = (
+            [_flatten([level]) for level in levels] for levels in outputs
+        )
         return postprocess(
-            [_flatten([level]) for level in cls_levels],
-            [_flatten([level]) for level in reg_levels],
-            _points(cls_levels),
+            cls_logits,
+            reg_logits,
+            _points(outputs[0]),
             self.integral,
             sizes,
             sizes if original_sizes is None else original_sizes,
             self.config.postprocess,
+            *centerness,
         )
 
 
@@ -184,13 +188,68 @@ def world_size() -> int:
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
-def _quality(
-    iou: Tensor, positive: Tensor, truth: Tensor, targets: Targets, like: Tensor
-) -> Tensor:
-    """Return the target of QFL, (B, P, C): the IoU at a positive location's class, 0 elsewhere."""
-    label = targets.labels.gather(1, truth.squeeze(-1)).unsqueeze(-1)  # (B, P, 1)
-    quality = torch.zeros_like(like, dtype=torch.float32)
-    return quality.scatter(2, label, (iou * positive).unsqueeze(-1))
+@dataclass(frozen=True)
+class _Aim:
+    """What every location is to learn; geometry is in units of its stride.
+
+    Attributes:
+        positive: Whether it learns an object, (B, P); the others' boxes mean nothing.
+        valid: Whether it takes part, (B, P).
+        label: The object's class, (B, P, 1).
+        boxes: The object's `xyxy`, (B, P, 4).
+        ltrb: The distances to its edges, (B, P, 4).
+    """
+
+    positive: Tensor
+    valid: Tensor
+    label: Tensor
+    boxes: Tensor
+    ltrb: Tensor
+
+    def at_label(self, values: Tensor, like: Tensor) -> Tensor:
+        """Return `values` (B, P) at the class of each location, 0 elsewhere: float32 (B, P, C)."""
+        return torch.zeros_like(like, dtype=torch.float32).scatter(
+            2, self.label, values.unsqueeze(-1)
+        )
+
+
+def _find_aim(points: Points, targets: Targets, topk: int) -> _Aim:
+    assigned = assign(points, targets, topk)
+    truth = assigned.clamp(min=0).unsqueeze(-1)  # (B, P, 1)
+    boxes = targets.boxes.gather(1, truth.expand(-1, -1, 4)) / points.stride
+    return _Aim(
+        positive=assigned >= 0,
+        valid=valid_locations(points, targets.sizes),
+        label=targets.labels.gather(1, truth.squeeze(-1)).unsqueeze(-1),
+        boxes=boxes,
+        ltrb=xyxy_to_ltrb(points.xy / points.stride, boxes),
+    )
+
+
+def _joint_losses(
+    cls_logits: Tensor, boxes: Tensor, aim: _Aim, beta: float
+) -> tuple[dict[str, Tensor], Tensor]:
+    """Return GFL's losses of scores, and how much each location's box counts; all are (B, P).
+
+    Scores learn the IoU of the present `boxes`; a box counts by its highest class score.
+    """
+    iou = box_iou(boxes.detach(), aim.boxes) * aim.positive
+    qfl = quality_focal_loss(cls_logits, aim.at_label(iou, cls_logits), beta)
+    weight = cls_logits.detach().amax(dim=-1).sigmoid() * aim.positive
+    return {"qfl": qfl.sum(dim=-1) * aim.valid}, weight
+
+
+def _centerness_losses(
+    cls_logits: Tensor, centerness_logits: Tensor, aim: _Aim
+) -> tuple[dict[str, Tensor], Tensor]:
+    """Return ATSS's losses of scores, and how much each location's box counts; all are (B, P).
+
+    Scores learn the class alone; a box counts by the centerness that its location is to have.
+    """
+    centerness = ltrb_centerness(aim.ltrb) * aim.positive
+    focal = focal_loss(cls_logits, aim.at_label(aim.positive.float(), cls_logits))
+    of_centerness = centerness_loss(centerness_logits.squeeze(-1), centerness) * aim.positive
+    return {"focal": focal.sum(dim=-1) * aim.valid, "centerness": of_centerness}, centerness
 
 
 def _flatten(levels: list[Tensor]) -> Tensor:

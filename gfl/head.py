@@ -1,6 +1,6 @@
-"""The head: two towers shared over levels, class logits and edge-distribution logits.
+"""The head: two towers shared over levels, class logits and logits of edges.
 
-Shapes: B images, C classes, R = reg_max + 1 bins, (H, W) the cells of a level.
+Shapes: B images, C classes, R bins (`ModelConfig.bins`), (H, W) the cells of a level.
 """
 
 import math
@@ -32,7 +32,7 @@ def _tower(channels: int, depth: int) -> nn.Sequential:
 
 
 class Head(nn.Module):
-    """Class logits and distribution logits of every location of every level."""
+    """Class logits and logits of edges of every location of every level."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -40,11 +40,14 @@ class Head(nn.Module):
         self.cls_tower = _tower(channels, config.tower_convs)
         self.reg_tower = _tower(channels, config.tower_convs)
         self.cls_logits = nn.Conv2d(channels, config.num_classes, 3, padding=1)
-        self.reg_logits = nn.Conv2d(channels, 4 * (config.reg_max + 1), 3, padding=1)
+        self.reg_logits = nn.Conv2d(channels, 4 * config.bins, 3, padding=1)
         self.scales = nn.ParameterList(nn.Parameter(torch.tensor(1.0)) for _ in STRIDES)
         self.quality_predictor: QualityPredictor | None = None
         if config.quality_predictor is not None:
-            self.quality_predictor = QualityPredictor(config.quality_predictor, config.reg_max + 1)
+            self.quality_predictor = QualityPredictor(config.quality_predictor, config.bins)
+        self.centerness_logits: nn.Conv2d | None = None
+        if config.quality == "centerness":
+            self.centerness_logits = nn.Conv2d(channels, 1, 3, padding=1)
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.normal_(module.weight, std=0.01)
@@ -54,13 +57,19 @@ class Head(nn.Module):
         assert self.cls_logits.bias is not None
         nn.init.constant_(self.cls_logits.bias, prior_logit)
 
-    def forward(self, levels: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-        """Return class logits (B, C, H, W) and distribution logits (B, 4 * R, H, W) per level."""
+    def forward(self, levels: list[Tensor]) -> tuple[list[Tensor], ...]:
+        """Return class logits (B, C, H, W) and logits of edges (B, 4 * R, H, W) per level.
+
+        With `model.quality: centerness` a third list follows: centerness logits (B, 1, H, W).
+        """
         cls_logits = [self.cls_logits(self.cls_tower(level)) for level in levels]
+        features = [self.reg_tower(level) for level in levels]
         reg_logits = [
-            self.reg_logits(self.reg_tower(level)) * scale
-            for level, scale in zip(levels, self.scales, strict=True)
+            self.reg_logits(feature) * scale
+            for feature, scale in zip(features, self.scales, strict=True)
         ]
+        if self.centerness_logits is not None:
+            return cls_logits, reg_logits, [self.centerness_logits(f) for f in features]
         if self.quality_predictor is not None:
             cls_logits = [
                 joint_logits(cls, self.quality_predictor(reg))

@@ -1,10 +1,17 @@
-"""Edge distributions: from logits over distance bins to a distance and its spread (equation 5).
+"""Edges: from logits over distance bins to a distance and its spread (equation 5).
+
+Or, without a distribution, from one logit to a distance.
 
 Shapes: R = reg_max + 1 bins; logits (..., 4 * R), sides in the order left, top, right, bottom.
 """
 
 import torch
 from torch import Tensor, nn
+
+from gfl.config import ModelConfig
+
+LARGEST_LOG_DISTANCE = 10.0
+"""Of a Dirac edge, in strides: far beyond any image, and areas stay finite in float32."""
 
 
 class Integral(nn.Module):
@@ -30,8 +37,36 @@ class Integral(nn.Module):
         with torch.autocast(logits.device.type, enabled=False):  # which would lower the product
             return self.distribution(logits) @ self.bins
 
+    def describe(self, logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return mean and standard deviation (..., 4), in strides, and distribution (..., 4, R)."""
+        distribution = self.distribution(logits)
+        return (*self.moments(distribution), distribution)
+
     def moments(self, distribution: Tensor) -> tuple[Tensor, Tensor]:
         """Return mean and standard deviation (..., 4) of `distribution` (..., 4, R), in strides."""
         mean = (distribution * self.bins).sum(dim=-1)
         variance = (distribution * (self.bins - mean.unsqueeze(-1)).square()).sum(dim=-1)
         return mean, variance.sqrt()
+
+
+class Dirac(nn.Module):
+    """The Dirac delta of every edge: one distance, all of the probability (R = 1).
+
+    Decodes as FCOS does (Tian et al., ICCV 2019), which keeps distances positive.
+    """
+
+    def forward(self, logits: Tensor) -> Tensor:
+        """Return `ltrb` (..., 4) in strides, `exp` of `logits`, in float32 and never infinite."""
+        return logits.float().clamp(max=LARGEST_LOG_DISTANCE).exp()
+
+    def describe(self, logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return distance and spread (..., 4), which is 0, and the one bin's share (..., 4, 1)."""
+        distance = self(logits)
+        return distance, torch.zeros_like(distance), torch.ones_like(distance).unsqueeze(-1)
+
+
+def build_edges(config: ModelConfig) -> Integral | Dirac:
+    """Return what turns the logits of edges into distances."""
+    if config.edges == "dirac":
+        return Dirac()
+    return Integral(config.reg_max, config.bin_width)

@@ -11,6 +11,11 @@ from gfl.boxes import box_giou
 MODULATION_FLOOR = 1e-6
 """Least |y - sigmoid(z)| raised to 0 < beta < 1; below, loss and gradient are 0, not infinite."""
 
+FOCAL_ALPHA = 0.25
+"""Weight of an object's class; 1 - FOCAL_ALPHA is that of all others (Lin et al., ICCV 2017)."""
+
+FOCAL_GAMMA = 2.0
+
 REACH_MARGIN = 0.1
 """How far below the last bin a DFL target stays, in bins (the reference's value)."""
 
@@ -32,6 +37,24 @@ def quality_focal_loss(logits: Tensor, quality: Tensor, beta: float) -> Tensor:
         return error.pow(beta) * cross_entropy
     modulation = error.clamp(min=MODULATION_FLOOR).pow(beta) * (error > MODULATION_FLOOR)
     return modulation * cross_entropy
+
+
+def focal_loss(logits: Tensor, target: Tensor) -> Tensor:
+    """Return `-alpha_t (1 - p_t)^gamma log(p_t)` elementwise (Lin et al., ICCV 2017, equation 5).
+
+    On hard labels Quality Focal Loss is this without `alpha_t`: `1 - p_t` is then `|y - p|`.
+
+    Args:
+        logits: Of every location and class, (...).
+        target: 1 where an object of the class is, 0 elsewhere, same shape.
+    """
+    alpha = FOCAL_ALPHA * target + (1 - FOCAL_ALPHA) * (1 - target)
+    return alpha * quality_focal_loss(logits, target, FOCAL_GAMMA)
+
+
+def centerness_loss(logits: Tensor, target: Tensor) -> Tensor:
+    """Return the binary cross-entropy of centerness (...) with its `target` in [0, 1]."""
+    return F.binary_cross_entropy_with_logits(logits.float(), target, reduction="none")
 
 
 def distribution_focal_loss(logits: Tensor, target: Tensor) -> Tensor:

@@ -75,15 +75,22 @@ def export_mmdet(detector: Detector) -> dict[str, Tensor]:
     """Return the state dict of `detector` under MMDetection's names, for `torch.save`.
 
     Raises:
-        ValueError: its bins are not 0, 1, ...: the reference would decode other boxes.
+        ValueError: it has edges or a quality that GFL there does not, or its bins are not
+            0, 1, ...: the reference would decode other boxes.
     """
-    if (width := detector.config.model.bin_width) != 1:
+    model = detector.config.model
+    if (model.edges, model.quality) != ("distribution", "joint"):
+        raise ValueError(
+            f"model.edges is {model.edges}, model.quality is {model.quality}: MMDetection's GFL "
+            "has distributions and joint scores alone"
+        )
+    if (width := model.bin_width) != 1:
         raise ValueError(
             f"model.bin_width is {width:g}: MMDetection's bins are 1 wide, so it would decode "
             "other boxes from these weights"
         )
     theirs = {reference_name(key): value for key, value in detector.state_dict().items()}
-    bins = torch.arange(detector.config.model.reg_max + 1, dtype=torch.float32)
+    bins = torch.arange(model.bins, dtype=torch.float32)
     return {**theirs, BINS: bins}
 
 

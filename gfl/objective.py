@@ -5,7 +5,7 @@ from torch import Tensor, nn
 
 from gfl.assigner import Targets
 from gfl.config import Config
-from gfl.detector import DISTILLATION, LOSSES, Detector
+from gfl.detector import DISTILLATION, Detector, loss_names
 
 PRECISIONS = {
     "float32": torch.float32,
@@ -36,7 +36,7 @@ class Objective(nn.Module):
         """
         super().__init__()
         self.detector = detector
-        self.names = LOSSES if teacher is None else (*LOSSES, DISTILLATION)
+        self.names = loss_names(config.model) + (() if teacher is None else (DISTILLATION,))
         self._precision = PRECISIONS[config.optim.precision]
         if teacher is not None:
             _require_same_bins(teacher.config, config)
@@ -63,14 +63,14 @@ class Objective(nn.Module):
             outputs = self.detector(images)
             if teacher is not None:
                 with torch.no_grad():
-                    _, lesson = teacher(images)
+                    lesson = teacher(images)[1]
         losses = self.detector.objective(outputs, targets, None if teacher is None else lesson)
         return torch.stack([losses[name] for name in self.names])
 
 
 def _require_same_bins(teacher: Config, student: Config) -> None:
-    for section, key in (("model", "reg_max"), ("model", "bin_width"), ("data", "mean"),
-                         ("data", "std")):  # fmt: skip
+    for section, key in (("model", "edges"), ("model", "reg_max"), ("model", "bin_width"),
+                         ("data", "mean"), ("data", "std")):  # fmt: skip
         theirs, ours = (getattr(getattr(c, section), key) for c in (teacher, student))
         if theirs != ours:
             raise ValueError(

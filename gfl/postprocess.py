@@ -2,7 +2,8 @@
 
 And on to COCO's forms of them.
 
-Shapes: B images, N detections, R = reg_max + 1 bins, K candidates of an image over all levels.
+Shapes: B images, N detections, R bins (`ModelConfig.bins`), K candidates of an image over all
+levels, P locations.
 """
 
 from collections.abc import Sequence
@@ -17,7 +18,7 @@ from torchvision.ops import batched_nms
 
 from gfl.boxes import ltrb_to_xyxy
 from gfl.config import PostprocessConfig
-from gfl.integral import Integral
+from gfl.integral import Dirac, Integral
 from gfl.points import Points
 
 Rows = npt.NDArray[np.float64]
@@ -33,7 +34,8 @@ class Predictions:
         scores: In (0, 1), (N,).
         labels: Classes, (N,), int64.
         edge_std: Standard deviation in px of the learned distribution of each edge (left, top,
-            right, bottom), (N, 4): how sure the model is of where the edge lies.
+            right, bottom), (N, 4): how sure the model is of where the edge lies. 0 of a model
+            without distributions (`model.edges: dirac`).
         distributions: The learned edge distributions themselves, (N, 4, R).
     """
 
@@ -59,27 +61,31 @@ def postprocess(
     cls_logits: list[Tensor],
     reg_logits: list[Tensor],
     points: Points,
-    integral: Integral,
+    integral: Integral | Dirac,
     sizes: Tensor,
     original_sizes: Tensor,
     config: PostprocessConfig,
+    centerness_logits: list[Tensor] | None = None,
 ) -> list[Predictions]:
     """Return the detections of every image.
+
+    Candidates are the best by class score, above the threshold. A model with centerness ranks
+    them by class score times centerness from there on, as ATSS does in MMDetection.
 
     Args:
         cls_logits: Per level (B, H_l * W_l, C).
         reg_logits: Per level (B, H_l * W_l, 4 * R).
         points: The locations of these levels.
-        integral: Decodes the distributions.
+        integral: Decodes the edges.
         sizes: (height, width) of every network input without its padding, (B, 2).
         original_sizes: (height, width) of the images that boxes are returned for, (B, 2).
         config: Thresholds and counts.
+        centerness_logits: Per level (B, H_l * W_l, 1), of a model that has them.
     """
     scores, labels, location = _candidates(cls_logits, config.candidates_per_level)
     logits = torch.cat(reg_logits, dim=1)
     logits = logits.gather(1, location.unsqueeze(-1).expand(-1, -1, logits.shape[-1]))
-    distributions = integral.distribution(logits)  # (B, K, 4, R)
-    mean, std = integral.moments(distributions)
+    mean, std, distributions = integral.describe(logits)  # (B, K, 4), distributions (B, K, 4, R)
     stride = points.stride[location]  # (B, K, 1)
     limit = sizes.flip(-1).repeat(1, 2).unsqueeze(1)  # (B, 1, 4) as x, y, x, y
     rescale = (original_sizes / sizes).flip(-1).repeat(1, 2).unsqueeze(1)
@@ -88,6 +94,9 @@ def postprocess(
     edge_std = std * stride * rescale
     filled = ((boxes[..., 2:] - boxes[..., :2]) > 0).all(dim=-1)
     keep = filled & (scores > config.score_threshold)
+    if centerness_logits is not None:
+        centerness = torch.cat(centerness_logits, dim=1).squeeze(-1).float().sigmoid()  # (B, P)
+        scores = scores * centerness.gather(1, location)
     return [
         _suppress(Predictions(*fields).select(mask), config)
         for mask, *fields in zip(keep, boxes, scores, labels, edge_std, distributions, strict=True)

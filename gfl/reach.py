@@ -121,7 +121,7 @@ def measure_reach(records: Sequence[ImageRecord], config: Config, short_side: in
     """Return what `config.model` reaches of the objects in `records`, scaled to `short_side`."""
     edges = find_edges(records, short_side, config.data.long_side, config.assigner.topk)
     model = config.model
-    clipped = (needed_reg_max(edges.distance, model.bin_width) > model.reg_max).any(dim=1)
+    clipped = _clipped(edges.distance, model).any(dim=1)
     widths = sorted({*BIN_WIDTHS, model.bin_width})
     return Reach(
         short_side=short_side,
@@ -155,6 +155,12 @@ def find_edges(records: Sequence[ImageRecord], short: int, long: int, topk: int)
 def needed_reg_max(distance: Tensor, bin_width: float) -> Tensor:
     """Return the smallest `reg_max` that reaches each `distance` in strides; int32, same shape."""
     return (distance / bin_width + REACH_MARGIN).ceil().int()
+
+
+def _clipped(distance: Tensor, model: ModelConfig) -> Tensor:
+    """Return which of `distance` in strides is out of reach; none of a Dirac edge is."""
+    needed = needed_reg_max(distance, model.bin_width)
+    return (needed > model.reg_max) & (model.edges == "distribution")
 
 
 def suggest_reg_max(distance: Tensor, bin_width: float) -> int:
@@ -198,7 +204,7 @@ def _cover(height: int, width: int) -> Points:
 
 def _level_reach(distance: Tensor, model: ModelConfig) -> LevelReach:
     edges = distance.numel()
-    clipped = int((needed_reg_max(distance, model.bin_width) > model.reg_max).sum())
+    clipped = int(_clipped(distance, model).sum())
     bins = (distance / model.bin_width).numpy()
     return LevelReach(
         positives=len(distance),

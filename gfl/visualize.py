@@ -36,7 +36,8 @@ def draw_predictions(
     """Draw the detections of several images into one PNG.
 
     A band around each edge spans one standard deviation of its learned distribution to either side:
-    the wider, the less sure the model is of where the edge lies.
+    the wider, the less sure the model is of where the edge lies. There is none with
+    `model.edges: dirac`, which learns no distribution.
 
     Args:
         images: RGB pixels (3, H, W), uint8.

@@ -15,6 +15,9 @@ from rich.live import Live
 from rich.logging import RichHandler
 from rich.table import Table
 
+LOSSES = ("qfl", "focal", "centerness", "giou", "dfl", "ld")
+"""Shown where a training has them."""
+
 PLAIN_LINE_SECONDS = 10.0
 """Between lines of progress where there is no terminal to redraw."""
 
@@ -128,7 +131,7 @@ class Progress:
 
     def _show_steps(self, event: Mapping[str, Any]) -> None:
         metrics, left = event["metrics"], event["seconds_left"]
-        names = [name for name in ("loss", "qfl", "giou", "dfl", "ld") if name in metrics]
+        names = [name for name in ("loss", *LOSSES) if name in metrics]
         losses = "  ".join(f"{name} {metrics[name]:.3f}" for name in names)
         line = (
             f"epoch {event['epoch']:.2f}  step {event['step']}/{event['total_steps']}  {losses}  "

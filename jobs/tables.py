@@ -28,8 +28,11 @@ def show_inspection(found: Inspection, model: ModelConfig) -> None:
     for reach in found.reach:
         at = f"at short side {reach.short_side} px: {reach.images} images, {reach.objects} objects"
         names = ["level", "stride", "positives", "edges clipped", "farthest, bins", "99.9 %, bins"]
-        title = f"reach of reg_max {model.reg_max} with Delta {model.bin_width:g} {at}"
-        _show(title, names, _levels(reach))
+        bins = f"reg_max {model.reg_max} with Delta {model.bin_width:g}"
+        dirac = model.edges == "dirac"
+        _show(f"reach of {'any distance' if dirac else bins} {at}", names, _levels(reach))
+        if dirac:
+            continue  # there are no bins to choose
         names = [
             "Delta",
             "reg_max to clip < 0.1 %",

@@ -5,10 +5,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from loop_reference import atss
 from tests_support import level_sizes
 
 from gfl.assigner import Targets, assign, pad_targets, valid_locations
-from gfl.points import STRIDES, grid_points
+from gfl.points import grid_points
 
 CPU = torch.device("cpu")
 
@@ -21,43 +22,6 @@ def targets_of(boxes, size):
     boxes = torch.as_tensor(boxes, dtype=torch.float32).reshape(-1, 4)
     labels = torch.zeros(len(boxes), dtype=torch.long)
     return pad_targets([boxes], [labels], torch.tensor([size]))
-
-
-def loop_reference(boxes, height, width, valid_height, valid_width, topk):
-    """ATSS as its paper words it, one ground truth and one level after the other, in float64."""
-    xs, ys, strides, starts = [], [], [], [0]
-    for step, (rows, columns) in zip(STRIDES, level_sizes(height, width), strict=True):
-        for y in range(rows):
-            for x in range(columns):
-                xs.append(x * step)
-                ys.append(y * step)
-                strides.append(step)
-        starts.append(len(xs))
-    best = [(-1.0, -1)] * len(xs)
-    for g, (x1, y1, x2, y2) in enumerate(boxes):
-        candidates = []
-        for level in range(len(STRIDES)):
-            locations = [
-                i
-                for i in range(starts[level], starts[level + 1])
-                if xs[i] < valid_width and ys[i] < valid_height
-            ]
-            centre = ((x1 + x2) / 2, (y1 + y2) / 2)
-            locations.sort(key=lambda i: ((xs[i] - centre[0]) ** 2 + (ys[i] - centre[1]) ** 2, i))
-            candidates += locations[:topk]
-        overlaps = []
-        for i in candidates:
-            half = strides[i] * 4
-            w = max(0.0, min(x2, xs[i] + half) - max(x1, xs[i] - half))
-            h = max(0.0, min(y2, ys[i] + half) - max(y1, ys[i] - half))
-            union = (2 * half) ** 2 + (x2 - x1) * (y2 - y1) - w * h
-            overlaps.append(w * h / max(union, 1e-6))
-        threshold = np.mean(overlaps) + np.std(overlaps, ddof=1)
-        for i, overlap in zip(candidates, overlaps, strict=True):
-            inside = min(xs[i] - x1, ys[i] - y1, x2 - xs[i], y2 - ys[i]) > 0.01
-            if overlap >= threshold and inside and overlap > best[i][0]:
-                best[i] = (overlap, g)
-    return [g for _, g in best]
 
 
 CASES = (
@@ -94,7 +58,7 @@ def test_assignment_is_that_of_plain_loops(seed, topk, count):
     targets = targets_of(boxes, size)
     found = assign(points_of(height, width), targets, topk)[0].tolist()
     extent_px = [-(-side // 32) * 32 for side in size]
-    assert found == loop_reference(boxes.tolist(), height, width, *extent_px, topk)
+    assert found == atss(boxes.tolist(), height, width, *extent_px, topk)
 
 
 def test_assignment_of_an_image_does_not_depend_on_its_batch():

@@ -1,5 +1,7 @@
 """Where and how a job runs, and the rooms that the code is laid out in."""
 
+import json
+from itertools import product
 from pathlib import Path
 
 import boto3
@@ -7,7 +9,14 @@ import pytest
 import torch
 
 from gfl.config import Config
-from gfl.configfile import JOB_SECTIONS, ConfigError, derive, load_config, reproducible
+from gfl.configfile import (
+    JOB_SECTIONS,
+    ConfigError,
+    derive,
+    flatten,
+    load_config,
+    reproducible,
+)
 from gfl.detector import Detector
 from gfl_platform.config import JobConfig, load_job
 from gfl_platform.storage import StorageError, fetch_weights, open_run_folder, write_atomically
@@ -27,6 +36,35 @@ def test_a_job_is_a_configuration_and_more():
     assert job.cluster.workers == 3
     assert reproducible(job) == load_config("configs/demo.yaml", overrides)
     assert type(reproducible(job)) is Config
+
+
+SWEEPS = sorted((ROOT / "configs" / "sweeps").glob("table_*.yaml"))
+
+
+@pytest.mark.parametrize("path", SWEEPS, ids=lambda path: path.stem)
+def test_every_point_of_a_published_sweep_is_a_configuration(path):
+    job = load_job(path)
+    space, values = job.sweep.space, flatten(job.model_dump(mode="json", exclude={"sweep"}))
+    points = list(product(*(keys.values for keys in space.values())))
+    found = {
+        derive(Config, reproducible(job), [f"{key}={json.dumps(value)}" for key, value in
+                                           zip(space, point, strict=True)]).model_dump_json()
+        for point in points
+    }  # fmt: skip
+    assert len(found) == len(points)
+    assert tuple(values[key] for key in space) in points
+    published = [tuple(row.at[key] for key in space) for row in job.sweep.published.rows]
+    assert sorted(published) == sorted(points)
+
+
+@pytest.mark.parametrize("path", [p for p in SWEEPS if "demo" not in p.stem], ids=lambda p: p.stem)
+def test_the_small_twin_of_a_sweep_tries_the_same(path):
+    job, twin = load_job(path), load_job(path.with_stem(f"{path.stem}_demo"))
+    for section in ("space", "published"):
+        assert getattr(twin.sweep, section) == getattr(job.sweep, section)
+    assert (twin.model.edges, twin.model.quality) == (job.model.edges, job.model.quality)
+    assert (twin.model.reg_max, twin.model.bin_width) == (job.model.reg_max, job.model.bin_width)
+    assert (twin.cluster.workers, job.cluster.workers) == (1, 8)
 
 
 @pytest.mark.parametrize(
