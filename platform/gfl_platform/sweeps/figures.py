@@ -108,7 +108,7 @@ def draw_importance(found: Analysis) -> Picture | None:
     if not found.importance:
         return None
     figure, axes = canvas()
-    figure.set_size_inches(7, 1.6 + 0.5 * len(found.importance))
+    figure.set_size_inches(6, 1.6 + 0.5 * len(found.importance))
     names = list(found.importance)[::-1]
     shares = [100 * found.importance[name] for name in names]
     axes.barh(names, shares, color=BLUE, height=0.6)
@@ -140,9 +140,11 @@ def draw_front(found: Analysis) -> Picture | None:
     for points, look in looks:
         if points:
             axes.plot(*_ap_and_fps(points), linestyle="none", zorder=4, **look)
-    x, y = _ap_and_fps(found.front)
-    axes.plot(x, y, "D-", drawstyle="steps-pre", color=ORANGE, zorder=3, label="Pareto front")
-    for number, (x, y) in enumerate(zip(*_ap_and_fps(found.front), strict=True), start=1):
+    speeds, aps = _ap_and_fps(found.front)
+    axes.plot(
+        speeds, aps, "D-", drawstyle="steps-pre", color=ORANGE, zorder=3, label="Pareto front"
+    )
+    for number, (x, y) in enumerate(zip(speeds, aps, strict=True), start=1):
         if len(found.front) <= 15:
             axes.annotate(f"{number}", (x, y), (6, 6), textcoords="offset points", zorder=5)
     axes.margins(0.1, 0.12)

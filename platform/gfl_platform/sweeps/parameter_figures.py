@@ -59,7 +59,7 @@ def draw_parameter(found: Analysis, key: str, metric: str) -> Picture | None:
     axes.set(xlabel=key, ylabel=axis_name(metric))
     legend_above(axes)
     caption = (
-        f"{axis_name(metric)} of each finished training; the squares are means ± sample standard "
+        f"{metric} of each finished training; the squares are means ± sample standard "
         f"deviations of all trainings with one value of {key}."
     )
     return Picture(f"{metric}-{key}", f"{metric} against {key}", caption, figure)
@@ -175,8 +175,7 @@ def _draw_pair(found: Analysis, trials: Sequence[Trial], first: str, second: str
             text.set(ha="right", rotation_mode="anchor")
     axes.set(xlabel=first, ylabel=second)
     caption = (
-        f"Mean {axis_name(metric)} of the finished trainings in each cell; where it is hatched, "
-        "none finished."
+        f"Mean {metric} of the finished trainings in each cell; where it is hatched, none finished."
     )
     return Picture(f"pair-{first}-{second}", f"{metric} over {first} and {second}", caption, figure)
 

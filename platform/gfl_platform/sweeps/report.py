@@ -83,7 +83,7 @@ def render_html(found: Analysis, pictures: Sequence[Picture], sources: Sequence[
         if found.best
         else [],
         figures=list(zip(pictures, sources, strict=True)),
-        confidence=f"{CONFIDENCE:.0%}".replace("%", " %"),
+        confidence=f"{CONFIDENCE:.0%}",
         best_shown=BEST_SHOWN,
         cost_line=cost_line(found),
         has_fps=any("fps" in trial.figures for trial in found.results.trials),
@@ -98,7 +98,7 @@ def cost_line(found: Analysis) -> str:
         f"{cost.full_epochs} epochs"
     )
     if cost.saved:
-        line += f", stopping early saved {cost.saved:.0%}".replace("%", " %")
+        line += f", stopping early saved {cost.saved:.0%} of them"
     if cost.finalist_trials:
         line += (
             f"; finalists: {cost.finalist_trials} trials, {cost.finalist_epochs} epochs, "

@@ -7,6 +7,7 @@ from math import log10
 from typing import Any, Literal
 
 from matplotlib.axes import Axes
+from matplotlib.ticker import LogLocator
 
 from gfl_platform.config import RangeConfig
 from gfl_platform.sweeps.values import distinct, identity, is_number, label
@@ -54,6 +55,10 @@ class Scale:
         if len(self.values) <= 8 and self._room():
             axes.set_xticks(self.values, [tick(value) for value in self.values], minor=False)
             axes.set_xticks([], minor=True)
+        elif self.kind == "log":
+            axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=8))
+            axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+            axes.set_xticks([], minor=True)
 
     def _room(self) -> bool:
         """Whether no two values are so near that their ticks overlap."""
@@ -66,9 +71,11 @@ def scale_of(asked: RangeConfig, values: Sequence[Any]) -> Scale:
     """Return the axis for a key's values: those of the trials, and the default if it is drawn."""
     found = distinct(values)
     if not all(map(is_number, found)):
-        return Scale("categorical", found)
-    positive = found[0] > 0
-    if positive and (asked.log_uniform or found[-1] / found[0] >= LOG_RATIO):
+        drawn = {identity(value) for value in found}
+        listed = [value for value in asked.values or () if identity(value) in drawn]
+        return Scale("categorical", distinct([*listed, *found]))
+    apart = asked.log_uniform or (asked.values and found[-1] >= LOG_RATIO * found[0])
+    if apart and found[0] > 0:
         return Scale("log", found)
     return Scale("linear", found)
 

@@ -26,14 +26,14 @@ COLOURS = (BLUE, GREEN, PINK, AMBER, SKY, BLACK)
 MARKERS = "osD^vPX"
 GREY = "#8A8A8A"
 COLOUR_MAP = "cividis"
-INCHES = (7.0, 4.5)
+INCHES = (6.0, 4.2)
 
 LETTERS = {
-    "font.size": 13,
-    "axes.labelsize": 13,
-    "xtick.labelsize": 12,
-    "ytick.labelsize": 12,
-    "legend.fontsize": 11,
+    "font.size": 14,
+    "axes.labelsize": 14,
+    "xtick.labelsize": 13,
+    "ytick.labelsize": 13,
+    "legend.fontsize": 12,
     "legend.framealpha": 0.85,
     "axes.spines.top": False,
     "axes.spines.right": False,
