@@ -1,12 +1,11 @@
 """The tables of a sweep on a terminal; its report has the rest."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from rich.table import Table
 from rich.text import Text
 
-from gfl_platform.sweeps.analysis import Analysis, analyse, warnings_of
-from gfl_platform.sweeps.report import cost_line, figure_of
+from gfl_platform.sweeps.analysis import Analysis, analyse, cost_line, figure_of, warnings_of
 from gfl_platform.sweeps.results import SweepResults
 from gfl_platform.sweeps.values import axis_name, point_label
 from jobs.console import console
@@ -26,8 +25,7 @@ def show_sweep(results: SweepResults) -> None:
         ]
         names = ["point", *map(axis_name, metrics), "seeds"]
         _show("best points, mean ± sd over seeds", names, _points(found, metrics))
-    verdicts = [(", ".join(v.keys), v.default, v.text) for v in found.verdicts]
-    _show("verdicts, paired over seeds", ["key", "default", "verdict"], verdicts)
+    _show("verdicts, paired over seeds", ["key", "default", "verdict"], _verdicts(found))
     if found.published:
         names = ["point", "", "paper", "ours", "paper, diff.", "ours, diff.", "seeds"]
         _show("the paper's figures and ours", names, _published(found))
@@ -51,20 +49,26 @@ def _show(title: str, names: list[str], rows: Iterable[tuple[str, ...]]) -> None
     console.print(table)
 
 
-def _points(found: Analysis, metrics: list[str]) -> Iterable[tuple[str, ...]]:
+def _points(found: Analysis, metrics: Sequence[str]) -> Iterable[tuple[str, ...]]:
     for point in found.points[:POINTS_SHOWN]:
         name = point_label(point.point) + (" (default)" if point.default else "")
         figures = [figure_of(point, metric) for metric in metrics]
         yield name, *figures, ", ".join(map(str, point.seeds))
 
 
+def _verdicts(found: Analysis) -> Iterable[tuple[str, ...]]:
+    for verdict in found.verdicts:
+        whole = len(verdict.keys) > 1
+        yield "all together" if whole else verdict.keys[0], verdict.default, verdict.text
+
+
 def _published(found: Analysis) -> Iterable[tuple[str, ...]]:
     for row in found.published:
         name = point_label(row.point) + (" (reference)" if row.reference else "")
-        for metric, value in row.paper.items():
+        for number, (metric, value) in enumerate(row.paper.items()):
             ours, theirs = row.our_difference.get(metric), row.paper_difference.get(metric)
             yield (
-                name,
+                "" if number else name,
                 metric,
                 f"{value:.1f}",
                 f"{row.ours[metric]:.2f}" if metric in row.ours else "-",

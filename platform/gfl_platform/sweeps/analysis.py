@@ -18,7 +18,7 @@ from gfl_platform.sweeps.statistics import (
     summarize,
     unfinished,
 )
-from gfl_platform.sweeps.values import axis_name, point_label
+from gfl_platform.sweeps.values import axis_name, point_label, shown
 from gfl_platform.sweeps.verdicts import Verdict, judge
 
 
@@ -115,3 +115,31 @@ def warnings_of(found: Analysis) -> list[str]:
             f"has {keys} any effect?"
         )
     return said
+
+
+def cost_line(found: Analysis) -> str:
+    """Return what the sweep used, and what stopping early saved, in one line."""
+    cost, device = found.cost, found.results.device
+    line = (
+        f"{cost.device_hours:.3g} {device}-hours; the search trained {cost.epochs} of "
+        f"{cost.full_epochs} epochs"
+    )
+    if cost.saved:
+        line += f", stopping early saved {cost.saved:.0%} of them"
+    if cost.finalist_trials:
+        line += (
+            f"; finalists: {cost.finalist_trials} trials, {cost.finalist_epochs} epochs, "
+            f"{cost.finalist_device_hours:.3g} {device}-hours of these"
+        )
+    return line
+
+
+def figure_of(item: PointSummary | Trial, metric: str) -> str:
+    """Return a figure of a point, mean ± sd, or of a trial; a dash if it has none."""
+    if isinstance(item, Trial):
+        return shown(metric, item.figures[metric]) if metric in item.figures else "-"
+    found = item.figures.get(metric)
+    if not found:
+        return "-"
+    spread = f" ± {shown(metric, found.sd)}" if found.sd is not None else ""
+    return f"{shown(metric, found.mean)}{spread}"

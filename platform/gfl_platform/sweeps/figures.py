@@ -84,7 +84,7 @@ def _draw_curve(axes: Axes, trial: Trial, name: str | None = None, **look: Any) 
         "finalists": {"color": GREEN, "linewidth": 1.8, "linestyle": (0, (6, 1.5))},
         "running": {"color": SKY, "linewidth": 1.2},
         "failed or NaN": {"color": BLACK, "linewidth": 1.2, "linestyle": "--"},
-        "stopped": {"color": GREY, "linewidth": 0.8, "alpha": 0.6},
+        "stopped": {"color": GREY, "linewidth": 1.0, "alpha": 0.7},
     }
     kind = {"failed": "failed or NaN", "nan": "failed or NaN", "running": "running"}.get(
         trial.state, "stopped"

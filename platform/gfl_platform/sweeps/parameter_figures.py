@@ -200,7 +200,7 @@ def _groups(
 ) -> tuple[list[int], list[str]]:
     """Return the row of each trial in a heatmap and the rows' names; ranges are cut into bins."""
     column: list[Any] = [trial.point.get(key) for trial in trials]
-    values = distinct(column)
+    values = scale_of(results.sweep.space[key], column).values
     bounds = results.sweep.space[key].bounds
     if not all(map(is_number, values)) or len(values) <= (BINS if bounds else 2 * BINS):
         names = [identity(value) for value in values]

@@ -8,11 +8,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from gfl_platform.storage import write_atomically
-from gfl_platform.sweeps.analysis import Analysis, analyse, warnings_of
+from gfl_platform.sweeps.analysis import Analysis, analyse, cost_line, figure_of, warnings_of
 from gfl_platform.sweeps.exports import results_json, trials_csv
 from gfl_platform.sweeps.figures import draw_all
-from gfl_platform.sweeps.results import SweepResults, Trial
-from gfl_platform.sweeps.statistics import PointSummary
+from gfl_platform.sweeps.results import SweepResults
 from gfl_platform.sweeps.style import Picture, style
 from gfl_platform.sweeps.values import (
     axis_name,
@@ -90,34 +89,6 @@ def render_html(found: Analysis, pictures: Sequence[Picture], sources: Sequence[
     )
 
 
-def cost_line(found: Analysis) -> str:
-    """Return what the sweep used, and what stopping early saved, in one line."""
-    cost, device = found.cost, found.results.device
-    line = (
-        f"{cost.device_hours:.3g} {device}-hours; the search trained {cost.epochs} of "
-        f"{cost.full_epochs} epochs"
-    )
-    if cost.saved:
-        line += f", stopping early saved {cost.saved:.0%} of them"
-    if cost.finalist_trials:
-        line += (
-            f"; finalists: {cost.finalist_trials} trials, {cost.finalist_epochs} epochs, "
-            f"{cost.finalist_device_hours:.3g} {device}-hours of these"
-        )
-    return line
-
-
-def figure_of(item: PointSummary | Trial, metric: str) -> str:
-    """Return a figure of a point, mean ± sd, or of a trial; a dash if it has none."""
-    if isinstance(item, Trial):
-        return shown(metric, item.figures[metric]) if metric in item.figures else "-"
-    found = item.figures.get(metric)
-    if not found:
-        return "-"
-    spread = f" ± {shown(metric, found.sd)}" if found.sd is not None else ""
-    return f"{shown(metric, found.mean)}{spread}"
-
-
 def _file_name(picture: Picture) -> str:
     return re.sub(r"[^A-Za-z0-9._-]+", "_", picture.name) + ".png"
 
@@ -127,6 +98,7 @@ def _render(picture: Picture, kind: str) -> bytes:
     metadata = {"Date": None} if kind == "svg" else {}
     with style():
         picture.figure.savefig(buffer, format=kind, dpi=DPI, metadata=metadata)
+    picture.figure.set_layout_engine("none")  # which a second rendering need not find again
     return buffer.getvalue()
 
 

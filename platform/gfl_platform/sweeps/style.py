@@ -41,6 +41,7 @@ LETTERS = {
     "axes.axisbelow": True,
     "grid.alpha": 0.3,
     "svg.hashsalt": "gfl",
+    "text.parse_math": False,  # a name with two $ is no formula
 }
 
 
