@@ -69,13 +69,13 @@ def test_overrides_are_read_back_by_the_loader():
 
     from gfl.configfile import derive
 
-    point = {"optim.lr": 1e-05, "storage.root": "a b", "data.long_side": 640}
+    point = {"optim.lr": 1e-05, "storage.root": "a b", "data.long_side": 1400}
     words = shlex.split(values.overrides(point, seed=7))
     job = derive(JobConfig, JobConfig(), words)
     assert (job.optim.lr, job.storage.root, job.data.long_side, job.seed) == (
         1e-05,
         "a b",
-        640,
+        1400,
         7,
     )
 
