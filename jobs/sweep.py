@@ -29,13 +29,18 @@ def sweep(arguments: argparse.Namespace) -> None:
         raise ValueError("--resume: say which sweep with run.name=NAME")
     name = job.run.name or f"{Path(arguments.config).stem}-{time.strftime('%Y%m%d-%H%M%S')}"
     console.print(f"sweep {name}")
-    from gfl_platform.sweeps.run import run_sweep
+    from gfl_platform.storage import storage_root
+    from gfl_platform.sweeps.run import register_best, run_sweep
     from jobs.sweep_progress import SweepProgress
+    from jobs.sweep_tables import show_sweep
 
     with SweepProgress() as progress, resumable("jobs.sweep", name):
         results = run_sweep(job, name, resume=arguments.resume, watch=progress.show_trial)
-    for trial in results.trials:
-        console.print(f"{trial}")
+    show_sweep(results)
+    if arguments.register:
+        version = register_best(results, arguments.register)
+        console.print(f"{arguments.register}@challenger is version {version}")
+    console.print(f"report: {storage_root(job) / 'sweeps' / name / 'report' / 'report.html'}")
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from gfl_platform.sweeps.results import Trial
-from gfl_platform.sweeps.space import describe_point
+from gfl_platform.sweeps.values import point_label
 from jobs.console import Progress, console
 
 
@@ -41,7 +41,7 @@ class SweepProgress(Progress):
 
 
 def _name(trial: Trial) -> str:
-    return f"trial {trial.id}  {describe_point(trial.point)}  seed {trial.seed}"
+    return f"trial {trial.id}  {point_label(trial.point)}  seed {trial.seed}"
 
 
 def _quality(trial: Trial) -> str:

@@ -196,6 +196,9 @@ class RunTracker:
                 self._tag_deleted_checkpoints()
             case "discarded":
                 self._tag_deleted_checkpoints(all_of_them=True)
+            case "folder":
+                folder = event["path"]
+                self.client.log_artifacts(self.run_id, str(folder), folder.name)
             case "tags":
                 self._tag(event["tags"])
             case "end":

@@ -14,7 +14,7 @@ from gfl_platform.config import load_job
 from gfl_platform.sweeps.plan import DrawnTrials, trial_name
 from gfl_platform.sweeps.results import Trial, read_trial, write_trial
 from gfl_platform.sweeps.run import run_sweep
-from gfl_platform.sweeps.space import check_sweep, default_point, describe_point, trial_job
+from gfl_platform.sweeps.space import check_sweep, default_point, trial_job
 from gfl_platform.sweeps.stopping import BudgetStopper, EarlyStopping
 from gfl_platform.tracking import connect
 
@@ -77,10 +77,6 @@ def test_a_trial_is_the_configuration_with_its_values_and_nothing_else():
     assert trial.registry.name is None
     assert trial.cluster.workers == 1
     assert default_point(job) == {BETA: 2.0, BINS: 8}
-    assert describe_point({BETA: 1, BINS: 4, "model.backbone.name": "resnet18"}) == (
-        "beta=1 reg_max=4 name=resnet18"
-    )
-    assert describe_point({"a.weight": 1, "b.weight": None}) == "a.weight=1 b.weight=null"
 
 
 def test_a_section_of_the_space_is_set_from_the_command_line():

@@ -13,7 +13,8 @@ from gfl.configfile import config_hash
 from gfl_platform.config import JobConfig
 from gfl_platform.events import Event, Events
 from gfl_platform.sweeps.results import State, Trial, read_trial, write_trial
-from gfl_platform.sweeps.space import describe_point, trial_job
+from gfl_platform.sweeps.space import trial_job
+from gfl_platform.sweeps.values import point_label
 from gfl_platform.tracking import RunTracker
 
 logger = logging.getLogger(__name__)
@@ -112,7 +113,7 @@ class Recorder:
                 "sweep.stage": trial.stage,
                 "config.hash": trial.config_hash,
             }
-            called = f"{self._name}-{name} {describe_point(trial.point)} seed={trial.seed}"
+            called = f"{self._name}-{name} {point_label(trial.point)} seed={trial.seed}"
             folder.mkdir(parents=True, exist_ok=True)
             self._trackers[name] = RunTracker(job, called, folder, tags)
         trial.run_id = self._trackers[name].run_id

@@ -9,11 +9,12 @@ from typing import Any
 from gfl.configfile import derive, reproducible
 from gfl.data import load_splits
 from gfl.data.loading import share_of_batch
-from gfl_platform import cluster, tracking
+from gfl_platform import cluster, registry, tracking
 from gfl_platform.cluster import Workers
 from gfl_platform.config import BudgetConfig, JobConfig
 from gfl_platform.events import Event, pumped
 from gfl_platform.storage import open_run_folder, read_json, scratch_folder
+from gfl_platform.sweeps.analysis import analyse
 from gfl_platform.sweeps.plan import (
     ENDED,
     MINIMISED,
@@ -23,6 +24,7 @@ from gfl_platform.sweeps.plan import (
     trial_name,
 )
 from gfl_platform.sweeps.recorder import EndOfTrials, Recorder
+from gfl_platform.sweeps.report import write_report
 from gfl_platform.sweeps.results import Point, SweepResults, Trial
 from gfl_platform.sweeps.space import (
     check_sweep,
@@ -31,11 +33,15 @@ from gfl_platform.sweeps.space import (
     sweep_of,
     trial_job,
 )
+from gfl_platform.sweeps.statistics import direction
 from gfl_platform.sweeps.stopping import BudgetStopper, EarlyStopping
 from gfl_platform.sweeps.trial import OUTCOME_FILE, Train, TrialSettings, run_trial, train_with_ray
+from gfl_platform.sweeps.values import identity
 from gfl_platform.training import require_same
 
 CONFIG_FILE = "sweep.yaml"
+REPORT_FOLDER = "report"
+CHALLENGER = "challenger"
 MAY_CHANGE = ("sweep.budget.", "sweep.concurrency")
 """Keys that a resumed sweep may change."""
 
@@ -101,8 +107,32 @@ def run_sweep(
             recorder.close()
         device = "GPU" if workers.use_gpu else "CPU"
         results = SweepResults(name, job, default_point(job), device, sweep.known)
-        tracker.handle({"kind": "tags", "tags": {"sweep.trials": str(len(results.trials))}})
-        return results
+        write_report(results, folder / REPORT_FOLDER)
+        tracker.handle({"kind": "folder", "path": folder / REPORT_FOLDER})
+    return results
+
+
+def register_best(results: SweepResults, model: str) -> int:
+    """Register the best point's best trial as a new version of `model`, and return the version.
+
+    It gets the alias `challenger`.
+
+    Raises:
+        ValueError: no trial finished.
+    """
+    best = analyse(results).best
+    objective = results.sweep.objectives[0]
+    trials = [t for t in results.trials if t.checkpoint and best and t.point == best.point]
+    trials = [t for t in trials if t.state == "finished"]
+    if not trials:
+        raise ValueError(f"--register {model}: no trial of sweep '{results.name}' finished")
+    trial = max(trials, key=lambda t: direction(objective) * t.figures[objective])
+    facts = {"AP": trial.figures["AP"], "fps": trial.figures["fps"]}
+    assert trial.run_id
+    assert trial.checkpoint
+    version = registry.register(results.job, model, Path(trial.checkpoint), trial.run_id, facts)
+    registry.set_alias(results.job, model, version, CHALLENGER)
+    return version
 
 
 def _devices(workers: Workers) -> int:
@@ -153,27 +183,22 @@ def _finalists(sweep: _Sweep) -> list[Planned]:
     default = default_point(job)  # what every verdict compares with
     points = _distinct([*points, *(t.point for t in searched if t.point == default)])
     known = {
-        (describe(trial.point), trial.seed): trial.id
+        (identity(trial.point), trial.seed): trial.id
         for trial in sweep.known
         if trial.stage == "finalists" or trial.state == "finished"
     }
     fresh = iter(range(len(sweep.known), 10**9))
     return [
         Planned(
-            known.get((describe(point), seed)) or trial_name(next(fresh)), point, seed, "finalists"
+            known.get((identity(point), seed)) or trial_name(next(fresh)), point, seed, "finalists"
         )
         for point in points
         for seed in range(job.seed, job.seed + asked.seeds)
     ]
 
 
-def describe(point: Point) -> str:
-    """Return a text that tells points apart."""
-    return repr(sorted(point.items()))
-
-
 def _distinct(points: list[Point]) -> list[Point]:
-    return list({describe(point): point for point in points}.values())
+    return list({identity(point): point for point in points}.values())
 
 
 def _has_ended(sweep: _Sweep, name: str) -> bool:

@@ -4,7 +4,6 @@ import itertools
 import json
 import logging
 import math
-from collections import Counter
 from typing import Any
 
 from gfl.configfile import JOB_SECTIONS, ConfigError, derive
@@ -58,17 +57,6 @@ def grid_points(sweep: SweepConfig) -> list[Point]:
     """Return all points of a finite space, the last key changing fastest."""
     lists = [each.values or () for each in sweep.space.values()]
     return [dict(zip(sweep.space, values, strict=True)) for values in itertools.product(*lists)]
-
-
-def describe_point(point: Point) -> str:
-    """Return a point in few words: the last part of every key where that tells them apart."""
-    short = [key.rpartition(".")[2] for key in point]
-    counts = Counter(short)
-    names = [s if counts[s] == 1 else key for s, key in zip(short, point, strict=True)]
-    return " ".join(
-        f"{name}={value if isinstance(value, str) else json.dumps(value)}"
-        for name, value in zip(names, point.values(), strict=True)
-    )
 
 
 def check_sweep(job: JobConfig) -> None:
