@@ -252,3 +252,19 @@ def test_the_axis_of_a_key_fits_its_values(asked, values, kind):
     assert positions == sorted(set(positions))
     if kind == "categorical":
         assert scale.values == list(asked.values)
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [
+        [{BETA: 1}, {}],
+        [{BETA: 1, "model.reg_max": 8}, {BETA: 2, "model.reg_max": 8}],
+        [{"model.reg_max": 8}, {"model.reg_max": 16}],
+        [{BETA: 0.5}],
+    ],
+)
+def test_rows_of_a_paper_need_not_name_the_swept_key(rows, tmp_path):
+    rows = tuple({"at": at, "figures": {"AP": 39.0}} for at in rows)
+    published = PublishedConfig(source="paper", rows=rows)
+    results = results_of(grid([1, 2]), [trial(1), trial(2)], {BETA: 2}, published=published)
+    assert "Paper: paper." in read_report(results, tmp_path).text

@@ -170,18 +170,8 @@ def draw_published(found: Analysis) -> Picture | None:
     if not any(not row.reference for row in rows if row.our_difference):
         return None
     metric = metrics[0]
-    keys = list(dict.fromkeys(key for row in rows for key in row.point))
     figure, axes = canvas()
-    places: list[float] = [float(number) for number, _ in enumerate(rows)]
-    if len(keys) == 1:
-        scale = scale_of(found.results.sweep.space[keys[0]], [row.point[keys[0]] for row in rows])
-        places = [scale.position(row.point[keys[0]]) for row in rows]
-        scale.apply(axes)
-        axes.set_xlabel(keys[0])
-    else:
-        names = short_names(keys)
-        ticks = ["\n".join(f"{names[k]} {label(v)}" for k, v in row.point.items()) for row in rows]
-        axes.set_xticks(places, ticks)
+    places = _place_rows(axes, found)
     for number, (name, sides) in enumerate(
         {
             "paper": [row.paper_difference for row in rows],
@@ -207,3 +197,19 @@ def draw_published(found: Analysis) -> Picture | None:
         "differ, so only the differences compare."
     )
     return Picture("published", "The paper's figures and ours", caption, figure)
+
+
+def _place_rows(axes: Axes, found: Analysis) -> list[float]:
+    """Return where the paper's rows lie: along the one key that they name, or side by side."""
+    rows, space = found.published, found.results.sweep.space
+    keys = list(dict.fromkeys(key for row in rows for key in row.point))
+    if len(keys) == 1 and keys[0] in space and all(row.point for row in rows):
+        values = [row.point[keys[0]] for row in rows]
+        scale = scale_of(space[keys[0]], values)
+        scale.apply(axes)
+        axes.set_xlabel(keys[0])
+        return [scale.position(value) for value in values]
+    names = short_names(keys)
+    ticks = ["\n".join(f"{names[k]} {label(v, 16)}" for k, v in row.point.items()) for row in rows]
+    axes.set_xticks(range(len(rows)), ticks)
+    return [float(number) for number, _ in enumerate(rows)]
