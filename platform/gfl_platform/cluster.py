@@ -52,8 +52,13 @@ def in_cluster() -> bool:
     return bool(os.environ.get("RAY_ADDRESS"))
 
 
-def connect(*, verbose: bool = False) -> None:
+def connect(*, verbose: bool = False, dashboard: bool = False) -> None:
     """Connect to the cluster this process belongs to, or start one on this machine.
+
+    Args:
+        verbose: Whether Ray tells what it does.
+        dashboard: Whether a cluster that is started has a dashboard, on loopback. Where trainings
+            are stopped from outside it must: Ray Train asks it whether to free what they held.
 
     Raises:
         ClusterError: a cluster that does not answer.
@@ -73,7 +78,7 @@ def connect(*, verbose: bool = False) -> None:
         if in_cluster():
             ray.init(**options)
         else:
-            ray.init(address="local", include_dashboard=False, **options)
+            ray.init(address="local", include_dashboard=dashboard, **options)
     except (ConnectionError, RuntimeError, OSError) as error:
         raise ClusterError(
             f"Ray cluster {os.environ.get('RAY_ADDRESS', 'local')}: {error}; check RAY_ADDRESS"

@@ -89,7 +89,7 @@ def run_sweep(
     first = trial_job(job, {}, job.seed)
     if not cluster.in_cluster():
         load_splits(first)  # here workers see the same files: say at once what is wrong with them
-    cluster.connect()
+    cluster.connect(dashboard=True)
     workers = cluster.allot(first)
     share_of_batch(first, workers.count)
     tracking.connect(job)  # before anything is written
@@ -159,7 +159,9 @@ def _search(sweep: _Sweep) -> None:
     epochs = sum(trial.epochs for trial in known)
     seconds = sum(trial.seconds for trial in known) / _concurrency(sweep)
     budget = BudgetStopper(asked.budget, epochs, seconds)
-    scheduler = EarlyStopping(asked, job.schedule.epochs, known)
+    scheduler = (
+        None if asked.scheduler.name == "none" else EarlyStopping(asked, job.schedule.epochs, known)
+    )
     _run(sweep, searcher, scheduler, budget)
 
 
@@ -230,6 +232,7 @@ def _run(sweep: _Sweep, searcher: Any, scheduler: Any, budget: BudgetStopper) ->
     for outcome in sweep.trials.glob(f"*/{OUTCOME_FILE}"):  # failed trials are tried again
         if read_json(outcome)["state"] == "failed":
             outcome.unlink()
+    stops_trials = scheduler is not None or budget.is_limited
     with scratch_folder(sweep.job) as scratch, pumped(sweep.recorder.handle) as events:
         settings = TrialSettings(sweep.job, sweep.trials, sweep.workers, events, sweep.train)
         tune.run(
@@ -245,6 +248,7 @@ def _run(sweep: _Sweep, searcher: Any, scheduler: Any, budget: BudgetStopper) ->
             max_concurrent_trials=_concurrency(sweep),
             max_failures=sweep.job.cluster.max_failures,
             raise_on_failed_trial=False,
+            reuse_actors=not stops_trials,  # it saves seconds, but not while a training runs on
             verbose=0,
         )
     sweep.recorder.end_running("out of budget")

@@ -85,9 +85,7 @@ def _scheduler(sweep: SweepConfig, epochs: int) -> TrialScheduler:
     }
     if settings.name == "asha":
         return ASHAScheduler(max_t=epochs, reduction_factor=settings.reduction, **options)
-    if settings.name == "median":
-        return PatientMedian(**options)
-    return FIFOScheduler()
+    return PatientMedian(**options)
 
 
 class BudgetStopper(Stopper):
@@ -97,6 +95,11 @@ class BudgetStopper(Stopper):
         self._budget = budget
         self._epochs = epochs_used
         self._started = time.monotonic() - seconds_used
+
+    @property
+    def is_limited(self) -> bool:
+        """Whether there is a limit at all."""
+        return self._budget.epochs is not None or self._budget.hours is not None
 
     def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
         """Count an epoch; no single trial is stopped."""
