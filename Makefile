@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: install demo test test-all check lint types imports bench
+.PHONY: install demo test test-cluster test-all check lint types imports bench
 
 install: $(INSTALLED)
 
@@ -17,7 +17,10 @@ demo: $(INSTALLED)
 	$(BIN)/python -m jobs.demo
 
 test: $(INSTALLED)
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -m "not slow and not cluster"
+
+test-cluster: $(INSTALLED)
+	$(BIN)/python -m pytest -m cluster
 
 test-all: $(INSTALLED)
 	$(BIN)/python -m pytest

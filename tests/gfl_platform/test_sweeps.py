@@ -2,6 +2,7 @@
 
 import json
 import math
+import resource
 
 import pytest
 import tests_support
@@ -283,6 +284,7 @@ def test_resources_that_can_never_be_met_are_said_at_once(dry_job):
         run_sweep(greedy, "greedy", resume=False, watch=lambda *_: None, train=dry_training)
 
 
+@pytest.mark.cluster
 @pytest.mark.ray
 @pytest.mark.usefixtures("ray_cluster")
 def test_two_objectives_are_searched_within_a_budget_of_epochs(tiny_file, tmp_path):
@@ -293,3 +295,19 @@ def test_two_objectives_are_searched_within_a_budget_of_epochs(tiny_file, tmp_pa
     assert {trial.state for trial in results.trials} == {"finished", "out of budget"}
     assert 14 <= sum(trial.epochs for trial in results.trials) <= 16
     assert results.trials[0].point == {BETA: 2.0, BINS: 8}
+
+
+@pytest.mark.cluster
+@pytest.mark.ray
+@pytest.mark.timeout(600)
+@pytest.mark.usefixtures("ray_cluster")
+def test_two_hundred_trials_are_little_to_their_driver(tiny_file, tmp_path):
+    values = list(range(1, 101))
+    job = load_job(tiny_file, [f"storage.root={tmp_path}", "schedule.epochs=2",
+                               f"sweep.space={{{BETA}: {{grid: [1, 2]}}, "
+                               f"{BINS}: {{grid: {values}}}}}"])  # fmt: skip
+    results = run_sweep(job, "many", resume=False, watch=lambda *_: None, train=dry_training)
+    assert [trial.state for trial in results.trials] == ["finished"] * 200
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss < 1 << 20  # KiB
+    page = tmp_path / "sweeps" / "many" / "report" / "report.html"
+    assert page.stat().st_size < 5e6

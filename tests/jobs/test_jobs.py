@@ -20,7 +20,7 @@ from pycocotools.coco import COCO
 
 from gfl.checkpoint import load_checkpoint, read_about
 
-JOBS = ("train", "inspect", "evaluate", "predict", "registry", "demo")
+JOBS = ("train", "sweep", "inspect", "evaluate", "predict", "registry", "demo")
 
 
 def start(*arguments):
@@ -51,6 +51,12 @@ def test_every_job_explains_itself_with_an_example(job):
             "data/coco128/images: no such folder of images",
         ),
         (("jobs.train", "configs/demo.yaml", "--resume"), "say which run with run.name=NAME"),
+        (("jobs.sweep", "configs/demo.yaml"), "no sweep: section; see configs/sweeps/"),
+        (("jobs.sweep", "configs/sweeps/beta_bins_demo.yaml", "--resume"), "say which sweep"),
+        (
+            ("jobs.sweep", "configs/sweeps/beta_bins_demo.yaml", "sweep.space.loss.qfl.bta=3"),
+            "sweep.space",
+        ),
         (("jobs.inspect", "configs/coco128.yaml"), "no such folder of images"),
         (("jobs.evaluate", "no/such/folder"), "no/such/folder: no such folder"),
         (("jobs.predict", "models:/x@y", "absent.jpg"), "absent.jpg: no such image or folder"),

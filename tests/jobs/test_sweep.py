@@ -1,0 +1,167 @@
+"""Sweeps as their users call them, and what of them survives a kill."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from gfl_platform.config import load_job
+from gfl_platform.sweeps.results import read_trial
+from gfl_platform.tracking import connect
+
+BETA, BINS = "loss.qfl.beta", "model.reg_max"
+
+
+@pytest.fixture(scope="module")
+def sweep_file(tiny_file, tmp_path_factory):
+    """A sweep over four points, the finalist and the default with two seeds."""
+    path = tmp_path_factory.mktemp("sweep") / "sweep.yaml"
+    path.write_text(
+        f"""
+base: {tiny_file}
+schedule: {{epochs: 4}}
+data: {{repeat: 2}}
+sweep:
+  space:
+    {BETA}: {{grid: [1, 2]}}
+    {BINS}: {{grid: [4, 8]}}
+  seeds: 2
+  finalists: 1
+"""
+    )
+    return path
+
+
+def start(sweep_file, root, *more):
+    words = ["-m", "jobs.sweep", sweep_file, f"storage.root={root}", "run.name=s", *more]
+    environment = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"}
+    return subprocess.Popen(
+        [sys.executable, *map(str, words)], env=environment, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )  # fmt: skip
+
+
+def trials_of(root):
+    found = (read_trial(folder) for folder in sorted((root / "sweeps/s/trials").glob("*")))
+    return {trial.id: trial for trial in found if trial}
+
+
+def wait_for(process, root, condition):
+    deadline = time.monotonic() + 240
+    while time.monotonic() < deadline:
+        if process.poll() is not None:
+            raise AssertionError(process.communicate())
+        if condition(trials_of(root)):
+            return
+        time.sleep(0.2)
+    raise AssertionError("nothing happened")
+
+
+def descendants(pid):
+    """Return {pid: command} of all processes below a process."""
+    parents, commands = {}, {}
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            fields = (folder / "stat").read_text().rpartition(")")[2].split()
+            commands[int(folder.name)] = (folder / "cmdline").read_bytes().decode(errors="replace")
+        except OSError:
+            continue
+        parents[int(folder.name)] = int(fields[1])
+    found, frontier = {}, {pid}
+    while frontier:
+        frontier = {child for child, parent in parents.items() if parent in frontier}
+        found |= {child: commands[child] for child in frontier}
+    return found
+
+
+def kill(process, name):
+    victims = [pid for pid, command in descendants(process.pid).items() if name in command]
+    os.kill(min(victims), signal.SIGKILL)
+
+
+def finished(trials):
+    return sum(trial.state == "finished" for trial in trials.values())
+
+
+def under_way(trials):
+    return any(t.state == "running" and t.epochs >= 1 for t in trials.values())
+
+
+@pytest.mark.cluster
+@pytest.mark.timeout(900)
+def test_a_sweep_that_is_killed_in_every_way_ends_as_if_it_had_not_been(sweep_file, tmp_path):
+    undisturbed = start(sweep_file, tmp_path / "calm")
+    out, error = undisturbed.communicate(timeout=400)
+    assert undisturbed.returncode == 0, error
+    assert "best points" in out
+
+    root = tmp_path / "rough"
+    process = start(sweep_file, root)
+    wait_for(process, root, under_way)
+    kill(process, "RayTrainWorker")  # one of the trainings
+    wait_for(process, root, lambda trials: finished(trials) >= 1 and under_way(trials))
+    process.kill()  # the driver
+    process.communicate()
+    first = trials_of(root)
+
+    process = start(sweep_file, root, "--resume")
+    wait_for(process, root, lambda trials: finished(trials) >= 3 and under_way(trials))
+    kill(process, "raylet/raylet")  # the node
+    _, error = process.communicate(timeout=120)
+    assert process.returncode != 0
+    second = trials_of(root)
+
+    process = start(sweep_file, root, "--resume", "--register", "swept")
+    out, error = process.communicate(timeout=400)
+    assert process.returncode == 0, error
+    assert "swept@challenger is version 1" in out
+
+    calm, rough = trials_of(tmp_path / "calm"), trials_of(root)
+    assert rough.keys() == calm.keys()
+    for name, trial in calm.items():
+        other = rough[name]
+        assert (other.point, other.seed, other.stage) == (trial.point, trial.seed, trial.stage)
+        assert (other.state, other.config_hash) == ("finished", trial.config_hash)
+        drop = ("fps", "latency_ms")
+        assert {k: v for k, v in other.figures.items() if k not in drop} == {
+            k: v for k, v in trial.figures.items() if k not in drop
+        }, name
+        assert other.curve[-1] == trial.curve[-1]
+    for before in (first, second):
+        for name, trial in before.items():
+            assert rough[name].run_id == trial.run_id
+            if trial.state == "finished":  # and was not trained again
+                assert rough[name].seconds == trial.seconds
+
+    client = connect(load_job(sweep_file, [f"storage.root={root}"]))
+    experiment = client.get_experiment_by_name("gfl").experiment_id
+    runs = client.search_runs([experiment], max_results=100)
+    children = {r.info.run_id for r in runs if "mlflow.parentRunId" in r.data.tags}
+    assert children == {trial.run_id for trial in rough.values()}
+    assert len(runs) == len(children) + 1
+    assert {run.info.status for run in runs} == {"FINISHED"}
+    for run in children:
+        steps = [metric.step for metric in client.get_metric_history(run, "loss")]
+        assert steps == sorted(set(steps))
+
+
+@pytest.mark.cluster
+def test_ctrl_c_leaves_a_sweep_that_says_how_to_go_on(sweep_file, tmp_path):
+    process = start(sweep_file, tmp_path)
+    wait_for(process, tmp_path, lambda trials: any(t.epochs >= 1 for t in trials.values()))
+    process.send_signal(signal.SIGINT)
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == 130
+    command = re.search(r"interrupted - python -m (jobs.sweep .* --resume) goes on", error)
+    assert command, error
+    trial = next(iter(trials_of(tmp_path).values()))
+    client = connect(load_job(sweep_file, [f"storage.root={tmp_path}"]))
+    assert client.get_run(trial.run_id).info.status == "KILLED"
+    parent = json.loads((tmp_path / "sweeps/s/run.json").read_text())["run_id"]
+    assert client.get_run(parent).info.status == "KILLED"
