@@ -24,7 +24,8 @@ def sweep(arguments: argparse.Namespace) -> None:
     """Run the sweep, and show what it found."""
     from gfl_platform.config import load_job
 
-    job = load_job(arguments.config, arguments.overrides)
+    register = [f"registry.name={arguments.register}"] if arguments.register else []
+    job = load_job(arguments.config, [*arguments.overrides, *register])
     if arguments.resume and job.run.name is None:
         raise ValueError("--resume: say which sweep with run.name=NAME")
     name = job.run.name or f"{Path(arguments.config).stem}-{time.strftime('%Y%m%d-%H%M%S')}"
@@ -37,9 +38,8 @@ def sweep(arguments: argparse.Namespace) -> None:
     with SweepProgress() as progress, resumable("jobs.sweep", name):
         results = run_sweep(job, name, resume=arguments.resume, watch=progress.show_trial)
     show_sweep(results)
-    if arguments.register:
-        version = register_best(results, arguments.register)
-        console.print(f"{arguments.register}@challenger is version {version}")
+    if model := job.registry.name:
+        console.print(f"{model}@challenger is version {register_best(results, model)}")
     console.print(f"report: {storage_root(job) / 'sweeps' / name / 'report' / 'report.html'}")
 
 

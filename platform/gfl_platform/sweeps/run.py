@@ -6,9 +6,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gfl.configfile import derive, reproducible
+import numpy as np
+
+from gfl.configfile import ConfigError, derive, reproducible
 from gfl.data import load_splits
 from gfl.data.loading import share_of_batch
+from gfl.data.split import Split
+from gfl.evaluation import evaluate_split
 from gfl_platform import cluster, registry, tracking
 from gfl_platform.cluster import Workers
 from gfl_platform.config import BudgetConfig, JobConfig
@@ -25,7 +29,7 @@ from gfl_platform.sweeps.plan import (
 )
 from gfl_platform.sweeps.recorder import EndOfTrials, Recorder
 from gfl_platform.sweeps.report import write_report
-from gfl_platform.sweeps.results import Point, SweepResults, Trial
+from gfl_platform.sweeps.results import AT_THE_END, Point, SweepResults, Trial
 from gfl_platform.sweeps.space import (
     check_sweep,
     default_point,
@@ -37,7 +41,7 @@ from gfl_platform.sweeps.statistics import direction
 from gfl_platform.sweeps.stopping import BudgetStopper, EarlyStopping
 from gfl_platform.sweeps.trial import OUTCOME_FILE, Train, TrialSettings, run_trial, train_with_ray
 from gfl_platform.sweeps.values import identity
-from gfl_platform.training import require_same
+from gfl_platform.training import fetch_sources, require_same
 
 CONFIG_FILE = "sweep.yaml"
 REPORT_FOLDER = "report"
@@ -87,12 +91,13 @@ def run_sweep(
     """
     check_sweep(job)
     first = trial_job(job, {}, job.seed)
-    if not cluster.in_cluster():
-        load_splits(first)  # here workers see the same files: say at once what is wrong with them
+    if not cluster.in_cluster():  # here workers see the same files: say at once what is wrong
+        _require_measurable(job, load_splits(first)[1])
     cluster.connect(dashboard=True)
     workers = cluster.allot(first)
     share_of_batch(first, workers.count)
     tracking.connect(job)  # before anything is written
+    fetch_sources(first)
     folder = open_run_folder(job, name, resume=resume, kind="sweeps")
     asked = derive(JobConfig, reproducible(job), []).model_copy(update={"sweep": job.sweep})
     require_same(folder / CONFIG_FILE, asked, "sweep", MAY_CHANGE)
@@ -115,7 +120,7 @@ def run_sweep(
 def register_best(results: SweepResults, model: str) -> int:
     """Register the best point's best trial as a new version of `model`, and return the version.
 
-    It gets the alias `challenger`.
+    The version gets the alias `challenger`.
 
     Raises:
         ValueError: no trial finished.
@@ -133,6 +138,18 @@ def register_best(results: SweepResults, model: str) -> int:
     version = registry.register(results.job, model, Path(trial.checkpoint), trial.run_id, facts)
     registry.set_alias(results.job, model, version, CHALLENGER)
     return version
+
+
+def _require_measurable(job: JobConfig, val: Split) -> None:
+    """Refuse objectives that `val` cannot have, such as the AP of large objects without any."""
+    nothing = np.empty((0, 7))
+    metrics = dict.fromkeys(AT_THE_END, 0.0) | evaluate_split(val, nothing, job).metrics
+    for name in sweep_of(job).objectives:
+        if metrics.get(name, -1.0) < 0:
+            raise ConfigError(
+                f"sweep.objectives: {name} is never reported: {val.annotations} has no such "
+                "objects, or evaluation.max_detections leaves it out"
+            )
 
 
 def _devices(workers: Workers) -> int:

@@ -72,6 +72,11 @@ def check_sweep(job: JobConfig) -> None:
     if sweep.search.name == "grid":
         for point in grid_points(sweep):
             trial_job(job, point, job.seed)  # raises where values do not go together
+    if set(sweep.objectives) & set(AT_THE_END) and sweep.concurrency != 1:
+        logger.warning(
+            "warning: sweep.objectives: speed is measured while other trials run; where they share "
+            "CPUs, set sweep.concurrency=1"
+        )
     for key, default in default_point(job).items():
         if not _contains(sweep.space[key], default):
             logger.warning(
