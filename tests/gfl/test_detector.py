@@ -2,11 +2,11 @@
 
 import pytest
 import torch
+from tests_support import learn_one_batch_by_heart
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import gfl
 from gfl.assigner import pad_targets
-from gfl.boxes import box_iou
 from gfl.configfile import derive
 from gfl.data import load_splits
 from gfl.data.loading import collate
@@ -153,22 +153,7 @@ def test_losses_weigh_positives_over_the_batch_as_the_paper_normalises(small):
 
 def test_one_batch_can_be_learned_by_heart(small):
     torch.manual_seed(0)
-    images = torch.zeros(2, 3, 64, 64)
-    boxes = [torch.tensor([[8.0, 8.0, 40.0, 40.0]]), torch.tensor([[20.0, 4.0, 60.0, 32.0]])]
-    labels = [torch.tensor([0]), torch.tensor([2])]
-    for image, ((x1, y1, x2, y2),), label in zip(images, boxes, labels, strict=True):
-        image[label, int(y1) : int(y2), int(x1) : int(x2)] = 2.0
-    for module in small.modules():
-        if isinstance(module, torch.nn.BatchNorm2d):
-            module.momentum = 0.5  # statistics follow the weights closely
-    optimizer = torch.optim.AdamW(small.parameters(), lr=3e-3)
-    for _ in range(80):
-        optimizer.zero_grad()
-        sum(small.losses(images, boxes, labels).values()).backward()
-        optimizer.step()
-    for found, box, label in zip(small.predict(images), boxes, labels, strict=True):
-        assert found.labels[0] == label
-        assert box_iou(found.boxes[0], box[0]) > 0.8
+    learn_one_batch_by_heart(small)
 
 
 def test_predictions_are_in_pixels_of_the_original_image(small):

@@ -16,8 +16,8 @@ SLOW = [
     pytest.param("gfl_x101_32x4d_dcnv2_ms2x", marks=pytest.mark.slow),
     pytest.param("mmdet_r101_dcnv1_ms2x", marks=pytest.mark.slow),
 ]
-STEPS = {"gfl_r101_dcnv2_ms2x": 2, "mmdet_x101_32x4d_dcnv1_ms2x": 2}
-"""How many steps of a trajectory are followed, if not all eight: these take seconds each."""
+TRAJECTORIES = ["gfl_r50_1x", *(pytest.param(n, marks=pytest.mark.slow) for n in EVERY_TIME[1:])]
+"""Eight steps take most of a minute in the larger models."""
 
 REFERENCE_LOSSES = {"qfl": "loss_cls", "giou": "loss_bbox", "dfl": "loss_dfl"}
 
@@ -110,10 +110,11 @@ def test_predictions_are_the_references(detector, numbers):
         assert (found.scores - scores[partner]).abs().max() < 1e-4
 
 
-def test_trajectory_of_training_is_the_references(detector, numbers, name):
+@pytest.mark.parametrize("name", [*TRAJECTORIES, *SLOW], indirect=True, scope="module")
+def test_trajectory_of_training_is_the_references(detector, numbers):
     trainable = [p for p in detector.parameters() if p.requires_grad]
     optimizer = torch.optim.SGD(trainable, lr=0.0025, momentum=0.9, weight_decay=1e-4, fused=True)
-    for step, expected in enumerate(numbers["trajectory"]["steps"][: STEPS.get(name)]):
+    for step, expected in enumerate(numbers["trajectory"]["steps"]):
         losses = detector.losses(*recipe.batch(step))
         if step < 3:
             for name, loss in losses.items():
