@@ -2,7 +2,8 @@
 
 import json
 import math
-import resource
+import re
+from pathlib import Path
 
 import pytest
 import tests_support
@@ -308,6 +309,8 @@ def test_two_hundred_trials_are_little_to_their_driver(tiny_file, tmp_path):
                                f"{BINS}: {{grid: {values}}}}}"])  # fmt: skip
     results = run_sweep(job, "many", resume=False, watch=lambda *_: None, train=dry_training)
     assert [trial.state for trial in results.trials] == ["finished"] * 200
-    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss < 1 << 20  # KiB
+    status = Path("/proc/self/status").read_text()
+    # Its own memory; beside it lie the libraries' files, 0.45 GiB, which all processes share.
+    assert int(re.search(r"RssAnon:\s+(\d+) kB", status)[1]) < 1 << 20
     page = tmp_path / "sweeps" / "many" / "report" / "report.html"
     assert page.stat().st_size < 5e6
