@@ -141,13 +141,26 @@ def evaluate_detections(
     names = {category["id"]: category["name"] for category in content["categories"]}
     limits = sorted(max_detections)
     with contextlib.redirect_stdout(io.StringIO()):  # pycocotools prints its progress
-        measured = (_pycocotools if official else _hotcoco)(content, rows)
-        measured.params.imgIds = list(image_ids)
-        measured.params.maxDets = limits
-        measured.evaluate()
-        measured.accumulate()
-    precision, recall = measured.eval["precision"], measured.eval["recall"]
+        evaluator = (_pycocotools if official else _hotcoco)(content, rows)
+        _match(evaluator, image_ids, limits)
+        evaluator.accumulate()
+    precision, recall = evaluator.eval["precision"], evaluator.eval["recall"]
     return _summarize(precision, recall, [names[key] for key in sorted(names)], limits)
+
+
+def match_split(split: Split, rows: Rows, config: Config) -> list[dict[str, Any] | None]:
+    """Return which detections hit which objects of `split`: COCO's `evalImgs`."""
+    evaluator = _hotcoco(_ground_truth(split.truth), rows)
+    ids = [record.image_id for record in split.records]
+    _match(evaluator, ids, sorted(config.evaluation.max_detections))
+    matches: list[dict[str, Any] | None] = evaluator.eval_imgs
+    return matches
+
+
+def _match(evaluator: Any, image_ids: Sequence[int], limits: Sequence[int]) -> None:
+    evaluator.params.imgIds = list(image_ids)
+    evaluator.params.maxDets = list(limits)
+    evaluator.evaluate()
 
 
 def _ground_truth(truth: Path | Mapping[str, Any]) -> dict[str, Any]:
