@@ -157,6 +157,18 @@ def match_split(split: Split, rows: Rows, config: Config) -> list[dict[str, Any]
     return matches
 
 
+def score_images(split: Split, rows: Rows, config: Config, min_score: float = 0.3) -> Floats:
+    """Return the F1 score of every image of `split`, (I,), of detections with `min_score` or more.
+
+    A detection is right at an IoU of 0.5. An image without objects and detections has 1.
+    """
+    evaluator = _hotcoco(_ground_truth(split.truth), rows[rows[:, 5] >= min_score])
+    ids = [record.image_id for record in split.records]
+    _match(evaluator, ids, sorted(config.evaluation.max_detections))
+    found = evaluator.image_diagnostics(iou_thr=0.5)["img_summary"]
+    return np.array([found[image]["f1"] if image in found else 1.0 for image in ids])
+
+
 def _match(evaluator: Any, image_ids: Sequence[int], limits: Sequence[int]) -> None:
     evaluator.params.imgIds = list(image_ids)
     evaluator.params.maxDets = list(limits)

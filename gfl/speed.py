@@ -4,8 +4,10 @@ As GFocal measured it: one image at a time, post-processing included, loading ex
 synchronised, after warm-up.
 """
 
+import hashlib
+import json
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -41,6 +43,17 @@ def measure_fps(
         "postprocess": config.postprocess.model_dump(),
     }
     return count / seconds, protocol
+
+
+def protocol_hash(protocol: Mapping[str, Any]) -> str:
+    """Return what tells protocols apart: 12 hexadecimal digits."""
+    return hashlib.sha256(json.dumps(protocol, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def differences(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
+    """Return where two protocols differ, "key this -> that" each."""
+    keys = sorted(one.keys() | other.keys())
+    return [f"{k} {one.get(k)} -> {other.get(k)}" for k in keys if one.get(k) != other.get(k)]
 
 
 def _time(detector: Detector, batches: Sequence[Batch], device: torch.device) -> float:

@@ -1,10 +1,11 @@
 """Pictures of samples and of predictions: boxes and classes, and how sure the model is of edges."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from math import ceil
 from pathlib import Path
 
 import numpy as np
+import torch
 from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -13,7 +14,7 @@ from matplotlib.patches import Rectangle
 from torch import Tensor
 
 from gfl.data.loading import DetectionDataset
-from gfl.postprocess import Predictions
+from gfl.postprocess import Predictions, Rows
 
 DPI = 120
 PANEL_INCHES = 3.0
@@ -54,6 +55,41 @@ def draw_predictions(
         _show(axes, pixels)
         for index in np.flatnonzero(found.scores.numpy() >= min_score):
             _draw_detection(axes, found, int(index), classes)
+    _save(figure, path)
+
+
+def draw_pairs(
+    images: Sequence[Tensor],
+    found: Sequence[Sequence[Rows]],
+    names: Mapping[int, str],
+    titles: Sequence[str],
+    path: Path,
+    min_score: float = 0.3,
+) -> None:
+    """Draw what several detectors found in the same images, side by side, into one PNG.
+
+    Args:
+        images: RGB pixels (3, H, W), uint8.
+        found: Of each detector, of each image: rows as `coco_rows` has them, (N, 7).
+        names: Of the classes, by category id.
+        titles: What the detectors are called.
+        path: The PNG file.
+        min_score: Detections below are not drawn.
+    """
+    labels = {category: label for label, category in enumerate(sorted(names))}
+    columns = len(found) * (2 if len(images) > 1 else 1)  # two images in a row
+    rows = -(-len(images) * len(found) // columns)
+    figure = Figure(figsize=(PANEL_INCHES * columns, PANEL_INCHES * rows), layout="constrained")
+    for number, pixels in enumerate(images):
+        for place, title in enumerate(titles):
+            axes = figure.add_subplot(rows, columns, number * len(found) + place + 1)
+            axes.set_title(title, fontsize=8)
+            _show(axes, pixels)
+            for _, x, y, w, h, score, category in found[place][number]:
+                if score >= min_score:
+                    box = torch.tensor([x, y, x + w, y + h])
+                    caption = f"{names[int(category)]} {score:.2f}"
+                    _draw_box(axes, box, labels[int(category)], caption)
     _save(figure, path)
 
 

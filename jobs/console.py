@@ -103,6 +103,7 @@ class Progress:
         self._live = Live(console=console, refresh_per_second=4) if console.is_terminal else None
         self._last_line = 0.0
         self._quality = ""
+        self._digests: Mapping[str, str] = {}
 
     def __enter__(self) -> Self:
         if self._live:
@@ -114,9 +115,17 @@ class Progress:
         if self._live:
             self._live.stop()
 
+    def expect(self, digests: Mapping[str, str]) -> None:
+        """Tell of data that have other digests than these, "data.train.digest" and so on."""
+        self._digests = digests
+
     def show(self, event: Mapping[str, Any]) -> None:
         """Show an event of a training."""
         match event:
+            case {"kind": "data", "facts": dict(facts)}:
+                for key, digest in self._digests.items():
+                    if (now := facts[key.removeprefix("data.")]) != digest:
+                        console.print(f"not as it was then: {key} {digest[:12]} -> {now[:12]}")
             case {"kind": "steps"}:
                 self._show_steps(event)
             case {"kind": "checkpoint", "epoch": epoch, "metrics": dict(metrics)}:

@@ -46,7 +46,8 @@ def demo(arguments: argparse.Namespace) -> None:
         "seconds": time.perf_counter() - started,
     }  # fmt: skip
     write_atomically(out / "summary.json", json.dumps(summary, indent=1) + "\n")
-    show_table("demo", {**summary, "picture": picture})
+    gate = " ".join(result.decision.reasons) if result.decision else ""
+    show_table("demo", {**summary, "gate": gate, "picture": picture})
     console.print(
         "next, after `. .venv/bin/activate`:\n"
         f"  mlflow ui --backend-store-uri {tracking_uri(job)}\n"

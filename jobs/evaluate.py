@@ -44,6 +44,7 @@ def evaluate(arguments: argparse.Namespace) -> None:
             official=arguments.official,
             results=arguments.results,
         )
+    del figures["detections"]
     if arguments.out:
         write_atomically(arguments.out, json.dumps(figures, indent=1) + "\n")
     by_iou = {f"AP at IoU {iou}": ap for iou, ap in figures["ap_by_iou"].items()}

@@ -1,55 +1,55 @@
-"""Look at the model registry and point aliases: `python -m jobs.registry list|show|promote`."""
+"""Look at registered models, decide which is champion: `python -m jobs.registry COMMAND`."""
 
 import argparse
 import re
-import time
+from pathlib import Path
 
-from rich.table import Table
+from jobs import registry_commands as commands
+from jobs.console import parse, parser, run
 
-from jobs.console import console, parse, parser, run, show_table
-
-EXAMPLE = "python -m jobs.registry promote gfl-demo 3"
+EXAMPLE = "python -m jobs.registry promote gfl-demo 3 registry.gate.fps_floor=30"
+SECTIONS = ("storage", "tracking", "cluster", "registry")
+COMMANDS = {
+    "show": (commands.show, "all that is known of a version", ["version"]),
+    "promote": (commands.promote, "make a version champion, if AP and FPS pass", ["version"]),
+    "rollback": (commands.rollback, "make the previous champion champion again", []),
+    "history": (commands.history, "all decisions, and why", []),
+    "compare": (commands.compare, "two versions: settings, AP, pictures", ["version", "other"]),
+    "alias": (commands.alias, "point another alias at a version", ["version", "alias"]),
+}
 
 
 def main() -> None:
     """Run the command line."""
-    made = parser("List registered models, show one, point an alias at a version.", EXAMPLE)
-    commands = made.add_subparsers(dest="command", required=True)
-    listing = commands.add_parser("list", help="all versions, or those of one model")
-    listing.add_argument("--name", help="only this model")
-    show = commands.add_parser("show", help="all that is known of a version")
-    promote = commands.add_parser("promote", help="point an alias at a version")
-    for command in (show, promote):
-        command.add_argument("name")
-        command.add_argument("version", help="number or alias")
-    promote.add_argument("--alias", default="champion", help="default: champion")
+    made = parser("Look at registered models; decide which is champion.", EXAMPLE)
+    made.add_argument("--config", type=Path, help="YAML file with the gate and where to run")
+    below = made.add_subparsers(dest="command", required=True)
+    listing = below.add_parser("list", help="all versions")
+    listing.add_argument("--name", help="of this model")
+    listing.set_defaults(run=commands.show_versions)
+    for name, (action, about, words) in COMMANDS.items():
+        command = below.add_parser(name, help=about)
+        for word in ("name", *words):
+            command.add_argument(word, help="number or alias" if word == "version" else None)
+        command.set_defaults(run=action)
+        if name == "rollback":
+            command.add_argument("--why", required=True, help="a sentence for the trail")
+        if name == "compare":
+            command.add_argument("--out", type=Path, default=Path("outputs/comparison.png"))
     run(registry, parse(made))
 
 
 def registry(arguments: argparse.Namespace) -> None:
     """Run one command of the registry."""
-    from gfl_platform import registry as models
-    from gfl_platform.config import job_of
+    from gfl_platform.config import job_of, load_job
 
-    job = job_of(arguments.overrides)
-    for word in arguments.overrides:
-        if re.split("[.=]", word)[0] not in ("storage", "tracking"):
-            raise ValueError(f"{word}: has no effect here; storage.root and tracking.uri have")
-    if arguments.command == "list":
-        table = Table("model", "version", "aliases", "AP", "FPS", "run", "registered")
-        for v in models.list_versions(job, arguments.name):
-            age = time.strftime("%Y-%m-%d %H:%M", time.localtime(v.created_ms / 1000))
-            figures = (v.tags.get("AP", ""), v.tags.get("fps", ""))
-            table.add_row(v.name, str(v.version), ", ".join(v.aliases), *figures, v.run_id, age)
-        console.print(table)
-        return
-    found = models.find(job, arguments.name, arguments.version)
-    if arguments.command == "show":
-        show_table(f"{found.name} version {found.version}", models.describe(job, found))
-        return
-    before = models.set_alias(job, found.name, found.version, arguments.alias)
-    was = f" (was version {before})" if before else ""
-    console.print(f"{found.name}@{arguments.alias} is version {found.version}{was}")
+    given = arguments.overrides
+    for word in given:
+        if re.split("[.=]", word)[0] not in SECTIONS:
+            raise ValueError(f"{word}: has no effect here; {', '.join(SECTIONS)} have")
+    arguments.run(
+        load_job(arguments.config, given) if arguments.config else job_of(given), arguments
+    )
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """Train a detector, tracked in MLflow: `python -m jobs.train CONFIG [key=value ...]`."""
 
 import argparse
+import re
 import time
 from pathlib import Path
 
@@ -12,29 +13,43 @@ EXAMPLE = "python -m jobs.train configs/demo.yaml schedule.epochs=3 run.name=fir
 def main() -> None:
     """Run the command line."""
     made = parser("Train a detector and keep its checkpoints, AP and FPS in MLflow.", EXAMPLE)
-    made.add_argument("config", help="YAML file, see configs/")
+    what = made.add_mutually_exclusive_group(required=True)
+    what.add_argument("config", nargs="?", help="YAML file, see configs/, or models:/NAME@ALIAS")
+    what.add_argument("--like", metavar="RUN_ID", help="train again what this run trained")
     made.add_argument("--resume", action="store_true", help="go on with the run called run.name")
     run(train, parse(made))
 
 
 def train(arguments: argparse.Namespace) -> None:
     """Train, and register the model if the configuration names one."""
-    from gfl_platform.config import load_job
+    from gfl_platform.card import recipe
+    from gfl_platform.config import job_of, load_job
 
-    job = load_job(arguments.config, arguments.overrides)
+    source = arguments.config or f"runs:/{arguments.like}"
+    digests: dict[str, str] = {}
+    if source.startswith(("models:/", "runs:/")):
+        again = recipe(job_of(arguments.overrides), source, arguments.overrides)
+        job, digests = again.job, again.digests
+        for line in again.differences:
+            console.print(f"not as it was then: {line}", soft_wrap=True)
+    else:
+        job = load_job(source, arguments.overrides)
     if arguments.resume and job.run.name is None:
         raise ValueError("--resume: say which run with run.name=NAME")
-    name = job.run.name or f"{Path(arguments.config).stem}-{time.strftime('%Y%m%d-%H%M%S')}"
+    stem = re.sub(r"\W+", "-", source.partition(":/")[2]) or Path(source).stem
+    name = job.run.name or f"{stem}-{time.strftime('%Y%m%d-%H%M%S')}"
     console.print(f"run {name}")
     from gfl_platform import training  # brings Ray, which takes seconds
 
     with Progress() as progress, resumable("jobs.train", name):
+        progress.expect(digests)
         result = training.train(job, name, resume=arguments.resume, watch=progress.show)
     rows: dict[str, object] = {**result.metrics, "FPS": result.fps, "run": result.run_id}
     rows["checkpoint"] = result.checkpoint
     if result.version is not None:
-        alias = f" @{job.registry.alias}" if job.registry.alias else ""
-        rows["model"] = f"{job.registry.name} version {result.version}{alias}"
+        rows["model"] = f"{job.registry.name} version {result.version}"
+    if result.decision:
+        rows[result.decision.action] = "\n".join(result.decision.reasons)
     show_table(f"{name}: {result.seconds:.0f} s", rows)
 
 

@@ -119,7 +119,7 @@ def ray_cluster():
 def trained(ray_cluster, tiny_file, tmp_path_factory):
     """A finished training called `first`: its job, its result and all its events.
 
-    Its model is `shapes`, in two versions; the first is `champion`.
+    Its model is `shapes`, in two versions; the first has passed the gate and is `champion`.
     """
     from gfl_platform import registry, training
     from gfl_platform.config import load_job
@@ -130,6 +130,6 @@ def trained(ray_cluster, tiny_file, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv("MLFLOW_TRACKING_URI", raising=False)
         result = training.train(job, "first", resume=False, watch=events.append)
-        figures = {"AP": result.metrics["AP"], "fps": result.fps}
+        figures = {"AP": result.metrics["AP"], "fps": result.fps, "data": "d", "protocol": "p"}
         registry.register(job, "shapes", result.checkpoint, result.run_id, figures)
     return job, result, events

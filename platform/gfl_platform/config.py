@@ -15,7 +15,7 @@ from pydantic import (
     model_validator,
 )
 
-from gfl.config import Config, Count, Positive, Section
+from gfl.config import Config, Count, Positive, Section, SplitConfig
 from gfl.configfile import JOB_SECTIONS, derive, load_schema
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)]
@@ -75,13 +75,31 @@ class TrackingConfig(Section):
     """Steps between logged losses, and the most a NaN stays unnoticed."""
 
 
+class GateConfig(Section):
+    """What a version must show before it becomes champion."""
+
+    ap_margin: Annotated[float, Field(ge=-1, le=1)] = 0.0
+    """By how much its AP, in 0 to 1, must exceed the champion's; 0: it may be the same."""
+    fps_floor: Annotated[float, Field(ge=0)] = 0.0
+    """The least frames per second."""
+    val: SplitConfig | None = None
+    """The images that decide; by default those that the version was evaluated on in training."""
+    ap_tolerance: Annotated[float, Field(ge=0, le=1)] = 1e-3
+    """By how much the AP measured again may differ from the one that was logged."""
+    draws: Positive = 1000
+    """Of the bootstrap over images that gives the interval of the difference in AP."""
+    confidence: Annotated[float, Field(gt=0, lt=1)] = 0.95
+    """Of that interval."""
+
+
 class RegistryConfig(Section):
     """The model registry."""
 
     name: ModelName | None = None
     """Registers the trained model under this name."""
     alias: Alias | None = None
-    """Points this alias at the new version."""
+    """Points this alias at the new version; `champion` only if it passes the gate."""
+    gate: GateConfig = GateConfig()
 
     @model_validator(mode="after")
     def _alias_has_model(self) -> "RegistryConfig":

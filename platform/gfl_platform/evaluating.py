@@ -49,6 +49,7 @@ def evaluate_worker(settings: dict[str, Any]) -> dict[str, Any]:
     found = evaluate_split(split, rows, config, official=settings["official"])
     fps, protocol = measure_fps(detector, split, config, device)
     figures = {"fps": fps, "protocol": protocol, "images": len(split.records)}
+    figures["digest"] = split.digest
     return vars(found) | figures | {"detections": rows}
 
 
@@ -60,7 +61,7 @@ def evaluate_checkpoint(
     official: bool = False,
     results: Path | None = None,
 ) -> dict[str, Any]:
-    """Return the `Evaluation` of a checkpoint on `job.data.val`, its `fps` and their `protocol`.
+    """Return the `Evaluation` of a checkpoint on `job.data.val`, `fps`, `protocol`, `detections`.
 
     Args:
         checkpoint: Its folder.
@@ -86,7 +87,6 @@ def evaluate_checkpoint(
             evaluate_worker, settings, workers, events, storage_path=str(scratch)
         )
     figures: dict[str, Any] = result.return_value
-    rows = figures.pop("detections")
     if results:
-        write_atomically(results, json.dumps(coco_records(rows)) + "\n")
+        write_atomically(results, json.dumps(coco_records(figures["detections"])) + "\n")
     return figures

@@ -11,6 +11,7 @@ from gfl.checkpoint import TRAINING, About, load_checkpoint
 from gfl.detector import Detector
 from gfl_platform.config import JobConfig, require_alias
 from gfl_platform.tracking import connect
+from gfl_platform.trail import FOLLOWED, OF_MODEL
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -38,7 +39,7 @@ class Version:
 
 
 def register(
-    job: JobConfig, name: str, checkpoint: Path, run_id: str, facts: Mapping[str, float]
+    job: JobConfig, name: str, checkpoint: Path, run_id: str, facts: Mapping[str, float | str]
 ) -> int:
     """Register a checkpoint as a new version of the model `name`, and return the version.
 
@@ -49,7 +50,7 @@ def register(
         name: Of the model, made if it is new.
         checkpoint: Folder.
         run_id: The run that trained it.
-        facts: Figures to keep with the version, such as AP and fps.
+        facts: To keep with the version: AP, fps, `protocol` (its hash) and `data` (a digest).
     """
     client = connect(job)
     import mlflow
@@ -70,32 +71,31 @@ def register(
                 code_paths=[str(here), str(Path(_gfl_folder()))],
                 pip_requirements=_requirements(),
                 registered_model_name=name,
-                metadata={key: float(value) for key, value in facts.items()},
+                metadata=dict(facts),
             )
         client.update_run(run_id, status=status)  # `start_run` ends the run, whoever opened it
     version = int(logged.registered_model_version)
     for key, value in facts.items():
-        client.set_model_version_tag(name, str(version), key, f"{value:.6g}")
+        shown = value if isinstance(value, str) else f"{value:.6g}"
+        client.set_model_version_tag(name, str(version), key, shown)
     return version
 
 
 def set_alias(job: JobConfig, name: str, version: int, alias: str) -> int | None:
     """Point `alias` at a version that can be loaded; return the version it pointed at before.
 
-    The version before it gets the alias `previous` where `alias` is `champion`.
-
     Raises:
-        ValueError: an alias that MLflow does not take, a model or version that does not exist or
-            whose checkpoint does not load.
+        ValueError: an alias that MLflow does not take, or that only the gate moves; a model or
+            version that does not exist or whose checkpoint does not load.
     """
     require_alias(alias)
+    if alias in FOLLOWED:
+        raise RegistryError(f"alias '{alias}': only `jobs.registry promote` and `rollback` move it")
     client = connect(job)
     wanted = _version(client, name, version)
     load(job, f"models:/{name}/{version}")
     before = next((v.version for v in _versions(client, name) if alias in v.aliases), None)
-    if alias == "champion" and before is not None and before != wanted.version:
-        client.set_registered_model_alias(name, "previous", str(before))
-    client.set_registered_model_alias(name, alias, str(version))
+    client.set_registered_model_alias(name, alias, str(wanted.version))
     return before
 
 
@@ -106,7 +106,7 @@ def list_versions(job: JobConfig, name: str | None = None) -> list[Version]:
         RegistryError: a model that does not exist.
     """
     client = connect(job)
-    names = [name] if name else sorted(model.name for model in client.search_registered_models())
+    names = [name] if name else _names(client)
     return [version for each in names for version in _versions(client, each)]
 
 
@@ -125,18 +125,6 @@ def find(job: JobConfig, name: str, reference: str) -> Version:
             return version
     aliases = sorted(alias for version in versions for alias in version.aliases)
     raise RegistryError(f"{name}@{reference}: no such alias; {_suggest(reference, aliases)}")
-
-
-def describe(job: JobConfig, version: Version) -> dict[str, str]:
-    """Return what is known of a version: its tags, and its run's metrics and origin."""
-    client = connect(job)
-    facts = {"aliases": ", ".join(version.aliases), "run": version.run_id, **version.tags}
-    if version.run_id:
-        run = client.get_run(version.run_id)
-        facts |= {key: f"{value:.6g}" for key, value in sorted(run.data.metrics.items())}
-        tags = sorted(run.data.tags.items())
-        facts |= {key: value for key, value in tags if not key.startswith("mlflow.")}
-    return facts
 
 
 def load(job: JobConfig, model: str) -> tuple[Detector, About]:
@@ -171,11 +159,11 @@ def resolve(job: JobConfig, model: str) -> str:
     """Return `models:/NAME/VERSION` of a registered `model`; any other as it is."""
     if not model.startswith("models:/"):
         return model
-    version = find(job, *_split(model.removeprefix("models:/").strip("/")))
+    version = find(job, *split_reference(model.removeprefix("models:/").strip("/")))
     return f"models:/{version.name}/{version.version}"
 
 
-def _split(reference: str) -> tuple[str, str]:
+def split_reference(reference: str) -> tuple[str, str]:
     """Return the name, and the alias or version, of NAME@ALIAS or NAME/VERSION."""
     name, separator, which = reference.replace("@", "/", 1).partition("/")
     if not separator or not which:
@@ -186,7 +174,7 @@ def _split(reference: str) -> tuple[str, str]:
 
 
 def _fetch_registered(job: JobConfig, reference: str, scratch: Path) -> Path:
-    version = find(job, *_split(reference))
+    version = find(job, *split_reference(reference))
     name = version.name
     import mlflow
     from mlflow.exceptions import MlflowException
@@ -227,6 +215,12 @@ def _checkpoint_of_run(job: JobConfig, run_id: str) -> Path:
     return Path(max(found)[1])
 
 
+def _names(client: "MlflowClient") -> list[str]:
+    """Return the names of all models, without those that hold decisions."""
+    found = client.search_registered_models()
+    return sorted(model.name for model in found if OF_MODEL not in model.tags)
+
+
 def _versions(client: "MlflowClient", name: str) -> list[Version]:
     """Return the versions of a model, newest first."""
     from mlflow.exceptions import MlflowException
@@ -234,8 +228,7 @@ def _versions(client: "MlflowClient", name: str) -> list[Version]:
     try:
         model = client.get_registered_model(name)
     except MlflowException as error:
-        names = [other.name for other in client.search_registered_models()]
-        raise RegistryError(f"{name}: no such model; {_suggest(name, names)}") from error
+        raise RegistryError(f"{name}: no such model; {_suggest(name, _names(client))}") from error
     found = client.search_model_versions(f"name = '{name}'")
     versions = [_as_version(version, model.aliases) for version in found]
     return sorted(versions, key=lambda version: -version.version)

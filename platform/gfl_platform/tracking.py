@@ -28,6 +28,13 @@ logger = logging.getLogger(__name__)
 RUN_FILE = "run.json"
 """Beside the checkpoints: which MLflow run they belong to, for a job that resumes."""
 
+CONFIG_FILE, PACKAGES_FILE = "config.yaml", "packages.txt"
+"""Among the artifacts of a run: how it was configured, and what it ran with."""
+
+COMMIT = "git.commit"
+RESTARTS = "restarts"
+"""Tag: how often a run went on after it had lost a worker, a node or its driver."""
+
 PACKAGES = ("torch", "torchvision", "ray", "mlflow", "hotcoco", "numpy", "safetensors")
 
 # A dead server would otherwise hold up a call for minutes.
@@ -104,6 +111,7 @@ class RunTracker:
         if known:
             self.run_id: str = known["run_id"]
             self.client.update_run(self.run_id, status="RUNNING")
+            self._count_restart()
         else:
             self.run_id = self._create(name, tags or {})
             write_atomically(folder / RUN_FILE, f'{{"run_id": "{self.run_id}"}}\n')
@@ -156,6 +164,10 @@ class RunTracker:
 
         self.client.log_batch(self.run_id, tags=[RunTag(k, v) for k, v in tags.items()])
 
+    def _count_restart(self) -> None:
+        before = int(self.client.get_run(self.run_id).data.tags.get(RESTARTS, 0))
+        self._tag({RESTARTS: str(before + 1)})
+
     def _create(self, name: str, tags: Mapping[str, str]) -> str:
         experiment = self.client.get_experiment_by_name(self._job.tracking.experiment)
         if experiment is None:
@@ -173,13 +185,13 @@ class RunTracker:
         values = self._job.model_dump(mode="json")
         params = [Param(key, str(value)) for key, value in flatten(values).items()]
         self.client.log_batch(self.run_id, params=params)
-        self.client.log_text(self.run_id, yaml.safe_dump(values, sort_keys=False), "config.yaml")
+        self.client.log_text(self.run_id, yaml.safe_dump(values, sort_keys=False), CONFIG_FILE)
         commit, changed, diff = git_state()
-        self._tag({"git.commit": commit, "git.changed": changed or "nothing"})
+        self._tag({COMMIT: commit, "git.changed": changed or "nothing"})
         if diff:
             self.client.log_text(self.run_id, diff, "git.diff")
         versions = [f"{name}=={importlib.metadata.version(name)}" for name in PACKAGES]
-        self.client.log_text(self.run_id, "\n".join(versions) + "\n", "packages.txt")
+        self.client.log_text(self.run_id, "\n".join(versions) + "\n", PACKAGES_FILE)
 
     def _log(self, event: Event) -> None:
         match event["kind"]:
@@ -194,6 +206,8 @@ class RunTracker:
                 self._metrics(event, {"fps": event["fps"]})
                 self._tag({f"fps.{key}": str(value) for key, value in event["protocol"].items()})
                 self._tag_deleted_checkpoints()
+            case "failure" if not event["final"]:
+                self._count_restart()
             case "discarded":
                 self._tag_deleted_checkpoints(all_of_them=True)
             case "folder":

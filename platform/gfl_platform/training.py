@@ -1,5 +1,6 @@
 """Training on a Ray cluster: `gfl.engine.fit` in workers, reports in MLflow, checkpoints stored."""
 
+import hashlib
 import logging
 import tempfile
 import time
@@ -10,6 +11,7 @@ from typing import Any
 
 from ray.train import UserCallback
 
+from gfl.checkpoint import WEIGHTS
 from gfl.config import Config
 from gfl.configfile import (
     ConfigError,
@@ -28,15 +30,16 @@ from gfl.engine import EpochReport, StepReport, fit
 from gfl.findings import find_cheaply
 from gfl.optim import scaled_lr
 from gfl.pretrained import load_weights
-from gfl.speed import measure_fps
+from gfl.speed import measure_fps, protocol_hash
 from gfl_platform import cluster, registry, tracking
 from gfl_platform.config import JobConfig
 from gfl_platform.events import Event, Events, Watcher, pumped
+from gfl_platform.gate import promote
 from gfl_platform.storage import fetch_model, fetch_weights, open_run_folder, write_atomically
+from gfl_platform.tracking import CONFIG_FILE
+from gfl_platform.trail import Decision
 
 logger = logging.getLogger(__name__)
-
-CONFIG_FILE = "config.yaml"
 
 
 @dataclass(frozen=True)
@@ -50,6 +53,7 @@ class TrainingResult:
         fps: Frames per second of the last weights (the same for all).
         seconds: Wall time, start of the workers and registration included.
         version: Of the registered model, if the configuration names one.
+        decision: Of the gate, if the configuration wants it as champion.
     """
 
     run_id: str
@@ -58,6 +62,7 @@ class TrainingResult:
     fps: float
     seconds: float
     version: int | None
+    decision: Decision | None
 
 
 class WorkerListener:
@@ -172,18 +177,53 @@ def train(job: JobConfig, name: str, *, resume: bool, watch: Watcher) -> Trainin
             tracker.handle(event)
             watch(event)
 
+        tracker.handle({"kind": "tags", "tags": _lineage(config, workers, sources)})
         with pumped(handle) as events:
             measured, checkpoint, metrics = run(job, sources, workers, folder, events)
         fps = measured["fps"]
         tracker.handle({"kind": "result", **measured})
         version = None
         if model := job.registry.name:
-            figures = {"AP": metrics["AP"], "fps": fps}
-            version = registry.register(job, model, checkpoint, tracker.run_id, figures)
-            if alias := job.registry.alias:
-                registry.set_alias(job, model, version, alias)
+            facts = {
+                "AP": metrics["AP"],
+                "fps": fps,
+                "protocol": protocol_hash(measured["protocol"]),
+                "data": measured["protocol"]["annotations"][:12],
+            }
+            version = registry.register(job, model, checkpoint, tracker.run_id, facts)
+    decision = None
+    if version is not None and job.registry.alias:
+        decision = _point(job, version, job.registry.alias, watch)
     seconds = time.perf_counter() - started
-    return TrainingResult(tracker.run_id, checkpoint, metrics, fps, seconds, version)
+    return TrainingResult(tracker.run_id, checkpoint, metrics, fps, seconds, version, decision)
+
+
+def _lineage(
+    config: Config, workers: cluster.Workers, sources: dict[str, Path | None]
+) -> dict[str, str]:
+    """Return what a run's model comes from, beside its data and code."""
+    device = "GPU" if workers.use_gpu else "CPU"
+    tags = {"config_hash": config_hash(config), "workers": f"{workers.count} ({device})"}
+    teacher = config.loss.distillation.teacher if config.loss.distillation else None
+    named = {"pretrained": config.model.pretrained, "teacher": teacher}
+    files = {"pretrained": sources["weights"], "teacher": sources["teacher"]}
+    for what, location in named.items():
+        if location and (file := files[what]):
+            file = file / WEIGHTS if file.is_dir() else file
+            with file.open("rb") as content:
+                digest = hashlib.file_digest(content, "sha256").hexdigest()
+            tags[f"weights.{what}"] = f"{location} (sha256 {digest[:12]})"
+    return tags
+
+
+def _point(job: JobConfig, version: int, alias: str, watch: Watcher) -> Decision | None:
+    """Point an alias at a version; `champion` only through the gate, whose decision is returned."""
+    model = job.registry.name
+    assert model
+    if alias == "champion":
+        return promote(job, model, version, watch)
+    registry.set_alias(job, model, version, alias)
+    return None
 
 
 def fetch_sources(job: JobConfig) -> dict[str, Path | None]:

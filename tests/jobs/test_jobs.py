@@ -184,8 +184,8 @@ def test_the_registry_is_listed_shown_and_promoted(outputs, monkeypatch, capsys)
 
     assert "champion" in registry_says("list")
     assert "git.commit" in registry_says("show", "shapes", "champion")
-    out = registry_says("promote", "shapes", "1", "--alias", "staging")
-    assert "shapes@staging is version 1" in out
+    assert "shapes@tried is version 1" in registry_says("alias", "shapes", "1", "tried")
+    assert "promoted 1" in registry_says("history", "shapes")
 
 
 @pytest.mark.ray

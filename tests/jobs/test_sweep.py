@@ -38,13 +38,26 @@ sweep:
     return path
 
 
-def start(sweep_file, root, *more):
-    words = ["-m", "jobs.sweep", sweep_file, f"storage.root={root}", "run.name=s", *more]
-    environment = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"}
-    return subprocess.Popen(
-        [sys.executable, *map(str, words)], env=environment, text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-    )  # fmt: skip
+@pytest.fixture
+def start(sweep_file):
+    """A function that starts the sweep below `root`; what still runs at the end is killed."""
+    started = []
+
+    def start(root, *more):
+        words = ["-m", "jobs.sweep", sweep_file, f"storage.root={root}", "run.name=s", *more]
+        environment = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"}
+        process = subprocess.Popen(
+            [sys.executable, *map(str, words)], env=environment, text=True,
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+            # A test that a shell runs in the background inherits that Ctrl-C is ignored.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        )  # fmt: skip
+        started.append(process)
+        return process
+
+    yield start
+    for process in started:
+        process.kill()
 
 
 def trials_of(root):
@@ -95,14 +108,16 @@ def under_way(trials):
 
 @pytest.mark.cluster
 @pytest.mark.timeout(900)
-def test_a_sweep_that_is_killed_in_every_way_ends_as_if_it_had_not_been(sweep_file, tmp_path):
-    undisturbed = start(sweep_file, tmp_path / "calm")
+def test_a_sweep_that_is_killed_in_every_way_ends_as_if_it_had_not_been(
+    start, sweep_file, tmp_path
+):
+    undisturbed = start(tmp_path / "calm")
     out, error = undisturbed.communicate(timeout=400)
     assert undisturbed.returncode == 0, error
     assert "best points" in out
 
     root = tmp_path / "rough"
-    process = start(sweep_file, root)
+    process = start(root)
     wait_for(process, root, under_way)
     kill(process, "RayTrainWorker")  # one of the trainings
     wait_for(process, root, lambda trials: finished(trials) >= 1 and under_way(trials))
@@ -110,14 +125,14 @@ def test_a_sweep_that_is_killed_in_every_way_ends_as_if_it_had_not_been(sweep_fi
     process.communicate()
     first = trials_of(root)
 
-    process = start(sweep_file, root, "--resume")
+    process = start(root, "--resume")
     wait_for(process, root, lambda trials: finished(trials) >= 3 and under_way(trials))
     kill(process, "raylet/raylet")  # the node
     _, error = process.communicate(timeout=120)
     assert process.returncode != 0
     second = trials_of(root)
 
-    process = start(sweep_file, root, "--resume", "--register", "swept")
+    process = start(root, "--resume", "--register", "swept")
     out, error = process.communicate(timeout=400)
     assert process.returncode == 0, error
     assert "swept@challenger is version 1" in out
@@ -152,8 +167,8 @@ def test_a_sweep_that_is_killed_in_every_way_ends_as_if_it_had_not_been(sweep_fi
 
 
 @pytest.mark.cluster
-def test_ctrl_c_leaves_a_sweep_that_says_how_to_go_on(sweep_file, tmp_path):
-    process = start(sweep_file, tmp_path)
+def test_ctrl_c_leaves_a_sweep_that_says_how_to_go_on(start, sweep_file, tmp_path):
+    process = start(tmp_path)
     wait_for(process, tmp_path, lambda trials: any(t.epochs >= 1 for t in trials.values()))
     process.send_signal(signal.SIGINT)
     _, error = process.communicate(timeout=60)

@@ -1,0 +1,108 @@
+"""The lineage of a model: what it was made of, and how to make it again."""
+
+import importlib.metadata
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from gfl_platform import registry
+from gfl_platform.config import JobConfig, load_job
+from gfl_platform.registry import RegistryError, Version
+from gfl_platform.tracking import COMMIT, CONFIG_FILE, PACKAGES_FILE, connect, git_state
+from gfl_platform.trail import read_trail
+
+DIGESTS = ("data.train.digest", "data.val.digest")
+
+FIRST = (
+    "AP", "fps", "protocol", "data", "git.commit", "git.changed", "config_hash", "workers",
+    "restarts", "weights.pretrained", "weights.teacher",
+)  # fmt: skip
+"""What the card shows first, where it is known."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A training to be done again.
+
+    Attributes:
+        job: Its configuration.
+        digests: Of the annotations that it read, by the names of its run's tags.
+        differences: Where the code or the packages are not what they were.
+    """
+
+    job: JobConfig
+    digests: dict[str, str]
+    differences: list[str]
+
+
+def describe(job: JobConfig, version: Version) -> dict[str, str]:
+    """Return what is known of a version: where it comes from, what it can, what was decided."""
+    client = connect(job)
+    facts: dict[str, str] = {}
+    packages = []
+    if version.run_id:
+        run = client.get_run(version.run_id)
+        tags = {k: v for k, v in run.data.tags.items() if not k.startswith("mlflow.")}
+        facts = {key: f"{value:.6g}" for key, value in sorted(run.data.metrics.items())} | tags
+        packages = _artifact(job, version.run_id, PACKAGES_FILE).split()
+        facts["git.diff"] = f"runs:/{version.run_id}/git.diff" if tags.get("git.changed") else ""
+    facts |= version.tags
+    first = {key: facts.pop(key) for key in FIRST if key in facts}
+    about = {"aliases": ", ".join(version.aliases), "run": version.run_id, **first}
+    about["config"] = f"runs:/{version.run_id}/{CONFIG_FILE}"
+    about["packages"] = ", ".join(packages)
+    decided = [
+        f"{decision.number}: {decision.action}"
+        for decision in read_trail(client, version.name)
+        if decision.version == version.version and not decision.void
+    ]
+    return about | {"decisions": ", ".join(decided)} | facts
+
+
+def recipe(where: JobConfig, model: str, overrides: Sequence[str]) -> Recipe:
+    """Return how the model `models:/NAME@ALIAS`, `models:/NAME/VERSION` or `runs:/ID` was trained.
+
+    Args:
+        where: Says which registry.
+        model: The model.
+        overrides: Change the configuration.
+
+    Raises:
+        ValueError: no such model, or one whose configuration is not there any more.
+    """
+    run_id = model.removeprefix("runs:/")
+    if model.startswith("models:/"):
+        run_id = registry.find(
+            where, *registry.split_reference(model.removeprefix("models:/").strip("/"))
+        ).run_id
+    text = _artifact(where, run_id, CONFIG_FILE)
+    if not text:
+        raise RegistryError(f"{model}: run {run_id} holds no {CONFIG_FILE}; is it one of ours?")
+    with tempfile.TemporaryDirectory(prefix="gfl-recipe-") as scratch:
+        path = Path(scratch) / CONFIG_FILE
+        path.write_text(text)
+        anew = ("run={name: null}", "registry={name: null, alias: null}", "sweep=null")
+        job = load_job(path, [*anew, *overrides])
+    tags = connect(where).get_run(run_id).data.tags
+    commit, changed, _ = git_state()
+    now = {COMMIT: commit, "git.changed": changed or "nothing"}
+    differing = [f"{k} {tags.get(k)} -> {v}" for k, v in now.items() if tags.get(k) != v]
+    for line in _artifact(where, run_id, PACKAGES_FILE).split():
+        package, _, version = line.partition("==")
+        if (present := importlib.metadata.version(package)) != version:
+            differing.append(f"{package} {version} -> {present}")
+    return Recipe(job, {key: tags[key] for key in DIGESTS if key in tags}, differing)
+
+
+def _artifact(job: JobConfig, run_id: str, name: str) -> str:
+    """Return the text of a run's artifact; empty if there is none."""
+    client: Any = connect(job)
+    from mlflow.exceptions import MlflowException
+
+    with tempfile.TemporaryDirectory(prefix="gfl-card-") as scratch:
+        try:
+            return Path(client.download_artifacts(run_id, name, scratch)).read_text()
+        except (MlflowException, OSError):
+            return ""
