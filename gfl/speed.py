@@ -1,69 +1,249 @@
-"""Frames per second under a recorded protocol.
+"""Frames per second and latency under a recorded protocol.
 
 As GFocal measured it: one image at a time, post-processing included, loading excluded, the device
-synchronised, after warm-up.
+synchronised, after five warm-ups. Most published figures do not compare because nobody knows how they
+came about: here all that decides them goes with them, and its hash tells protocols apart.
 """
 
+import copy
+import gc
 import hashlib
 import json
+import platform
+import resource
+import subprocess
 import time
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
 
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from gfl.config import Config
 from gfl.data.loading import Batch, DetectionDataset, collate
 from gfl.data.split import Split
-from gfl.detector import Detector
+from gfl.detector import Detector, place
 
 WARM_UP = 5
+
+Precision = Literal["float32", "bfloat16", "float16"]
+PRECISIONS: tuple[Precision, ...] = ("float32", "bfloat16", "float16")
+
+STATE = "state"
+"""Part of a protocol that is recorded but tells none apart: what changes by itself."""
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One way to run a detector.
+
+    Attributes:
+        precision: Of the network; post-processing is in float32.
+        channels_last: Whether maps are stored with their channels together.
+        compiled: Whether the network is compiled by `torch.compile`.
+        batch: Images a forward pass.
+    """
+
+    precision: Precision = "float32"
+    channels_last: bool = True
+    compiled: bool = False
+    batch: int = 1
+
+    @property
+    def name(self) -> str:
+        """A short name, "float32" or "float32-nchw-compiled-batch8"."""
+        parts = [self.precision, "" if self.channels_last else "nchw"]
+        parts += ["compiled" if self.compiled else "", f"batch{self.batch}" * (self.batch > 1)]
+        return "-".join(part for part in parts if part)
+
+
+class UnavailableError(ValueError):
+    """A variant that this device or installation cannot run."""
 
 
 def measure_fps(
     detector: Detector, split: Split, config: Config, device: torch.device, images: int = 200
 ) -> tuple[float, dict[str, Any]]:
     """Return frames per second over the first `images` of `split`, and the protocol."""
+    seconds, protocol = measure_latency(detector, split, config, device, Variant(), images)
+    return len(seconds) / sum(seconds), protocol
+
+
+def measure_latency(
+    detector: Detector,
+    split: Split,
+    config: Config,
+    device: torch.device,
+    variant: Variant,
+    images: int,
+) -> tuple[list[float], dict[str, Any]]:
+    """Return the seconds of every forward pass with its post-processing, and the protocol.
+
+    Args:
+        detector: On `device`; stays as it is.
+        split: Its first images are taken.
+        config: Says how images are scaled, and how detections are selected.
+        device: Where the detector is.
+        variant: How it is run.
+        images: How many, at most; a last batch that is not full is left out.
+
+    Raises:
+        UnavailableError: the variant cannot run here.
+    """
     dataset = DetectionDataset(split, config, training=False)
-    count = min(images, len(dataset))
-    batches = [collate([dataset[0, image]]).to(device) for image in range(count)]
-    detector.eval()
-    _time(detector, batches[:WARM_UP], device)
-    seconds = _time(detector, batches, device)
-    protocol = {
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "precision": "float32",
-        "batch": 1,
-        "images": count,
-        "annotations": split.digest,
-        "short_side": config.data.short_side,
-        "long_side": config.data.long_side,
-        "postprocess": config.postprocess.model_dump(),
-    }
-    return count / seconds, protocol
+    count = min(images, len(dataset)) // variant.batch * variant.batch
+    if count == 0:
+        raise UnavailableError(f"a batch of {variant.batch} needs as many images")
+    samples = (dataset[0, image] for image in range(count))
+    batches = [
+        collate([next(samples) for _ in range(variant.batch)]).to(device)
+        for _ in range(count // variant.batch)
+    ]
+    with _prepared(detector, variant, device) as run:
+        _time(run, batches[:WARM_UP], device)
+        if variant.compiled:  # sizes that the warm-up has not seen are compiled for, too
+            _time(run, batches, device)
+        seconds = _time(run, batches, device)
+    return seconds, _protocol(split, config, device, variant, count)
 
 
 def protocol_hash(protocol: Mapping[str, Any]) -> str:
     """Return what tells protocols apart: 12 hexadecimal digits."""
-    return hashlib.sha256(json.dumps(protocol, sort_keys=True).encode()).hexdigest()[:12]
+    counted = {key: value for key, value in protocol.items() if key != STATE}
+    return hashlib.sha256(json.dumps(counted, sort_keys=True).encode()).hexdigest()[:12]
 
 
 def differences(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
-    """Return where two protocols differ, "key this -> that" each."""
-    keys = sorted(one.keys() | other.keys())
+    """Return where two protocols differ, "key this -> that" each; empty: figures compare."""
+    keys = sorted((one.keys() | other.keys()) - {STATE})
     return [f"{k} {one.get(k)} -> {other.get(k)}" for k in keys if one.get(k) != other.get(k)]
 
 
-def _time(detector: Detector, batches: Sequence[Batch], device: torch.device) -> float:
-    _synchronize(device)
-    start = time.perf_counter()
-    for batch in batches:
-        sizes = batch.targets.sizes
-        detector.predict(detector.normalize(batch.pixels, sizes), sizes, batch.original_sizes)
-    _synchronize(device)
-    return time.perf_counter() - start
+def count_parameters(detector: Detector) -> int:
+    """Return the number of parameters, frozen ones included."""
+    return sum(parameter.numel() for parameter in detector.parameters())
+
+
+def count_flops(detector: Detector, height: int, width: int) -> int:
+    """Return the floating-point operations of the network for one image of `height` x `width` px.
+
+    A multiplication and an addition are two. Post-processing is not counted.
+    """
+    device = detector.pixel_mean.device
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        detector.eval()(torch.zeros(1, 3, height, width, device=device))
+    return int(counter.get_total_flops())
+
+
+@contextmanager
+def peak_memory(device: torch.device) -> Iterator[dict[str, int]]:
+    """Give a mapping that in the end holds the peak under `bytes`.
+
+    On a GPU that is the memory allocated; on a CPU what the process grew by at its largest.
+    """
+    found = {"bytes": 0}
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        yield found
+        found["bytes"] = torch.cuda.max_memory_allocated(device)
+        return
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    yield found
+    found["bytes"] = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024
+
+
+@contextmanager
+def _prepared(detector: Detector, variant: Variant, device: torch.device) -> Iterator[Detector]:
+    """Give the detector as `variant` wants it."""
+    if not (variant.channels_last and variant.compiled is False):
+        detector = copy.deepcopy(detector)
+    if variant.channels_last:
+        place(detector, device)
+    else:
+        detector.to(memory_format=torch.contiguous_format)
+    if variant.compiled:
+        detector.compile(dynamic=True)
+    dtype = getattr(torch, variant.precision)
+    was_training = detector.training
+    detector.eval()
+    enabled = variant.precision != "float32"
+    try:
+        with torch.autocast(device.type, dtype, enabled=enabled), torch.no_grad():
+            yield detector
+    except (RuntimeError, OSError) as error:  # no compiler, no such kernel, no memory
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UnavailableError(f"{variant.name}: cannot run here ({reason})") from error
+    finally:
+        detector.train(was_training)
+
+
+def _time(detector: Detector, batches: Sequence[Batch], device: torch.device) -> list[float]:
+    seconds = []
+    collecting = gc.isenabled()
+    gc.disable()  # a collection would fall on some image
+    try:
+        for batch in batches:
+            sizes = batch.targets.sizes
+            _synchronize(device)
+            start = time.perf_counter()
+            detector.predict(detector.normalize(batch.pixels, sizes), sizes, batch.original_sizes)
+            _synchronize(device)
+            seconds.append(time.perf_counter() - start)
+    finally:
+        if collecting:
+            gc.enable()
+    return seconds
+
+
+def _protocol(
+    split: Split, config: Config, device: torch.device, variant: Variant, images: int
+) -> dict[str, Any]:
+    on_gpu = device.type == "cuda"
+    return {
+        "device": torch.cuda.get_device_name(device) if on_gpu else _cpu_name(),
+        "driver": _nvidia_smi("driver_version") if on_gpu else platform.release(),
+        "cuda": torch.version.cuda if on_gpu else None,
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "precision": variant.precision,
+        "channels_last": variant.channels_last,
+        "compiled": variant.compiled,
+        "batch": variant.batch,
+        "warm_up": WARM_UP,
+        "images": images,
+        "annotations": split.digest,
+        "short_side": config.data.short_side,
+        "long_side": config.data.long_side,
+        "postprocess": config.postprocess.model_dump(mode="json"),
+        STATE: _power_state(on_gpu),
+    }
+
+
+def _cpu_name() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    names = [line.partition(": ")[2] for line in lines if line.startswith("model name")]
+    return f"cpu: {names[0] if names else platform.machine()}"
+
+
+def _power_state(on_gpu: bool) -> dict[str, str]:
+    """Return clocks and power limits as far as they can be read."""
+    if on_gpu:
+        asked = ("power.limit", "clocks.sm", "pstate")
+        return dict(zip(asked, map(_nvidia_smi, asked), strict=True))
+    governor = Path("/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor")
+    return {"governor": governor.read_text().strip() if governor.exists() else "unknown"}
+
+
+def _nvidia_smi(what: str) -> str:
+    command = ["nvidia-smi", f"--query-gpu={what}", "--format=csv,noheader"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
 
 
 def _synchronize(device: torch.device) -> None:

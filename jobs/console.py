@@ -131,6 +131,8 @@ class Progress:
             case {"kind": "checkpoint", "epoch": epoch, "metrics": dict(metrics)}:
                 self._quality = f"  AP {metrics['AP']:.3f}"
                 console.print(f"epoch {epoch}: AP {metrics['AP']:.4f}  AP50 {metrics['AP50']:.4f}")
+            case {"kind": "measured", "variants": variants, "total": total}:
+                self._show_line(f"measured {variants} of {total} variants")
             case {"kind": "evaluated", "images": images, "total": total}:
                 self._show_line(f"evaluated {images} of {total} images")
             case {"kind": "failure", "rank": rank, "reason": reason, "final": False}:

@@ -72,11 +72,8 @@ def recipe(where: JobConfig, model: str, overrides: Sequence[str]) -> Recipe:
     Raises:
         ValueError: no such model, or one whose configuration is not there any more.
     """
-    run_id = model.removeprefix("runs:/")
-    if model.startswith("models:/"):
-        run_id = registry.find(
-            where, *registry.split_reference(model.removeprefix("models:/").strip("/"))
-        ).run_id
+    run_id = registry.run_of(where, model)
+    assert run_id
     text = _artifact(where, run_id, CONFIG_FILE)
     if not text:
         raise RegistryError(f"{model}: run {run_id} holds no {CONFIG_FILE}; is it one of ours?")

@@ -155,15 +155,22 @@ def fetch_checkpoint(job: JobConfig, model: str, scratch: Path) -> Path:
     return folder
 
 
+def run_of(job: JobConfig, model: str) -> str | None:
+    """Return the run that trained `models:/...` or `runs:/...`; None of anything else."""
+    if model.startswith("models:/"):
+        return find(job, *_split(model.removeprefix("models:/").strip("/"))).run_id
+    return model.removeprefix("runs:/").strip("/") if model.startswith("runs:/") else None
+
+
 def resolve(job: JobConfig, model: str) -> str:
     """Return `models:/NAME/VERSION` of a registered `model`; any other as it is."""
     if not model.startswith("models:/"):
         return model
-    version = find(job, *split_reference(model.removeprefix("models:/").strip("/")))
+    version = find(job, *_split(model.removeprefix("models:/").strip("/")))
     return f"models:/{version.name}/{version.version}"
 
 
-def split_reference(reference: str) -> tuple[str, str]:
+def _split(reference: str) -> tuple[str, str]:
     """Return the name, and the alias or version, of NAME@ALIAS or NAME/VERSION."""
     name, separator, which = reference.replace("@", "/", 1).partition("/")
     if not separator or not which:
@@ -174,7 +181,7 @@ def split_reference(reference: str) -> tuple[str, str]:
 
 
 def _fetch_registered(job: JobConfig, reference: str, scratch: Path) -> Path:
-    version = find(job, *split_reference(reference))
+    version = find(job, *_split(reference))
     name = version.name
     import mlflow
     from mlflow.exceptions import MlflowException

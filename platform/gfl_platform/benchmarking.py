@@ -1,0 +1,253 @@
+"""Benchmarks of a model on a worker of the cluster: latency, throughput, size; kept in MLflow."""
+
+import json
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from gfl.checkpoint import About, load_checkpoint, save_checkpoint
+from gfl.config import Config
+from gfl.configfile import dump_config, parse_config, reproducible
+from gfl.data import render_shapes
+from gfl.data.split import read_split
+from gfl.detector import Detector, place
+from gfl.predict import Predictor
+from gfl.speed import (
+    UnavailableError,
+    Variant,
+    count_flops,
+    count_parameters,
+    differences,
+    measure_latency,
+    peak_memory,
+    protocol_hash,
+)
+from gfl_platform import cluster
+from gfl_platform.config import JobConfig
+from gfl_platform.events import Watcher, pumped
+from gfl_platform.storage import read_json, scratch_folder
+from gfl_platform.tracking import RunTracker, connect
+
+FOLDER = "benchmarks"
+"""Among the artifacts of a run: a JSON file for each benchmark, and its picture."""
+
+PERCENTILES = (50, 90, 99)
+
+
+@dataclass(frozen=True)
+class Timing:
+    """How fast a variant is.
+
+    Attributes:
+        name: Of the variant; "end to end" is from the file to the boxes.
+        fps: Images a second over all of them.
+        percentiles_ms: Latency of a forward pass and its post-processing, by percentile.
+        peak_bytes: Memory at its largest; what the process grew by on a CPU.
+        protocol: How it was measured.
+        milliseconds: Each forward pass.
+        unavailable: Why the variant cannot run here; empty if it can.
+    """
+
+    name: str
+    fps: float
+    percentiles_ms: dict[str, float]
+    peak_bytes: int
+    protocol: dict[str, Any]
+    milliseconds: list[float]
+    unavailable: str = ""
+
+    @property
+    def hash(self) -> str:
+        """Of the protocol."""
+        return protocol_hash(self.protocol)
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """What was measured of a model.
+
+    Attributes:
+        timings: Of each variant.
+        parameters: Their number.
+        flops: Of one image of `size`, two for each multiplication and addition.
+        size: (height, width) of that image, px.
+        time_s: When, in seconds since 1970.
+    """
+
+    timings: list[Timing]
+    parameters: int
+    flops: int
+    size: tuple[int, int]
+    time_s: float
+
+    @property
+    def standard(self) -> Timing:
+        """GFocal's: one image at a time in float32."""
+        return self.timings[0]
+
+
+def benchmark(
+    job: JobConfig,
+    checkpoint: Path | None,
+    variants: Sequence[Variant],
+    images: int,
+    watch: Watcher,
+) -> Benchmark:
+    """Measure a checkpoint, or untrained weights, on the images that `job` evaluates on.
+
+    Raises:
+        ValueError: a checkpoint, dataset or cluster that cannot be used.
+        JobFailedError: the worker stopped.
+    """
+    cluster.connect()
+    alone = job.model_copy(update={"cluster": job.cluster.model_copy(update={"workers": 1})})
+    workers = cluster.allot(alone)
+    config = reproducible(job)
+    with scratch_folder(job) as scratch, pumped(watch) as events:
+        settings = {
+            "config": dump_config(config),
+            "checkpoint": str((checkpoint or _untrained(config, scratch)).resolve()),
+            "variants": [Variant(), *(v for v in variants if v != Variant())],
+            "images": images,
+        }
+        result = cluster.run_workers(
+            benchmark_worker, settings, workers, events, storage_path=str(scratch)
+        )
+    found: Benchmark = result.return_value
+    return found
+
+
+def benchmark_worker(settings: dict[str, Any]) -> Benchmark:
+    """Measure on this worker's device."""
+    config = parse_config(settings["config"], "job")
+    device = cluster.worker_device()
+    detector, about = load_checkpoint(Path(settings["checkpoint"]), config)
+    place(detector, device)
+    render_shapes(config)
+    split = read_split(config.data, "val", config.model.num_classes)
+    timings = []
+    variants = settings["variants"]
+    for number, variant in enumerate(variants, start=1):
+        try:
+            with peak_memory(device) as peak:
+                seconds, protocol = measure_latency(
+                    detector, split, config, device, variant, settings["images"]
+                )
+        except UnavailableError as error:
+            timings.append(Timing(variant.name, 0, {}, 0, {}, [], str(error)))
+            continue
+        finally:
+            done = {"kind": "measured", "variants": number, "total": len(variants)}
+            settings["events"].tell(done)
+        timings.append(_timing(variant.name, seconds, variant.batch, peak["bytes"], protocol))
+    predictor = Predictor(detector, about)
+    paths = [record.path for record in split.records[: settings["images"]]]
+    timings.append(_end_to_end(predictor, paths, timings[0]))
+    height, width = config.data.short_side, config.data.long_side
+    return Benchmark(
+        timings=timings,
+        parameters=count_parameters(detector),
+        flops=count_flops(detector, _padded(height), _padded(width)),
+        size=(_padded(height), _padded(width)),
+        time_s=time.time(),
+    )
+
+
+def keep(job: JobConfig, model: str, run_id: str | None, found: Benchmark, picture: Path) -> str:
+    """Log a benchmark to the model's run, or a new one; return what compares it with the last.
+
+    Args:
+        job: Says which tracking store.
+        model: What was measured, as the user calls it.
+        run_id: The run that trained it; None of untrained weights.
+        found: What was measured.
+        picture: The histogram.
+    """
+    client = connect(job)
+    with tempfile.TemporaryDirectory(prefix="gfl-benchmark-") as scratch:
+        if run_id is None:
+            tags = {"kind": "benchmark", "model": model}
+            with RunTracker(job, "benchmark", Path(scratch), tags) as tracker:
+                run_id = tracker.run_id
+        said = _compare(found, _last(job, run_id, Path(scratch)))
+        when = time.strftime("%Y%m%d-%H%M%S", time.localtime(found.time_s))
+        name = f"{when}-{found.standard.hash}"
+        path = Path(scratch) / f"{name}.json"
+        path.write_text(json.dumps(as_json(found), indent=1) + "\n")
+        client.log_artifact(run_id, str(path), FOLDER)
+        drawn = path.with_suffix(".png")
+        drawn.write_bytes(picture.read_bytes())
+        client.log_artifact(run_id, str(drawn), FOLDER)
+    for timing in found.timings:
+        if not timing.unavailable:
+            key = timing.name.replace(" ", "_")
+            client.log_metric(run_id, f"benchmark.{key}.fps", timing.fps)
+            for percentile, value in timing.percentiles_ms.items():
+                client.log_metric(run_id, f"benchmark.{key}.{percentile}_ms", value)
+    client.set_tag(run_id, "benchmark.protocol", found.standard.hash)
+    return said
+
+
+def as_json(found: Benchmark) -> dict[str, Any]:
+    """Return a benchmark as it is kept, the protocols with their hashes."""
+    timings = [vars(timing) | {"protocol_hash": timing.hash} for timing in found.timings]
+    return vars(found) | {"timings": timings}
+
+
+def _last(job: JobConfig, run_id: str, scratch: Path) -> dict[str, Any]:
+    """Return the run's latest benchmark; empty if it has none."""
+    client = connect(job)
+    names = [entry.path for entry in client.list_artifacts(run_id, FOLDER)]
+    kept = sorted(name for name in names if name.endswith(".json"))
+    return (
+        read_json(Path(client.download_artifacts(run_id, kept[-1], str(scratch)))) if kept else {}
+    )
+
+
+def _compare(found: Benchmark, last: dict[str, Any]) -> str:
+    if not last:
+        return "the first benchmark of this model"
+    before, now = last["timings"][0], found.standard
+    differing = differences(before["protocol"], now.protocol)
+    if differing:
+        return f"does not compare with the last benchmark: {', '.join(differing)}"
+    change = np.median(now.milliseconds) / np.median(before["milliseconds"]) - 1
+    return f"median latency {100 * change:+.1f} % against the last benchmark, same protocol"
+
+
+def _end_to_end(predictor: Predictor, paths: Sequence[Path], standard: Timing) -> Timing:
+    """Time predictions from the image file on."""
+    for path in paths[:5]:
+        predictor.predict(path)
+    seconds = []
+    for path in paths:
+        start = time.perf_counter()
+        predictor.predict(path)  # brings the boxes to the host, hence waits for the device
+        seconds.append(time.perf_counter() - start)
+    return _timing("end to end", seconds, 1, 0, standard.protocol | {"from": "file"})
+
+
+def _timing(
+    name: str, seconds: Sequence[float], batch: int, peak: int, protocol: dict[str, Any]
+) -> Timing:
+    milliseconds = [1000 * each for each in seconds]
+    percentiles = np.percentile(milliseconds, PERCENTILES).tolist()
+    named = {f"p{p}": value for p, value in zip(PERCENTILES, percentiles, strict=True)}
+    return Timing(name, batch * len(seconds) / sum(seconds), named, peak, protocol, milliseconds)
+
+
+def _untrained(config: Config, folder: Path) -> Path:
+    count = config.model.num_classes
+    about = About([f"class {n}" for n in range(count)], list(range(1, count + 1)), 0, 0, {})
+    (checkpoint := folder / "untrained").mkdir()
+    save_checkpoint(checkpoint, Detector(config), config, about, {})
+    return checkpoint
+
+
+def _padded(side: int) -> int:
+    return -(-side // 32) * 32

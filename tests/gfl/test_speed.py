@@ -1,0 +1,86 @@
+"""Latency under a protocol that says all that decides it."""
+
+import pytest
+import torch
+
+import gfl
+from gfl.configfile import derive
+from gfl.data import load_splits
+from gfl.speed import (
+    UnavailableError,
+    Variant,
+    count_flops,
+    count_parameters,
+    differences,
+    measure_fps,
+    measure_latency,
+    protocol_hash,
+)
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def split(tiny):
+    return load_splits(tiny)[1]
+
+
+@pytest.fixture(scope="module")
+def detector(tiny):
+    torch.manual_seed(0)
+    return gfl.Detector(tiny)
+
+
+def test_the_protocol_says_what_decides_the_figure(tiny, detector, split):
+    fps, protocol = measure_fps(detector, split, tiny, CPU, images=4)
+    assert fps > 0
+    assert protocol["images"] == 4
+    expected = {"device", "driver", "precision", "threads", "torch", "annotations", "postprocess"}
+    assert expected <= protocol.keys()
+    _, again = measure_fps(detector, split, tiny, CPU, images=4)
+    assert protocol_hash(again) == protocol_hash(protocol)
+    assert protocol_hash(dict(reversed(protocol.items()))) == protocol_hash(protocol)
+    assert protocol_hash(protocol | {"state": "hot"}) == protocol_hash(protocol)
+    assert differences(protocol, again) == []
+
+
+@pytest.mark.parametrize(
+    ("override", "variant", "changed"),
+    [
+        ("postprocess.nms_iou=0.5", Variant(), "postprocess"),
+        ("data.short_side=96", Variant(), "short_side"),
+        ("seed=0", Variant("bfloat16"), "precision"),
+        ("seed=0", Variant(channels_last=False), "channels_last"),
+        ("seed=0", Variant(batch=2), "batch"),
+    ],
+)
+def test_what_changes_the_figure_changes_the_protocol(
+    tiny, detector, split, override, variant, changed
+):
+    _, plain = measure_fps(detector, split, tiny, CPU, images=2)
+    other = derive(type(tiny), tiny, [override])
+    seconds, protocol = measure_latency(detector, split, other, CPU, variant, 2)
+    assert len(seconds) == 2 // variant.batch
+    assert protocol_hash(protocol) != protocol_hash(plain)
+    (difference,) = differences(plain, protocol)
+    assert difference.startswith(f"{changed} ")
+
+
+def test_a_variant_leaves_the_detector_as_it_was(tiny, detector, split):
+    before = {key: value.clone() for key, value in detector.state_dict().items()}
+    detector.train()
+    for variant in (Variant("bfloat16"), Variant(channels_last=False)):
+        measure_latency(detector, split, tiny, CPU, variant, 1)
+    assert detector.training
+    assert all(torch.equal(before[key], value) for key, value in detector.state_dict().items())
+    with pytest.raises(UnavailableError, match="a batch of 64 needs as many images"):
+        measure_latency(detector, split, tiny, CPU, Variant(batch=64), 100)
+
+
+def test_parameters_and_operations_are_counted(detector):
+    conv = torch.nn.Conv2d(3, 8, 3, padding=1, bias=False)
+    assert count_parameters(conv) == 3 * 8 * 9
+    small, large = count_flops(detector, 64, 64), count_flops(detector, 128, 128)
+    assert large == pytest.approx(4 * small, rel=0.05)
+    backbone = 1.82e9 * 2 * (64 / 224) ** 2  # ResNet-18: 1.8 G multiply-adds at 224 px
+    assert small > 0.9 * backbone

@@ -1,0 +1,62 @@
+"""`jobs.benchmark` as its users call it."""
+
+import argparse
+import json
+import sys
+
+import pytest
+from PIL import Image
+
+from gfl.speed import Variant
+from gfl_platform.tracking import connect
+
+
+def words(**given):
+    defaults = {"images": 5, "precision": "float32", "batches": "", "no_channels_last": False}
+    return argparse.Namespace(**(defaults | {"compile": False} | given))
+
+
+def test_variants_are_what_the_command_line_asks_for():
+    from jobs.benchmark_variants import parse_variants
+
+    found = parse_variants(words(precision="float32,bfloat16", batches="8"))
+    assert found == [
+        Variant(), Variant(batch=8), Variant("bfloat16"), Variant("bfloat16", batch=8)
+    ]  # fmt: skip
+    for wrong, message in (
+        ({"precision": "int4"}, "--precision int4: expected some of float32,bfloat16,float16"),
+        ({"batches": "8,x"}, "--batches x: expected whole numbers"),
+        ({"images": 0}, "--images 0: expected at least 1"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            parse_variants(words(**wrong))
+
+
+@pytest.mark.ray
+def test_a_model_is_benchmarked_twice_and_compared(trained, tmp_path, monkeypatch, capsys):
+    from jobs import benchmark
+
+    job, result, _ = trained
+
+    def run(*more):
+        arguments = ["benchmark", "models:/shapes@champion", f"storage.root={job.storage.root}"]
+        monkeypatch.setattr(sys, "argv", [*arguments, "--images", "6", *more])
+        benchmark.main()
+        return capsys.readouterr().out
+
+    out = run("--batches", "4", "--out", str(tmp_path / "b.json"))
+    assert "the first benchmark of this model" in out
+    assert "float32-batch4" in out
+    assert "end to end" in out
+    found = json.loads((tmp_path / "b.json").read_text())
+    assert len(found["timings"][0]["milliseconds"]) == 6
+    assert set(found["timings"][0]["percentiles_ms"]) == {"p50", "p90", "p99"}
+    assert "against the last benchmark, same protocol" in run()
+    assert "does not compare with the last benchmark: postprocess" in run("postprocess.nms_iou=0.5")
+    client = connect(job)
+    kept = [entry.path for entry in client.list_artifacts(result.run_id, "benchmarks")]
+    pictures = [path for path in kept if path.endswith(".png")]
+    assert len(pictures) == 3
+    path = client.download_artifacts(result.run_id, pictures[0], str(tmp_path))
+    assert Image.open(path).width > 500
+    assert client.get_run(result.run_id).data.metrics["benchmark.float32.fps"] > 0
