@@ -1,49 +1,144 @@
-"""Predictions on image files, prepared as in evaluation."""
+"""A trained model and its use: `gfl.load(folder).predict(images)`."""
 
-import json
-from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
+from PIL import Image
 from torch import Tensor
+from torchvision.ops import batched_nms
 
-from gfl.checkpoint import About
-from gfl.data.images import list_images, read_image
+from gfl.checkpoint import About, load_checkpoint
+from gfl.config import Config
+from gfl.data.images import list_images, pixels_of, read_image
 from gfl.data.loading import Sample, collate
 from gfl.data.transforms import as_sample, build_transforms
 from gfl.detector import Detector, place
-from gfl.postprocess import Predictions, coco_records, coco_rows
-from gfl.visualize import draw_predictions
+from gfl.postprocess import Predictions
+from gfl.results import Detections
+
+ImageLike: TypeAlias = str | Path | bytes | NDArray[np.uint8] | Tensor | Image.Image
+"""A file, its content, or RGB pixels: (H, W, 3) as an array, (3, H, W) as a tensor, both uint8."""
 
 
-class Predictor:
-    """A detector and what is needed to use it on images."""
+class Model:
+    """A detector with all that is needed to use it on images.
 
-    def __init__(self, detector: Detector, about: About) -> None:
+    Attributes:
+        detector: In evaluation mode.
+        about: What its checkpoint says: class names, metrics.
+    """
+
+    def __init__(
+        self, detector: Detector, about: About, device: torch.device | str | None = None
+    ) -> None:
+        """Take a detector to `device`, by default the first GPU if there is one."""
+        chosen = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        self.detector = place(detector.eval(), torch.device(chosen))
         self.about = about
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self._detector = place(detector.eval(), device)
-        self._transforms = build_transforms(detector.config.data, training=False)
 
-    def predict(self, image: Path | Tensor) -> Predictions:
-        """Return the detections of an image file, or of RGB pixels (3, H, W), uint8.
+    @property
+    def config(self) -> Config:
+        """The configuration it was trained with, or that it was loaded with."""
+        return self.detector.config
 
-        Boxes are in px of that image.
+    def predict(
+        self,
+        images: ImageLike | Iterable[ImageLike],
+        *,
+        batch: int = 1,
+        min_score: float = 0.0,
+        flip: bool = False,
+        scales: Sequence[float] = (1.0,),
+        progress: Callable[[int], None] | None = None,
+    ) -> list[Detections]:
+        """Return what is found in each image, in their order.
+
+        Args:
+            images: One image, several, or a folder.
+            batch: Images a forward pass. Only those of one size share one, so that a batch changes
+                no more than rounding.
+            min_score: Detections below are left out; `postprocess.score_threshold` already is.
+            flip: Look at each image mirrored, too, and merge (test-time augmentation).
+            scales: Look at each image at these multiples of its usual size, and merge.
+            progress: Is told after every pass how many images are done.
 
         Raises:
             DataError: a file that is missing or no image.
+            ValueError: pixels of another form.
         """
-        pixels = read_image(image) if isinstance(image, Path) else image
-        resized, _ = self._transforms(*as_sample(pixels, torch.zeros(0, 4)))
-        height, width = pixels.shape[-2:]
+        if batch < 1 or not scales or min(scales) <= 0:
+            raise ValueError(f"batch {batch}, scales {list(scales)}: expected positive numbers")
+        listed = list(_listed(images))
+        found: dict[int, Detections] = {}
+        for places, pixels in _batches(listed, batch):
+            for number, seen in zip(places, self._look(pixels, flip, scales), strict=True):
+                image = listed[number]
+                found[number] = Detections(
+                    source=str(image) if isinstance(image, str | Path) else "",
+                    size=(pixels[0].shape[1], pixels[0].shape[2]),
+                    predictions=seen.select(seen.scores >= min_score),
+                    classes=self.about.classes,
+                    category_ids=self.about.category_ids,
+                )
+            if progress is not None:
+                progress(len(found))
+        return [found[number] for number in range(len(listed))]
+
+    def _look(self, images: list[Tensor], flip: bool, scales: Sequence[float]) -> list[Predictions]:
+        """Return the merged detections of images (3, H, W) of one size, in every way asked for."""
+        looks = [self._pass(images, scale) for scale in scales]
+        if flip:
+            width = images[0].shape[2]
+            mirrored = [image.flip(2) for image in images]
+            for scale in scales:
+                looks.append([_mirror(seen, width) for seen in self._pass(mirrored, scale)])
+        return [self._merge(seen) for seen in zip(*looks, strict=True)]
+
+    def _pass(self, images: list[Tensor], scale: float) -> list[Predictions]:
+        data = self.config.data
+        sides = {key: round(getattr(data, key) * scale) for key in ("short_side", "long_side")}
+        transforms = build_transforms(data.model_copy(update=sides), training=False)
         no_boxes, no_labels = torch.zeros(0, 4), torch.zeros(0, dtype=torch.long)
-        sample = Sample(resized.as_subclass(Tensor), no_boxes, no_labels, 0, (height, width))
-        batch = collate([sample]).to(self._detector.pixel_mean.device)
-        inputs = self._detector.normalize(batch.pixels, batch.targets.sizes)
-        (found,) = self._detector.predict(inputs, batch.targets.sizes, batch.original_sizes)
-        return found.cpu()
+        samples = []
+        for pixels in images:
+            resized, _ = transforms(*as_sample(pixels, no_boxes))
+            size = (pixels.shape[1], pixels.shape[2])
+            samples.append(Sample(resized.as_subclass(Tensor), no_boxes, no_labels, 0, size))
+        batch = collate(samples).to(self.detector.pixel_mean.device)
+        sizes = batch.targets.sizes
+        inputs = self.detector.normalize(batch.pixels, sizes)
+        return [seen.cpu() for seen in self.detector.predict(inputs, sizes, batch.original_sizes)]
+
+    def _merge(self, looks: Sequence[Predictions]) -> Predictions:
+        """Return the detections of several looks at one image, suppressed together."""
+        if len(looks) == 1:
+            return looks[0]
+        names = [field.name for field in fields(Predictions)]
+        together = Predictions(*(torch.cat([getattr(s, n) for s in looks]) for n in names))
+        settings = self.config.postprocess
+        keep = batched_nms(together.boxes, together.scores, together.labels, settings.nms_iou)
+        return together.select(keep[: settings.detections_per_image])
+
+
+def load(
+    folder: str | Path, config: Config | None = None, device: torch.device | str | None = None
+) -> Model:
+    """Return the model of a checkpoint folder; nothing in it is unpickled.
+
+    Args:
+        folder: The checkpoint.
+        config: In place of the one it was trained with: other thresholds or image sizes, say.
+        device: By default the first GPU if there is one.
+
+    Raises:
+        ValueError: a folder that is no checkpoint, a damaged one, a `config` of another model.
+    """
+    return Model(*load_checkpoint(Path(folder), config), device)
 
 
 def image_files(paths: Sequence[Path]) -> list[Path]:
@@ -63,33 +158,56 @@ def image_files(paths: Sequence[Path]) -> list[Path]:
     return files
 
 
-def write_predictions(
-    predictor: Predictor, files: Iterable[Path], folder: Path, min_score: float
-) -> dict[str, int]:
-    """Predict on image `files` and return the number of detections of every class found.
+def _listed(images: ImageLike | Iterable[ImageLike]) -> Iterable[ImageLike]:
+    if isinstance(images, str | Path):
+        return image_files([Path(images)])
+    single = bytes | np.ndarray | Tensor | Image.Image
+    if isinstance(images, single):
+        stacked = isinstance(images, np.ndarray | Tensor) and images.ndim == 4
+        return images if stacked else [images]
+    return images
 
-    Writes `predictions.json` (a COCO dataset whose annotations have a `score` and an `edge_std`)
-    and a picture of every image, on which detections of at least `min_score` are drawn.
-    """
-    about = predictor.about
-    images: list[dict[str, Any]] = []
-    records: list[dict[str, Any]] = []
-    for number, file in enumerate(files, start=1):
-        pixels = read_image(file)
-        found = predictor.predict(pixels)
-        folder.mkdir(parents=True, exist_ok=True)
-        _, height, width = pixels.shape
-        images.append({"id": number, "file_name": str(file), "height": height, "width": width})
-        detections = coco_records(coco_rows(found, number, about.category_ids))
-        for detection, edge_std in zip(detections, found.edge_std.tolist(), strict=True):
-            _, _, w, h = detection["bbox"]
-            extra = {"id": len(records) + 1, "area": w * h, "iscrowd": 0, "edge_std": edge_std}
-            records.append(detection | extra)
-        picture = folder / f"{number:06d}-{file.stem}.png"
-        draw_predictions([pixels], [found], about.classes, picture, min_score)
-    names = zip(about.category_ids, about.classes, strict=True)
-    categories: list[dict[str, Any]] = [{"id": identity, "name": name} for identity, name in names]
-    content = {"images": images, "categories": categories, "annotations": records}
-    (folder / "predictions.json").write_text(json.dumps(content, indent=1) + "\n")
-    counts = Counter(record["category_id"] for record in records)
-    return {category["name"]: counts[category["id"]] for category in categories}
+
+def _batches(images: Sequence[ImageLike], batch: int) -> Iterator[tuple[list[int], list[Tensor]]]:
+    """Give places in `images` and pixels (3, H, W) of one size each, up to `batch` together."""
+    waiting: dict[tuple[int, ...], tuple[list[int], list[Tensor]]] = {}
+    for number, image in enumerate(images):
+        pixels = _pixels(image)
+        size = tuple(pixels.shape)
+        places, together = waiting.setdefault(size, ([], []))
+        places.append(number)
+        together.append(pixels)
+        if len(places) == batch:
+            yield waiting.pop(size)
+    yield from waiting.values()
+
+
+def _pixels(image: Any) -> Tensor:
+    """Return RGB pixels (3, H, W), uint8."""
+    if isinstance(image, str | Path):
+        return read_image(Path(image))
+    if isinstance(image, bytes | Image.Image):
+        return pixels_of(image)
+    if isinstance(image, np.ndarray) and image.ndim == 3 and image.shape[2] == 3:
+        image = torch.from_numpy(np.ascontiguousarray(image)).permute(2, 0, 1)
+    colours = isinstance(image, Tensor) and image.ndim == 3 and image.shape[0] == 3
+    if colours and image.dtype == torch.uint8 and image.numel():
+        return image.cpu()
+    form = f"{getattr(image, 'dtype', '')} {tuple(getattr(image, 'shape', ()))}".strip()
+    raise ValueError(
+        f"image: got {type(image).__name__} {form}; expected a path, bytes, a PIL image, or RGB "
+        "pixels in uint8: an array (H, W, 3) or a tensor (3, H, W)"
+    )
+
+
+def _mirror(found: Predictions, width: int) -> Predictions:
+    """Return the detections of a mirrored image as they lie in the image itself."""
+    x1, y1, x2, y2 = found.boxes.unbind(1)
+    swapped = [2, 1, 0, 3]
+    return Predictions(
+        boxes=torch.stack([width - x2, y1, width - x1, y2], dim=1),
+        scores=found.scores,
+        labels=found.labels,
+        edge_std=found.edge_std[:, swapped],
+        distributions=found.distributions[:, swapped],
+    )

@@ -1,8 +1,8 @@
 """Frames per second and latency under a recorded protocol.
 
 As GFocal measured it: one image at a time, post-processing included, loading excluded, the device
-synchronised, after five warm-ups. Most published figures do not compare because nobody knows how they
-came about: here all that decides them goes with them, and its hash tells protocols apart.
+synchronised, after five warm-ups. Most published figures do not compare because nobody knows how
+they came about: here all that decides them goes with them, and its hash tells protocols apart.
 """
 
 import copy

@@ -133,6 +133,8 @@ class Progress:
                 console.print(f"epoch {epoch}: AP {metrics['AP']:.4f}  AP50 {metrics['AP50']:.4f}")
             case {"kind": "measured", "variants": variants, "total": total}:
                 self._show_line(f"measured {variants} of {total} variants")
+            case {"kind": "predicted", "images": images, "of": total}:
+                self._show_line(f"{images} of {total} images")
             case {"kind": "evaluated", "images": images, "total": total}:
                 self._show_line(f"evaluated {images} of {total} images")
             case {"kind": "failure", "rank": rank, "reason": reason, "final": False}:

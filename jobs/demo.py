@@ -20,7 +20,6 @@ def demo(arguments: argparse.Namespace) -> None:
     """Run the demo and write `outputs/demo/summary.json`."""
     from gfl.data import load_splits
     from gfl.data.images import read_image
-    from gfl.predict import Predictor
     from gfl.visualize import draw_predictions
     from gfl_platform import registry, training
     from gfl_platform.config import load_job
@@ -34,11 +33,11 @@ def demo(arguments: argparse.Namespace) -> None:
     with Progress() as progress:
         name = time.strftime("demo-%Y%m%d-%H%M%S")
         result = training.train(job, name, resume=False, watch=progress.show)
-    predictor = Predictor(*registry.load(job, f"models:/{MODEL}@champion"))
+    model = registry.load(f"models:/{MODEL}@champion", job)
     images = [read_image(record.path) for record in load_splits(job)[1].records[:PICTURED]]
-    found = [predictor.predict(image) for image in images]
+    found = [detections.predictions for detections in model.predict(images)]
     picture = out / "predictions.png"
-    draw_predictions(images, found, predictor.about.classes, picture)
+    draw_predictions(images, found, model.about.classes, picture)
     log_file(job, result.run_id, picture)
     summary = {
         "ap": result.metrics["AP"], "ap50": result.metrics["AP50"], "fps": result.fps,

@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from jobs.console import console, parse, parser, run, show_table
+from jobs.console import Progress, parse, parser, run, show_table
 
 EXAMPLE = (
     "python -m jobs.predict models:/gfl-demo@champion street.jpg photos/ --out outputs/predictions"
@@ -21,17 +21,21 @@ def main() -> None:
     made.add_argument("images", nargs="+", type=Path, help="image files and folders of them")
     made.add_argument("--out", type=Path, default=Path("outputs/predictions"), metavar="FOLDER")
     made.add_argument("--min-score", type=float, default=0.3, help="of drawn boxes (default 0.3)")
+    made.add_argument("--format", choices=("coco", "yolo"), default="coco", help="of the files")
+    made.add_argument("--batch", type=int, default=1, help="images a forward pass")
+    made.add_argument("--flip", action="store_true", help="look at mirrored images, too")
+    made.add_argument("--scales", type=float, nargs="+", default=[1.0], help="sizes to look at")
     run(predict, parse(made))
 
 
 def predict(arguments: argparse.Namespace) -> None:
     """Predict on every image; write `predictions.json` and a picture of each."""
-    from rich.progress import track
-
-    from gfl.checkpoint import load_checkpoint, read_config
+    import gfl
+    from gfl.checkpoint import read_config
     from gfl.configfile import derive
     from gfl.data.images import read_image
-    from gfl.predict import Predictor, image_files, write_predictions
+    from gfl.outputs import write_detections
+    from gfl.predict import image_files
     from gfl_platform import registry
     from gfl_platform.config import JobConfig, job_of
     from gfl_platform.storage import scratch_folder
@@ -43,10 +47,17 @@ def predict(arguments: argparse.Namespace) -> None:
     with scratch_folder(where) as scratch:
         checkpoint = registry.fetch_checkpoint(where, arguments.model, scratch)
         job = derive(JobConfig, read_config(checkpoint), arguments.overrides)
-        predictor = Predictor(*load_checkpoint(checkpoint, job))
-    shown = track(files, "predicting", console=console, disable=not console.is_terminal)
-    found = write_predictions(predictor, shown, arguments.out, arguments.min_score)
-    show_table(arguments.model, {"images": len(files), **found, "written to": arguments.out})
+        model = gfl.load(checkpoint, job)
+    with Progress() as progress:
+        found = model.predict(
+            files,
+            batch=arguments.batch,
+            flip=arguments.flip,
+            scales=arguments.scales,
+            progress=lambda n: progress.show({"kind": "predicted", "images": n, "of": len(files)}),
+        )
+    counts = write_detections(found, arguments.out, arguments.format, arguments.min_score)
+    show_table(arguments.model, {"images": len(files), **counts, "written to": arguments.out})
 
 
 if __name__ == "__main__":

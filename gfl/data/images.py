@@ -3,8 +3,10 @@
 Shapes: H, W = height and width in px, after the turn that a file's EXIF orientation asks for.
 """
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from io import BytesIO
 from pathlib import Path
 
 import numpy as np
@@ -42,6 +44,19 @@ def read_image(path: Path) -> Tensor:
         DataError: a file that is missing or no image.
     """
     with _opened(path) as image:
+        return pixels_of(image)
+
+
+def pixels_of(image: bytes | Image.Image) -> Tensor:
+    """Return the RGB pixels (3, H, W), uint8, of an image file's content or of a PIL image.
+
+    Raises:
+        DataError: it is no image.
+    """
+    if isinstance(image, bytes):
+        with _opened(BytesIO(image)) as opened:
+            pixels = _rgb(_upright(opened))
+    else:
         pixels = _rgb(_upright(image))
     return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
 
@@ -68,14 +83,15 @@ def is_on_its_side(path: Path) -> bool:
 
 
 @contextmanager
-def _opened(path: Path) -> Iterator[Image.Image]:
+def _opened(path: Path | BytesIO) -> Iterator[Image.Image]:
     try:
         with Image.open(path) as image:
             yield image
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        reason, _, _ = str(error).partition("\n")
+        name = path if isinstance(path, Path) else f"{len(path.getbuffer())} bytes"
+        reason = re.sub(r" ?<_io.BytesIO[^>]*>", "", str(error).partition("\n")[0])
         raise DataError(
-            f"{path}: cannot be read as an image ({reason}); replace or remove it"
+            f"{name}: cannot be read as an image ({reason}); replace or remove it"
         ) from error
 
 

@@ -16,7 +16,7 @@ from gfl.configfile import dump_config, parse_config, reproducible
 from gfl.data import render_shapes
 from gfl.data.split import read_split
 from gfl.detector import Detector, place
-from gfl.predict import Predictor
+from gfl.predict import Model
 from gfl.speed import (
     UnavailableError,
     Variant,
@@ -145,9 +145,9 @@ def benchmark_worker(settings: dict[str, Any]) -> Benchmark:
             done = {"kind": "measured", "variants": number, "total": len(variants)}
             settings["events"].tell(done)
         timings.append(_timing(variant.name, seconds, variant.batch, peak["bytes"], protocol))
-    predictor = Predictor(detector, about)
+    model = Model(detector, about, device)
     paths = [record.path for record in split.records[: settings["images"]]]
-    timings.append(_end_to_end(predictor, paths, timings[0]))
+    timings.append(_end_to_end(model, paths, timings[0]))
     height, width = config.data.short_side, config.data.long_side
     return Benchmark(
         timings=timings,
@@ -220,14 +220,14 @@ def _compare(found: Benchmark, last: dict[str, Any]) -> str:
     return f"median latency {100 * change:+.1f} % against the last benchmark, same protocol"
 
 
-def _end_to_end(predictor: Predictor, paths: Sequence[Path], standard: Timing) -> Timing:
+def _end_to_end(model: Model, paths: Sequence[Path], standard: Timing) -> Timing:
     """Time predictions from the image file on."""
     for path in paths[:5]:
-        predictor.predict(path)
+        model.predict(path)
     seconds = []
     for path in paths:
         start = time.perf_counter()
-        predictor.predict(path)  # brings the boxes to the host, hence waits for the device
+        model.predict(path)  # brings the boxes to the host, hence waits for the device
         seconds.append(time.perf_counter() - start)
     return _timing("end to end", seconds, 1, 0, standard.protocol | {"from": "file"})
 

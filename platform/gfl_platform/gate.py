@@ -90,7 +90,7 @@ def rollback(job: JobConfig, name: str, why: str) -> Decision:
         if last is None or "previous" not in last.aliases:
             raise RegistryError(f"{name}: no champion before this one, so nothing to go back to")
         number = last.aliases["previous"]
-        registry.load(job, f"models:/{name}/{number}")
+        registry.load(f"models:/{name}/{number}", job)
         aliases = _crowned(number, last.aliases.get("champion"))
         return Decision("rolled back", number, aliases, last.number, [why])
 
@@ -169,7 +169,7 @@ def _faults(job: JobConfig, version: Version) -> Iterator[str]:
         if PurePosixPath(path).suffix in PICKLES:
             yield f"Artifact {path} may hold a pickle, which runs code when it is loaded."
     try:
-        registry.load(job, f"models:/{version.name}/{version.version}")
+        registry.load(f"models:/{version.name}/{version.version}", job)
     except ValueError as error:
         yield f"It cannot be loaded: {error}."
 

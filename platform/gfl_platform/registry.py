@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gfl.checkpoint import TRAINING, About, load_checkpoint
-from gfl.detector import Detector
+import gfl
+from gfl.checkpoint import TRAINING
+from gfl.predict import Model
 from gfl_platform.config import JobConfig, require_alias
 from gfl_platform.tracking import connect
 from gfl_platform.trail import FOLLOWED, OF_MODEL
@@ -93,7 +94,7 @@ def set_alias(job: JobConfig, name: str, version: int, alias: str) -> int | None
         raise RegistryError(f"alias '{alias}': only `jobs.registry promote` and `rollback` move it")
     client = connect(job)
     wanted = _version(client, name, version)
-    load(job, f"models:/{name}/{version}")
+    load(f"models:/{name}/{version}", job)
     before = next((v.version for v in _versions(client, name) if alias in v.aliases), None)
     client.set_registered_model_alias(name, alias, str(wanted.version))
     return before
@@ -127,18 +128,18 @@ def find(job: JobConfig, name: str, reference: str) -> Version:
     raise RegistryError(f"{name}@{reference}: no such alias; {_suggest(reference, aliases)}")
 
 
-def load(job: JobConfig, model: str) -> tuple[Detector, About]:
-    """Return the detector behind `model`, in evaluation mode, and what is known of it.
+def load(model: str, job: JobConfig | None = None) -> Model:
+    """Return the model behind `model`, ready to predict.
 
     Args:
-        job: Says which registry.
         model: A checkpoint folder, `models:/NAME@ALIAS`, `models:/NAME/VERSION` or `runs:/RUN_ID`.
+        job: Says which registry; by default MLFLOW_TRACKING_URI does, else it is in `outputs`.
 
     Raises:
         ValueError: no such model, or a damaged one.
     """
     with tempfile.TemporaryDirectory(prefix="gfl-model-") as scratch:
-        return load_checkpoint(fetch_checkpoint(job, model, Path(scratch)))
+        return gfl.load(fetch_checkpoint(job or JobConfig(), model, Path(scratch)))
 
 
 def fetch_checkpoint(job: JobConfig, model: str, scratch: Path) -> Path:
@@ -270,8 +271,6 @@ def _suggest(wanted: str, known: list[str]) -> str:
 
 
 def _gfl_folder() -> str:
-    import gfl
-
     return str(Path(gfl.__file__).parent)
 
 

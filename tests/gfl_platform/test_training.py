@@ -114,10 +114,10 @@ def test_a_model_is_looked_up_and_loaded_by_alias(trained):
         f"runs:/{result.run_id}",
         str(result.checkpoint),
     ):  # fmt: skip
-        detector, about = registry.load(job, model)
-        assert about.metrics == result.metrics
+        found = registry.load(model, job)
+        assert found.about.metrics == result.metrics
         for key, value in expected.state_dict().items():
-            assert torch.equal(value, detector.state_dict()[key])
+            assert torch.equal(value, found.detector.state_dict()[key])
 
 
 def test_the_registry_lists_versions_and_points_aliases(trained):
@@ -161,7 +161,7 @@ def test_the_registered_model_predicts_as_pyfunc_without_pickle(trained, monkeyp
 )
 def test_models_that_do_not_exist_are_named_with_a_suggestion(trained, model, message):
     with pytest.raises(registry.RegistryError, match=message):
-        registry.load(trained[0], model)
+        registry.load(model, trained[0])
 
 
 def test_a_run_name_that_exists_is_refused(trained):
