@@ -93,6 +93,13 @@ def recipe(where: JobConfig, model: str, overrides: Sequence[str]) -> Recipe:
     return Recipe(job, {key: tags[key] for key in DIGESTS if key in tags}, differing)
 
 
+def protocol_of(job: JobConfig, model: str) -> dict[str, str]:
+    """Return how the FPS of a model was measured in its training; empty where that is unknown."""
+    run_id = registry.run_of(job, model)
+    tags = connect(job).get_run(run_id).data.tags if run_id else {}
+    return {key.removeprefix("fps."): v for key, v in tags.items() if key.startswith("fps.")}
+
+
 def _artifact(job: JobConfig, run_id: str, name: str) -> str:
     """Return the text of a run's artifact; empty if there is none."""
     client: Any = connect(job)

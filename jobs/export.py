@@ -1,0 +1,64 @@
+"""Write a model as ONNX and .pt2, checked against itself: `python -m jobs.export MODEL`."""
+
+import argparse
+from pathlib import Path
+
+from jobs.console import parse, parser, run, show_table
+
+EXAMPLE = "python -m jobs.export models:/gfl-demo@champion --int8 --out outputs/export"
+CALIBRATION = 64
+
+
+def main() -> None:
+    """Run the command line."""
+    made = parser("Export a model; nothing is written unless it does the same there.", EXAMPLE)
+    made.add_argument("model", help="checkpoint folder, models:/NAME@ALIAS or runs:/ID")
+    made.add_argument("--format", nargs="+", choices=("onnx", "pt2"), default=("onnx", "pt2"))
+    made.add_argument("--no-nms", action="store_true", help="every location, nothing selected")
+    made.add_argument("--distributions", action="store_true", help="the learned ones are an output")
+    made.add_argument("--int8", action="store_true", help="an int8 ONNX file, too; states its AP")
+    made.add_argument("--images", type=Path, help="folder for the checks (default: data.val)")
+    made.add_argument("--check", type=int, default=16, help="images to check on (default 16)")
+    made.add_argument("--out", type=Path, default=Path("outputs/export"), metavar="FOLDER")
+    run(export, parse(made))
+
+
+def export(arguments: argparse.Namespace) -> None:
+    """Export, check, and show by how much the files differ."""
+    import gfl
+    from gfl.checkpoint import read_config
+    from gfl.configfile import derive
+    from gfl.data import load_splits
+    from gfl.data.images import list_images
+    from gfl.export import Form
+    from gfl.exporting import export as export_checked
+    from gfl.exporting import quantize
+    from gfl_platform import card, registry
+    from gfl_platform.config import JobConfig, job_of
+    from gfl_platform.storage import scratch_folder
+
+    if arguments.int8 and (arguments.no_nms or "onnx" not in arguments.format):
+        raise ValueError(
+            "--int8: is made from an ONNX file with NMS; leave out --no-nms, pt2 alone"
+        )
+    where = job_of(arguments.overrides)
+    with scratch_folder(where) as scratch:
+        checkpoint = registry.fetch_checkpoint(where, arguments.model, scratch)
+        job = derive(JobConfig, read_config(checkpoint), arguments.overrides)
+        model = gfl.load(checkpoint, job, device="cpu")
+    train, val = load_splits(job)
+    given = list_images(arguments.images) if arguments.images else []
+    images = (given or [record.path for record in val.records])[: arguments.check]
+    form = Form(not arguments.no_nms, arguments.distributions)
+    protocol = card.protocol_of(where, arguments.model)
+    found = export_checked(model, arguments.out, arguments.format, form, images, protocol)
+    for name, figures in found.items():
+        show_table(str(arguments.out / name), {"images": len(images), **figures})
+    if arguments.int8:
+        paths = [record.path for record in train.records[:CALIBRATION]]
+        figures = quantize(model, arguments.out, paths, val)
+        show_table(str(arguments.out / "model.int8.onnx"), figures)
+
+
+if __name__ == "__main__":
+    main()

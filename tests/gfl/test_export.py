@@ -1,0 +1,143 @@
+"""Exported files do what the detector does, at any size, and say what they are."""
+
+import json
+
+import numpy as np
+import onnx
+import pytest
+import torch
+
+import gfl
+from gfl.checkpoint import About
+from gfl.configfile import derive
+from gfl.data import load_splits
+from gfl.data.images import list_images
+from gfl.export import METADATA, Exportable, ExportError, Form, trace
+from gfl.exporting import export, quantize
+from gfl.parity import compare, open_onnx, open_pt2
+from gfl.predict import Model
+
+ABOUT = About(["rectangle", "ellipse", "triangle"], [1, 2, 3], 0, 0, {})
+SIZES = [(64, 64), (97, 160), (200, 333)]
+
+
+def model_of(config):
+    """Return a model whose scores differ from place to place."""
+    torch.manual_seed(0)
+    detector = gfl.Detector(config)
+    with torch.no_grad():
+        for parameter in detector.head.parameters():
+            if parameter.dim() > 1:
+                parameter.mul_(3)
+    return Model(detector, ABOUT, "cpu")
+
+
+@pytest.fixture(scope="module")
+def model(tiny):
+    return model_of(tiny)
+
+
+@pytest.fixture(scope="module")
+def files(shapes_folder):
+    return list_images(shapes_folder / "val" / "images")
+
+
+@pytest.fixture(scope="module")
+def exported(model, files, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("export") / "files"
+    figures = export(model, folder, ("onnx", "pt2"), Form(True, True), files[:3], {"device": "x"})
+    return folder, figures
+
+
+def images():
+    generator = torch.Generator().manual_seed(3)
+    return [torch.randint(0, 256, (1, 3, *size), generator=generator).float() for size in SIZES]
+
+
+def test_files_do_what_the_detector_does_at_any_size(model, exported):
+    folder, figures = exported
+    for name, run in (
+        ("model.onnx", open_onnx(folder / "model.onnx")),
+        ("model.pt2", open_pt2(folder / "model.pt2")),
+    ):
+        assert figures[name]["detections"] > 0
+        difference = compare(model, run, Form(True, True), images())
+        assert difference.detections > 50
+        assert difference.box_px < 0.01
+        boxes, scores, labels, edge_std, distributions = run(images()[0])
+        assert (boxes.shape, labels.dtype) == ((100, 4), np.int64)
+        there = scores > 0
+        np.testing.assert_allclose(distributions[there].sum(-1), 1, atol=1e-5)
+        assert (edge_std[there] > 0).all()
+
+
+def test_files_say_what_they_are(exported, tiny):
+    folder, _ = exported
+    properties = {p.key: p.value for p in onnx.load(folder / "model.onnx").metadata_props}
+    extra = {METADATA: ""}
+    torch.export.load(folder / "model.pt2", extra_files=extra)
+    about = json.loads(extra[METADATA])
+    for found in (about, {k: json.loads(v) for k, v in properties.items() if k in ("classes",)}):
+        assert found["classes"] == ABOUT.classes
+    assert about["postprocess"] == tiny.postprocess.model_dump(mode="json")
+    assert (about["short_side"], about["protocol"]) == (64, {"device": "x"})
+    assert list(about["outputs"]) == ["boxes", "scores", "labels", "edge_std", "distributions"]
+    assert json.loads((folder / "model.json").read_text())["parity"].keys() == {
+        "model.onnx", "model.pt2"
+    }  # fmt: skip
+
+
+def test_without_nms_every_location_is_an_output(model, files, tmp_path):
+    form = Form(with_nms=False)
+    export(model, tmp_path / "raw", ("onnx",), form, files[:2], {})
+    run = open_onnx(tmp_path / "raw" / "model.onnx")
+    boxes, scores = run(torch.randint(0, 256, (3, 3, 64, 96)).float())  # any batch
+    assert boxes.shape == (3, scores.shape[1], 4)
+    assert scores.shape[2] == 3
+    assert compare(model, run, form, images()).box_px < 0.01
+
+
+def test_int8_states_what_it_costs(model, exported, tiny, files):
+    folder, _ = exported
+    figures = quantize(model, folder, files[:4], load_splits(tiny)[1])
+    assert {"float32 AP", "int8 AP"} <= figures.keys()
+    assert json.loads((folder / "model.int8.json").read_text()) == figures
+    assert (folder / "model.int8.onnx").stat().st_size < (folder / "model.onnx").stat().st_size
+
+
+def test_a_file_that_does_something_else_is_not_published(model, files, tmp_path, monkeypatch):
+    from gfl import exporting
+
+    def wrong(path):
+        run = open_onnx(path)
+        return lambda image: [output + np.float32(1) for output in run(image)[:2]]
+
+    monkeypatch.setitem(exporting.OPENERS, "onnx", wrong)
+    with pytest.raises(ExportError, match="boxes differ by up to 1 px and scores by 1"):
+        export(model, tmp_path / "f", ("onnx",), Form(False), files[:1], {})
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_cannot_be_exported_is_said(tiny):
+    centerness = derive(type(tiny), tiny, ["model.quality=centerness"])
+    with pytest.raises(ExportError, match=r"model\.quality centerness: only 'joint'"):
+        Exportable(gfl.Detector(centerness), Form())
+    dirac = derive(type(tiny), tiny, ["model.edges=dirac"])
+    with pytest.raises(ExportError, match=r"model\.edges is dirac, which learns none"):
+        Exportable(gfl.Detector(dirac), Form(distributions=True))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["gfl_r50_1x", "gflv2_r50_1x", "gfl_r18_1x"])
+@pytest.mark.parametrize("with_nms", [True, False])
+def test_published_models_are_exported(name, with_nms, files, tmp_path):
+    config = gfl.load_config(f"configs/{name}.yaml", ["data.short_side=160", "data.long_side=256"])
+    form = Form(with_nms)
+    found = export(model_of(config), tmp_path / "f", ("onnx", "pt2"), form, files[:2], {})
+    assert all(figures["box_px"] < 0.01 for figures in found.values())
+
+
+def test_the_graph_keeps_no_side_of_the_example(model):
+    program = trace(Exportable(model.detector, Form(False)))
+    shapes = [node.meta["val"].shape for node in program.graph.nodes if node.op == "placeholder"]
+    assert all(not isinstance(side, int) for side in (shapes[-1][0], *shapes[-1][2:]))
