@@ -101,7 +101,7 @@ def compare(model: Model, run: Run, form: Form, images: Iterable[Tensor]) -> Dif
         count += int(np.prod(outputs[0].shape[:-1]))
     if box > BOX_PX or score > SCORE:
         raise ExportError(
-            f"boxes differ by up to {box:.3g} px and scores by {score:.3g}; rounding would be up to "
+            f"boxes differ by up to {box:.3g} px and scores by {score:.3g}; rounding is up to "
             f"{BOX_PX} px and {SCORE}"
         )
     return Difference(box, score, count)

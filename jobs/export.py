@@ -38,9 +38,7 @@ def export(arguments: argparse.Namespace) -> None:
     from gfl_platform.storage import scratch_folder
 
     if arguments.int8 and (arguments.no_nms or "onnx" not in arguments.format):
-        raise ValueError(
-            "--int8: is made from an ONNX file with NMS; leave out --no-nms, pt2 alone"
-        )
+        raise ValueError("--int8: needs an ONNX file with NMS; leave out --no-nms, add onnx")
     where = job_of(arguments.overrides)
     with scratch_folder(where) as scratch:
         checkpoint = registry.fetch_checkpoint(where, arguments.model, scratch)
