@@ -9,6 +9,7 @@ Shapes: P locations, C classes, R bins, N = `postprocess.detections_per_image`.
 
 import copy
 import json
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -103,15 +104,15 @@ class Exportable(nn.Module):
         cls_levels, reg_levels = self.detector(inputs)
         sizes = tuple((level.shape[2], level.shape[3]) for level in cls_levels)
         points = grid_points.__wrapped__(sizes, images.device)
-        cls_logits = [level.flatten(2).transpose(1, 2).contiguous() for level in cls_levels]
         reg_logits = torch.cat([level.flatten(2).transpose(1, 2) for level in reg_levels], dim=1)
         if not self.form.with_nms:
             boxes, _, distributions = self._decode(
                 reg_logits, points.xy, points.stride, height, width
             )
-            scores = torch.cat(cls_logits, dim=1).sigmoid()
+            scores = torch.cat([level.flatten(2) for level in cls_levels], dim=2)
+            scores = scores.transpose(1, 2).sigmoid()
             return (boxes, scores, distributions)[: len(self.form.outputs)]
-        scores, labels, location = self._candidates(cls_logits)
+        scores, labels, location = self._candidates(cls_levels)
         boxes, edge_std, distributions = self._decode(
             reg_logits[0, location], points.xy[location], points.stride[location], height, width
         )
@@ -127,18 +128,20 @@ class Exportable(nn.Module):
         inside = [x1.clamp(0, width), y1.clamp(0, height), x2.clamp(0, width), y2.clamp(0, height)]
         return torch.stack(inside, dim=-1), std * stride, distributions
 
-    def _candidates(self, cls_logits: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    def _candidates(self, cls_levels: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         """Return score, class and location, (K,), of the best per level above the threshold."""
         settings = self.detector.config.postprocess
         scores, labels, locations, start = [], [], [], 0
-        for logits in cls_logits:
-            _, count, classes = logits.shape
-            level = logits[0].sigmoid().flatten()
+        for logits in cls_levels:
+            level = logits[0].sigmoid().flatten()  # (C * H_l * W_l,)
+            cells = logits.shape[2] * logits.shape[3]
             score, index = level.topk(torch.sym_min(settings.candidates_per_level, level.shape[0]))
             scores.append(score)
-            labels.append(index % classes)
-            locations.append(index // classes + start)
-            start = start + count
+            # Division by a side that is free is beyond the ONNX exporter: look it up.
+            classes = logits.shape[1]
+            labels.append(torch.arange(classes).unsqueeze(1).repeat(1, cells).flatten()[index])
+            locations.append(torch.arange(cells).repeat(classes)[index] + start)
+            start = start + cells
         score = torch.cat(scores)
         keep = (score > settings.score_threshold).nonzero().squeeze(1)
         return score[keep], torch.cat(labels)[keep], torch.cat(locations)[keep]
@@ -187,9 +190,12 @@ def trace(model: Exportable) -> torch.export.ExportedProgram:
         sides[0] = torch.export.Dim.DYNAMIC
     shape = TRACED if model.form.with_nms else (2, *TRACED[1:])
     images = torch.randint(0, 256, shape).float()
-    # A level may be one cell wide: the graph must not take it for more.
-    with torch.no_grad(), fx_config.patch(backed_size_oblivious=True):  # type: ignore[attr-defined]
-        return torch.export.export(model, (images,), dynamic_shapes=(sides,))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "`create_unbacked_symint`", FutureWarning)  # torchvision
+        # A level may be one cell wide: the graph must not take it for more.
+        oblivious = fx_config.patch(backed_size_oblivious=True)  # type: ignore[attr-defined]
+        with torch.no_grad(), oblivious:
+            return torch.export.export(model, (images,), dynamic_shapes=(sides,))
 
 
 def save_pt2(program: torch.export.ExportedProgram, path: Path, about: Mapping[str, Any]) -> None:
@@ -201,10 +207,12 @@ def save_onnx(
     program: torch.export.ExportedProgram, path: Path, form: Form, about: Mapping[str, Any]
 ) -> None:
     """Write a graph as an ONNX file with its metadata."""
-    exported = torch.onnx.export(
-        program, input_names=[INPUT], output_names=form.outputs, opset_version=OPSET, dynamo=True,
-        verbose=False,
-    )  # fmt: skip
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "`create_unbacked_symint`", FutureWarning)  # torchvision
+        exported = torch.onnx.export(
+            program, input_names=[INPUT], output_names=form.outputs, opset_version=OPSET,
+            dynamo=True, verbose=False,
+        )  # fmt: skip
     assert exported is not None
     for key, value in about.items():
         exported.model.metadata_props[key] = value if isinstance(value, str) else json.dumps(value)

@@ -193,9 +193,9 @@ def _pixels(image: Any) -> Tensor:
     colours = isinstance(image, Tensor) and image.ndim == 3 and image.shape[0] == 3
     if colours and image.dtype == torch.uint8 and image.numel():
         return image.cpu()
-    form = f"{getattr(image, 'dtype', '')} {tuple(getattr(image, 'shape', ()))}".strip()
+    form = f" {image.dtype} {tuple(image.shape)}" if hasattr(image, "dtype") else ""
     raise ValueError(
-        f"image: got {type(image).__name__} {form}; expected a path, bytes, a PIL image, or RGB "
+        f"image: got {type(image).__name__}{form}; expected a path, bytes, a PIL image, or RGB "
         "pixels in uint8: an array (H, W, 3) or a tensor (3, H, W)"
     )
 

@@ -6,6 +6,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from tests_support import attentive_detector
 
 import gfl
 from gfl.checkpoint import About
@@ -22,14 +23,7 @@ SIZES = [(64, 64), (97, 160), (200, 333)]
 
 
 def model_of(config):
-    """Return a model whose scores differ from place to place."""
-    torch.manual_seed(0)
-    detector = gfl.Detector(config)
-    with torch.no_grad():
-        for parameter in detector.head.parameters():
-            if parameter.dim() > 1:
-                parameter.mul_(3)
-    return Model(detector, ABOUT, "cpu")
+    return Model(attentive_detector(config), ABOUT, "cpu")
 
 
 @pytest.fixture(scope="module")

@@ -5,6 +5,7 @@ import pytest
 import supervision
 import torch
 from PIL import Image
+from tests_support import attentive_detector
 
 import gfl
 from gfl.checkpoint import About, save_checkpoint
@@ -18,12 +19,7 @@ from gfl.results import Detections
 @pytest.fixture(scope="module")
 def folder(tiny, tmp_path_factory):
     """The checkpoint of a detector that finds something everywhere."""
-    torch.manual_seed(0)
-    detector = gfl.Detector(tiny)
-    with torch.no_grad():
-        for parameter in detector.head.parameters():
-            if parameter.dim() > 1:
-                parameter.mul_(3)
+    detector = attentive_detector(tiny)
     path = tmp_path_factory.mktemp("checkpoint")
     about = About(["rectangle", "ellipse", "triangle"], [1, 2, 5], 0, 0, {})
     save_checkpoint(path, detector, tiny, about, {})
@@ -87,7 +83,7 @@ def test_a_mirrored_look_finds_what_is_mirrored(model, files):
     (found,) = model.predict(pixels)
     (mirrored,) = model.predict(pixels.flip(2))
     back = _mirror(_mirror(mirrored.predictions, 64), 64)
-    assert torch.equal(back.boxes, mirrored.boxes)
+    torch.testing.assert_close(back.boxes, mirrored.boxes, atol=1e-4, rtol=0)
     assert torch.equal(back.edge_std, mirrored.edge_std)
     (both,) = model.predict(pixels, flip=True)
     best = max(found.scores.max(), mirrored.scores.max())
@@ -137,7 +133,7 @@ def test_yolo_files_are_written(model, files, tmp_path):
         ("nowhere.png", ValueError, r"nowhere\.png: no such image or folder"),
         (np.zeros((4, 4)), ValueError, r"got ndarray float64 \(4, 4\); expected a path"),
         (torch.zeros(3, 4, 4), ValueError, r"got Tensor torch\.float32 \(3, 4, 4\); expected"),
-        ([None], ValueError, "got NoneType; expected a path, bytes"),
+        ([None], ValueError, "got NoneType; expected a path"),
     ],
 )
 def test_what_is_no_image_is_said(model, image, error, message):

@@ -48,7 +48,7 @@ def test_the_protocol_says_what_decides_the_figure(tiny, detector, split):
     ("override", "variant", "changed"),
     [
         ("postprocess.nms_iou=0.5", Variant(), "postprocess"),
-        ("data.short_side=96", Variant(), "short_side"),
+        ("data.long_side=96", Variant(), "long_side"),
         ("seed=0", Variant("bfloat16"), "precision"),
         ("seed=0", Variant(channels_last=False), "channels_last"),
         ("seed=0", Variant(batch=2), "batch"),
