@@ -59,6 +59,7 @@ def test_a_version_is_refused_promoted_and_rolled_back(trained):
     assert [version.name for version in registry.list_versions(job)] == ["shapes", "shapes"]
 
 
+@pytest.mark.cluster
 def test_a_version_with_a_pickle_or_another_ap_is_refused(trained):
     job, result, _ = trained
     client = connect(job)

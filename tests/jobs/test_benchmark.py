@@ -32,6 +32,7 @@ def test_variants_are_what_the_command_line_asks_for():
             parse_variants(words(**wrong))
 
 
+@pytest.mark.cluster
 @pytest.mark.ray
 def test_a_model_is_benchmarked_twice_and_compared(trained, tmp_path, monkeypatch, capsys):
     from jobs import benchmark

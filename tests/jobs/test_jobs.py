@@ -89,6 +89,7 @@ def outputs(trained):
     return Path(trained[0].storage.root)
 
 
+@pytest.mark.cluster
 @pytest.mark.ray
 def test_an_interrupted_training_resumes_to_the_same_weights_in_the_same_run(outputs, tiny_file):
     arguments = (
@@ -188,6 +189,7 @@ def test_the_registry_is_listed_shown_and_promoted(outputs, monkeypatch, capsys)
     assert "promoted 1" in registry_says("history", "shapes")
 
 
+@pytest.mark.cluster
 @pytest.mark.ray
 def test_a_job_is_submitted_from_a_clean_clone_with_a_token(tmp_path, ray_head):
     """`ray job submit` as the README words it, to a head that wants a token."""
