@@ -40,3 +40,4 @@ imports: $(INSTALLED)
 bench: $(INSTALLED)
 	$(BIN)/python -m benchmarks.steps
 	$(BIN)/python -m benchmarks.evaluation
+	$(BIN)/python -m benchmarks.sweep

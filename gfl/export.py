@@ -207,6 +207,8 @@ def save_onnx(
     program: torch.export.ExportedProgram, path: Path, form: Form, about: Mapping[str, Any]
 ) -> None:
     """Write a graph as an ONNX file with its metadata."""
+    if any("deform_conv2d" in str(node.target) for node in program.graph.nodes):
+        raise ExportError("model.backbone.deformable: cannot be exported to ONNX; --format pt2")
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "`create_unbacked_symint`", FutureWarning)  # torchvision
         exported = torch.onnx.export(
