@@ -1,7 +1,7 @@
 """Exported inference beside eager: `python -m benchmarks.export CHECKPOINT`, a minute.
 
-The same image through the detector and through its ONNX file under onnxruntime, in turns, on the CPU
-with the same number of threads; post-processing included in both.
+The same image through the detector and through its ONNX file under onnxruntime, in turns, on the
+CPU with the same number of threads; post-processing included in both.
 """
 
 import argparse
