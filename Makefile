@@ -20,7 +20,7 @@ test: $(INSTALLED)
 	$(BIN)/python -m pytest -m "not slow and not cluster"
 
 test-cluster: $(INSTALLED)
-	$(BIN)/python -m pytest -m cluster
+	$(BIN)/python -m pytest -m "cluster and not slow"
 
 test-all: $(INSTALLED)
 	$(BIN)/python -m pytest

@@ -35,7 +35,7 @@ def demo(arguments: argparse.Namespace) -> None:
         result = training.train(job, name, resume=False, watch=progress.show)
     model = registry.load(f"models:/{MODEL}@champion", job)
     images = [read_image(record.path) for record in load_splits(job)[1].records[:PICTURED]]
-    found = [detections.predictions for detections in model.predict(images)]
+    found = [seen.predictions for seen in model.predict(images)]
     picture = out / "predictions.png"
     draw_predictions(images, found, model.about.classes, picture)
     log_file(job, result.run_id, picture)

@@ -44,12 +44,11 @@ def registry(arguments: argparse.Namespace) -> None:
     from gfl_platform.config import job_of, load_job
 
     given = arguments.overrides
+    job = load_job(arguments.config, given) if arguments.config else job_of(given)
     for word in given:
         if re.split("[.=]", word)[0] not in SECTIONS:
             raise ValueError(f"{word}: has no effect here; {', '.join(SECTIONS)} have")
-    arguments.run(
-        load_job(arguments.config, given) if arguments.config else job_of(given), arguments
-    )
+    arguments.run(job, arguments)
 
 
 if __name__ == "__main__":

@@ -106,6 +106,7 @@ def under_way(trials):
     return any(t.state == "running" and t.epochs >= 1 for t in trials.values())
 
 
+@pytest.mark.slow
 @pytest.mark.cluster
 @pytest.mark.timeout(900)
 def test_a_sweep_that_is_killed_in_every_way_ends_as_if_it_had_not_been(
