@@ -144,7 +144,14 @@ class Exportable(nn.Module):
             start = start + cells
         score = torch.cat(scores)
         keep = (score > settings.score_threshold).nonzero().squeeze(1)
-        return score[keep], torch.cat(labels)[keep], torch.cat(locations)[keep]
+        # Two without a score, of classes of their own: the graph relies on two being left.
+        classes = self.detector.config.model.num_classes
+        nobody = torch.tensor([classes, classes + 1])
+        return (
+            torch.cat([score[keep], torch.zeros(2)]),
+            torch.cat([torch.cat(labels)[keep], nobody]),
+            torch.cat([torch.cat(locations)[keep], torch.zeros_like(nobody)]),
+        )
 
     def _select(self, apart: Tensor, boxes: Tensor, scores: Tensor, *more: Tensor) -> Any:
         """Return the best detections after NMS of boxes `apart`, filled up with zeros."""

@@ -47,7 +47,8 @@ def describe(job: JobConfig, version: Version) -> dict[str, str]:
         tags = {k: v for k, v in run.data.tags.items() if not k.startswith("mlflow.")}
         facts = {key: f"{value:.6g}" for key, value in sorted(run.data.metrics.items())} | tags
         packages = _artifact(job, version.run_id, PACKAGES_FILE).split()
-        facts["git.diff"] = f"runs:/{version.run_id}/git.diff" if tags.get("git.changed") else ""
+        if tags.get("git.changed", "nothing") != "nothing":
+            facts["git.diff"] = f"runs:/{version.run_id}/git.diff"
     facts |= version.tags
     first = {key: facts.pop(key) for key in FIRST if key in facts}
     about = {"aliases": ", ".join(version.aliases), "run": version.run_id, **first}

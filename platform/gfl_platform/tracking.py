@@ -37,10 +37,11 @@ RESTARTS = "restarts"
 
 PACKAGES = ("torch", "torchvision", "ray", "mlflow", "hotcoco", "numpy", "safetensors")
 
-# A dead server would otherwise hold up a call for minutes.
-IMPATIENT = {
+# A dead server would otherwise hold up a call for minutes, and every small file show a bar.
+MLFLOW_SETTINGS = {
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",
+    "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
 }
 
 
@@ -60,7 +61,7 @@ def connect(job: JobConfig) -> "MlflowClient":
     Raises:
         TrackingError: a store that does not answer.
     """
-    for name, value in IMPATIENT.items():
+    for name, value in MLFLOW_SETTINGS.items():
         os.environ.setdefault(name, value)
     import mlflow
     from mlflow.exceptions import MlflowException

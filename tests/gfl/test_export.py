@@ -65,6 +65,19 @@ def test_files_do_what_the_detector_does_at_any_size(model, exported):
         assert (edge_std[there] > 0).all()
 
 
+def test_an_image_of_nothing_gives_empty_rows(exported, tiny):
+    """Of another, untrained detector, whose scores are all below the threshold."""
+    folder, _ = exported
+    quiet = attentive_detector(tiny)
+    with torch.no_grad():
+        quiet.head.cls_logits.bias.fill_(-20)
+    model = Model(quiet, ABOUT, "cpu")
+    export(model, folder / "quiet", ("onnx", "pt2"), Form(), [], {})
+    for run in (open_onnx(folder / "quiet/model.onnx"), open_pt2(folder / "quiet/model.pt2")):
+        assert all((output == 0).all() for output in run(images()[0])[1:2])
+        assert compare(model, run, Form(), images()).detections == 0
+
+
 def test_files_say_what_they_are(exported, tiny):
     folder, _ = exported
     properties = {p.key: p.value for p in onnx.load(folder / "model.onnx").metadata_props}
