@@ -11,8 +11,9 @@ interrupted, and writes down what somebody has moved by hand.
 import getpass
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 from gfl_platform.tracking import git_state
@@ -134,7 +135,8 @@ def settle(client: "MlflowClient", model: str) -> Decision | None:
         wanted = last.aliases if last else {}
         if actual == wanted:
             if last and not last.applied:
-                client.set_model_version_tag(trail_of(model), str(last.number), APPLIED, "yes")
+                entry = (trail_of(model), str(last.number))
+                _firmly(partial(client.set_model_version_tag, *entry, APPLIED, "yes"))
             return replace(last, applied=True) if last else None
         before = valid[last.based_on].aliases if last and last.based_on else {}
         if last and (_is_between(actual, before, last) or 0 < moved_to != last.number):
@@ -159,9 +161,21 @@ def _move(
 ) -> None:
     for alias in FOLLOWED:
         if alias not in wanted:
-            client.delete_registered_model_alias(model, alias)
+            _firmly(partial(client.delete_registered_model_alias, model, alias))
         elif actual.get(alias) != wanted[alias]:
-            client.set_registered_model_alias(model, alias, str(wanted[alias]))
+            _firmly(partial(client.set_registered_model_alias, model, alias, str(wanted[alias])))
+
+
+def _firmly(write: Callable[[], None]) -> None:
+    """Write; again where another process wrote the same at the same moment, which stores refuse."""
+    from mlflow.exceptions import MlflowException
+
+    for wait in (0.05, 0.2, 1.0):
+        try:
+            return write()
+        except MlflowException:
+            time.sleep(wait)
+    return write()
 
 
 def _note_hand(
