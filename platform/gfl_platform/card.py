@@ -1,5 +1,6 @@
 """The lineage of a model: what it was made of, and how to make it again."""
 
+import hashlib
 import importlib.metadata
 import tempfile
 from collections.abc import Sequence
@@ -7,7 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from gfl.checkpoint import WEIGHTS
+from gfl.config import Config
+from gfl.configfile import config_hash
 from gfl_platform import registry
+from gfl_platform.cluster import Workers
 from gfl_platform.config import JobConfig, load_job
 from gfl_platform.registry import RegistryError, Version
 from gfl_platform.tracking import COMMIT, CONFIG_FILE, PACKAGES_FILE, connect, git_state
@@ -60,6 +65,22 @@ def describe(job: JobConfig, version: Version) -> dict[str, str]:
         if decision.version == version.version and not decision.void
     ]
     return about | {"decisions": ", ".join(decided)} | facts
+
+
+def lineage(config: Config, workers: Workers, sources: dict[str, Path | None]) -> dict[str, str]:
+    """Return what a run's model comes from, beside its data and code."""
+    device = "GPU" if workers.use_gpu else "CPU"
+    tags = {"config_hash": config_hash(config), "workers": f"{workers.count} ({device})"}
+    teacher = config.loss.distillation.teacher if config.loss.distillation else None
+    named = {"pretrained": config.model.pretrained, "teacher": teacher}
+    files = {"pretrained": sources["weights"], "teacher": sources["teacher"]}
+    for what, location in named.items():
+        if location and (file := files[what]):
+            file = file / WEIGHTS if file.is_dir() else file
+            with file.open("rb") as content:
+                digest = hashlib.file_digest(content, "sha256").hexdigest()
+            tags[f"weights.{what}"] = f"{location} (sha256 {digest[:12]})"
+    return tags
 
 
 def recipe(where: JobConfig, model: str, overrides: Sequence[str]) -> Recipe:

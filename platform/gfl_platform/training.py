@@ -1,6 +1,5 @@
 """Training on a Ray cluster: `gfl.engine.fit` in workers, reports in MLflow, checkpoints stored."""
 
-import hashlib
 import logging
 import tempfile
 import time
@@ -11,7 +10,6 @@ from typing import Any
 
 from ray.train import UserCallback
 
-from gfl.checkpoint import WEIGHTS
 from gfl.config import Config
 from gfl.configfile import (
     ConfigError,
@@ -32,6 +30,7 @@ from gfl.optim import scaled_lr
 from gfl.pretrained import load_weights
 from gfl.speed import measure_fps, protocol_hash
 from gfl_platform import cluster, registry, tracking
+from gfl_platform.card import lineage
 from gfl_platform.config import JobConfig
 from gfl_platform.events import Event, Events, Watcher, pumped
 from gfl_platform.gate import promote
@@ -177,7 +176,7 @@ def train(job: JobConfig, name: str, *, resume: bool, watch: Watcher) -> Trainin
             tracker.handle(event)
             watch(event)
 
-        tracker.handle({"kind": "tags", "tags": _lineage(config, workers, sources)})
+        tracker.handle({"kind": "tags", "tags": lineage(config, workers, sources)})
         with pumped(handle) as events:
             measured, checkpoint, metrics = run(job, sources, workers, folder, events)
         fps = measured["fps"]
@@ -196,24 +195,6 @@ def train(job: JobConfig, name: str, *, resume: bool, watch: Watcher) -> Trainin
         decision = _point(job, version, job.registry.alias, watch)
     seconds = time.perf_counter() - started
     return TrainingResult(tracker.run_id, checkpoint, metrics, fps, seconds, version, decision)
-
-
-def _lineage(
-    config: Config, workers: cluster.Workers, sources: dict[str, Path | None]
-) -> dict[str, str]:
-    """Return what a run's model comes from, beside its data and code."""
-    device = "GPU" if workers.use_gpu else "CPU"
-    tags = {"config_hash": config_hash(config), "workers": f"{workers.count} ({device})"}
-    teacher = config.loss.distillation.teacher if config.loss.distillation else None
-    named = {"pretrained": config.model.pretrained, "teacher": teacher}
-    files = {"pretrained": sources["weights"], "teacher": sources["teacher"]}
-    for what, location in named.items():
-        if location and (file := files[what]):
-            file = file / WEIGHTS if file.is_dir() else file
-            with file.open("rb") as content:
-                digest = hashlib.file_digest(content, "sha256").hexdigest()
-            tags[f"weights.{what}"] = f"{location} (sha256 {digest[:12]})"
-    return tags
 
 
 def _point(job: JobConfig, version: int, alias: str, watch: Watcher) -> Decision | None:
