@@ -1,4 +1,4 @@
-"""What a sweep adds to its trainings: `python -m benchmarks.sweep`, some minutes.
+"""What a sweep adds to its trainings: `python -m benchmarks.sweep`, a quarter of an hour.
 
 The same one-worker trainings, by `jobs.sweep` and by plain loops, one process per CPU. A plain loop
 trains with `gfl.engine.fit` and keeps the checkpoints; no Ray, no MLflow, no report.

@@ -82,7 +82,7 @@ class Trainer:
         master = None if teacher is None else place(load_checkpoint(teacher)[0], device)
         self.objective = Objective(self.detector, config, master)
         self.parallel: nn.Module = self.objective
-        if dist.is_initialized():
+        if self.world > 1:
             devices = [device] if device.type == "cuda" else None
             self.parallel = DistributedDataParallel(
                 self.objective, device_ids=devices, gradient_as_bucket_view=True

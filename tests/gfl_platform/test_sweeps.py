@@ -14,6 +14,7 @@ from gfl.configfile import ConfigError, config_hash, reproducible
 from gfl_platform import cluster, training
 from gfl_platform.config import load_job
 from gfl_platform.sweeps.plan import DrawnTrials, trial_name
+from gfl_platform.sweeps.recorder import Recorder
 from gfl_platform.sweeps.results import Trial, read_trial, write_trial
 from gfl_platform.sweeps.run import run_sweep
 from gfl_platform.sweeps.space import check_sweep, default_point, trial_job
@@ -314,3 +315,17 @@ def test_two_hundred_trials_are_little_to_their_driver(tiny_file, tmp_path):
     assert int(re.search(r"RssAnon:\s+(\d+) kB", status)[1]) < 1 << 20
     page = tmp_path / "sweeps" / "many" / "report" / "report.html"
     assert page.stat().st_size < 5e6
+
+
+def test_what_a_stopped_training_still_says_is_not_noted(tmp_path):
+    job = job_of(GRID, f"storage.root={tmp_path}")
+    recorder = Recorder(job, "s", tmp_path / "trials", "0" * 32, 1, lambda *_: None)
+    planned = {"id": "000", "point": {BETA: 2, BINS: 4}, "seed": 0, "stage": "search"}
+    recorder.handle({"kind": "started", "trial": "000", "planned": planned})
+    ended = {"kind": "ended", "trial": "000", "planned": planned, "state": "stopped early"}
+    recorder.handle(ended)
+    steps = {"kind": "steps", "trial": "000", "step": 9, "epoch": 1.5, "metrics": {"loss": 1.0}}
+    recorder.handle(steps)
+    run = connect(job).get_run(recorder.trials["000"].run_id)
+    assert (run.info.status, run.data.metrics) == ("KILLED", {})
+    assert recorder.trials["000"].state == "stopped early"

@@ -60,8 +60,10 @@ class Recorder:
     def handle(self, event: Event) -> None:
         """Note an event of a trial."""
         name = event["trial"]
-        if event["kind"] == "started" or name not in self._trackers:
+        if "planned" in event and (event["kind"] == "started" or name not in self._trackers):
             self._start(event)
+        if name not in self._trackers:
+            return  # a training that was stopped still speaks until its processes are gone
         trial = self.trials[name]
         match event["kind"]:
             case "checkpoint":

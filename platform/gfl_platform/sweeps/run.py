@@ -15,7 +15,7 @@ from gfl.data.split import Split
 from gfl.evaluation import evaluate_split
 from gfl_platform import cluster, registry, tracking
 from gfl_platform.cluster import Workers
-from gfl_platform.config import BudgetConfig, JobConfig
+from gfl_platform.config import BudgetConfig, JobConfig, SweepConfig
 from gfl_platform.events import Event, pumped
 from gfl_platform.storage import open_run_folder, read_json, scratch_folder
 from gfl_platform.sweeps.analysis import analyse
@@ -93,7 +93,7 @@ def run_sweep(
     first = trial_job(job, {}, job.seed)
     if not cluster.in_cluster():  # here workers see the same files: say at once what is wrong
         _require_measurable(job, load_splits(first)[1])
-    cluster.connect(dashboard=True)
+    cluster.connect(dashboard=_stops_trials(sweep_of(job)))
     workers = cluster.allot(first)
     share_of_batch(first, workers.count)
     tracking.connect(job)  # before anything is written
@@ -155,6 +155,13 @@ def _require_measurable(job: JobConfig, val: Split) -> None:
 def _devices(workers: Workers) -> int:
     """Return what a trial holds: GPUs, or CPUs where it takes no GPU."""
     return workers.count * (1 if workers.use_gpu else workers.cpus)
+
+
+def _stops_trials(asked: SweepConfig) -> bool:
+    """Return whether trials may be stopped before their last epoch."""
+    budget = asked.budget
+    limited = budget.epochs is not None or budget.hours is not None
+    return limited or asked.scheduler.name != "none"
 
 
 def _search(sweep: _Sweep) -> None:
@@ -249,7 +256,6 @@ def _run(sweep: _Sweep, searcher: Any, scheduler: Any, budget: BudgetStopper) ->
     for outcome in sweep.trials.glob(f"*/{OUTCOME_FILE}"):  # failed trials are tried again
         if read_json(outcome)["state"] == "failed":
             outcome.unlink()
-    stops_trials = scheduler is not None or budget.is_limited
     with scratch_folder(sweep.job) as scratch, pumped(sweep.recorder.handle) as events:
         settings = TrialSettings(sweep.job, sweep.trials, sweep.workers, events, sweep.train)
         tune.run(
@@ -265,7 +271,9 @@ def _run(sweep: _Sweep, searcher: Any, scheduler: Any, budget: BudgetStopper) ->
             max_concurrent_trials=_concurrency(sweep),
             max_failures=sweep.job.cluster.max_failures,
             raise_on_failed_trial=False,
-            reuse_actors=not stops_trials,  # it saves seconds, but not while a training runs on
+            reuse_actors=not _stops_trials(
+                sweep_of(sweep.job)
+            ),  # it saves seconds, but not while a training runs on
             verbose=0,
         )
     sweep.recorder.end_running("out of budget")

@@ -96,11 +96,6 @@ class BudgetStopper(Stopper):
         self._epochs = epochs_used
         self._started = time.monotonic() - seconds_used
 
-    @property
-    def is_limited(self) -> bool:
-        """Whether there is a limit at all."""
-        return self._budget.epochs is not None or self._budget.hours is not None
-
     def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
         """Count an epoch; no single trial is stopped."""
         self._epochs += "final" not in result
