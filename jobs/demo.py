@@ -24,7 +24,8 @@ def demo(arguments: argparse.Namespace) -> None:
     from gfl_platform import registry, training
     from gfl_platform.config import load_job
     from gfl_platform.storage import storage_root, write_atomically
-    from gfl_platform.tracking import log_file, tracking_uri
+    from gfl_platform.store import tracking_uri
+    from gfl_platform.tracking import log_file
 
     started = time.perf_counter()
     registered = f"registry={{name: {MODEL}, alias: champion}}"
@@ -38,6 +39,7 @@ def demo(arguments: argparse.Namespace) -> None:
     found = [seen.predictions for seen in model.predict(images)]
     picture = out / "predictions.png"
     draw_predictions(images, found, model.about.classes, picture)
+    assert result.run_id  # `registry.name` needs a store
     log_file(job, result.run_id, picture)
     summary = {
         "ap": result.metrics["AP"], "ap50": result.metrics["AP50"], "fps": result.fps,

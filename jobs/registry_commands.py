@@ -66,7 +66,7 @@ def rollback(job: "JobConfig", arguments: argparse.Namespace) -> None:
 def history(job: "JobConfig", arguments: argparse.Namespace) -> None:
     """Print the trail of a model."""
     from gfl_platform import registry, trail
-    from gfl_platform.tracking import connect
+    from gfl_platform.store import connect
 
     registry.list_versions(job, arguments.name)  # or there is no such model
     client = connect(job)

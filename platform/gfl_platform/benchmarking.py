@@ -31,7 +31,8 @@ from gfl_platform import cluster
 from gfl_platform.config import JobConfig
 from gfl_platform.events import Watcher, pumped
 from gfl_platform.storage import read_json, scratch_folder
-from gfl_platform.tracking import RunTracker, connect
+from gfl_platform.store import connect
+from gfl_platform.tracking import RunTracker
 
 FOLDER = "benchmarks"
 """Among the artifacts of a run: a JSON file for each benchmark, and its picture."""
@@ -173,7 +174,7 @@ def keep(job: JobConfig, model: str, run_id: str | None, found: Benchmark, pictu
         if run_id is None:
             tags = {"kind": "benchmark", "model": model}
             with RunTracker(job, "benchmark", Path(scratch), tags) as tracker:
-                run_id = tracker.run_id
+                run_id = tracker.require_run()
         said = _compare(found, _last(job, run_id, Path(scratch)))
         when = time.strftime("%Y%m%d-%H%M%S", time.localtime(found.time_s))
         name = f"{when}-{found.standard.hash}"

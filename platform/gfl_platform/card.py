@@ -14,8 +14,9 @@ from gfl.configfile import config_hash
 from gfl_platform import registry
 from gfl_platform.cluster import Workers
 from gfl_platform.config import JobConfig, load_job
+from gfl_platform.description import COMMIT, CONFIG_FILE, PACKAGES_FILE, git_state
 from gfl_platform.registry import RegistryError, Version
-from gfl_platform.tracking import COMMIT, CONFIG_FILE, PACKAGES_FILE, connect, git_state
+from gfl_platform.store import connect
 from gfl_platform.trail import read_trail
 
 DIGESTS = ("data.train.digest", "data.val.digest")

@@ -109,6 +109,13 @@ def allot(job: JobConfig) -> Workers:
     return workers
 
 
+def node_count() -> int:
+    """Return how many nodes the cluster has."""
+    import ray
+
+    return sum(node["Alive"] for node in ray.nodes())
+
+
 def worker_device() -> torch.device:
     """Return the device of the training process that this is."""
     import ray.train.torch

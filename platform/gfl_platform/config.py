@@ -71,6 +71,9 @@ class TrackingConfig(Section):
     uri: str | None = None
     """By default MLFLOW_TRACKING_URI, else a SQLite file under `storage.root`."""
     experiment: str = "gfl"
+    unreachable: Literal["fail", "spool"] = "fail"
+    """Where no store answers when a training starts: stop, or keep what would be logged in
+    `spool.db` beside the run until one does. One that dies later never stops a training."""
     every_steps: Annotated[int, Field(gt=0, le=100)] = 10
     """Steps between logged losses, and the most a NaN stays unnoticed."""
 

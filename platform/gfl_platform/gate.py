@@ -18,7 +18,7 @@ from gfl_platform.config import GateConfig, JobConfig
 from gfl_platform.events import Watcher
 from gfl_platform.measuring import Measurement, measure, on_images_of, own_job, recall
 from gfl_platform.registry import RegistryError, Version
-from gfl_platform.tracking import connect
+from gfl_platform.store import connect
 from gfl_platform.trail import Decision, OvertakenError, append, settle
 
 PICKLES = frozenset({".pkl", ".pickle", ".pt", ".pth", ".bin", ".joblib", ".ckpt"})

@@ -19,7 +19,7 @@ from gfl_platform.evaluating import evaluate_checkpoint
 from gfl_platform.events import Watcher
 from gfl_platform.registry import Version
 from gfl_platform.storage import scratch_folder
-from gfl_platform.tracking import connect
+from gfl_platform.store import connect
 
 FOLDER = "evaluations"
 """Among the artifacts of a run: what was measured of its model, by images and protocol."""

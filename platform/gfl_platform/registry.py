@@ -11,7 +11,7 @@ import gfl
 from gfl.checkpoint import TRAINING
 from gfl.predict import Model
 from gfl_platform.config import JobConfig, require_alias
-from gfl_platform.tracking import connect
+from gfl_platform.store import connect
 from gfl_platform.trail import FOLLOWED, OF_MODEL
 
 if TYPE_CHECKING:

@@ -1,10 +1,12 @@
 """Where things lie: run folders, and weights to start from."""
 
 import difflib
+import fcntl
 import hashlib
 import json
 import os
 import shutil
+import socket
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,6 +17,9 @@ from gfl.checkpoint import WEIGHTS
 from gfl_platform.config import JobConfig
 
 TORCHVISION = "torchvision://"
+
+LOCK_FILE = "lock"
+"""In a run's folder: who holds it."""
 
 
 class StorageError(ValueError):
@@ -49,6 +54,28 @@ def open_run_folder(
             "another run.name"
         ) from error
     return folder
+
+
+@contextmanager
+def held(folder: Path) -> Iterator[None]:
+    """Hold a run's folder: one job trains a run. The system lets go where the process dies.
+
+    Raises:
+        StorageError: another job holds it.
+    """
+    with (folder / LOCK_FILE).open("a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            file.seek(0)
+            raise StorageError(
+                f"run '{folder.name}' is in the hands of {file.read().strip()}; stop that job "
+                "first, or choose another run.name"
+            ) from error
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}")
+        file.flush()
+        yield
 
 
 @contextmanager

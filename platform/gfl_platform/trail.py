@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
-from gfl_platform.tracking import git_state
+from gfl_platform.description import git_state
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient

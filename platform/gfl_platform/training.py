@@ -1,7 +1,6 @@
 """Training on a Ray cluster: `gfl.engine.fit` in workers, reports in MLflow, checkpoints stored."""
 
 import logging
-import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,33 +9,36 @@ from typing import Any
 
 from ray.train import UserCallback
 
-from gfl.config import Config
 from gfl.configfile import (
     ConfigError,
     ConfigT,
-    config_hash,
     dump_config,
     flatten,
     load_schema,
-    parse_config,
     reproducible,
 )
 from gfl.data import load_splits
 from gfl.data.loading import share_of_batch
 from gfl.detector import Detector
-from gfl.engine import EpochReport, StepReport, fit
-from gfl.findings import find_cheaply
 from gfl.optim import scaled_lr
 from gfl.pretrained import load_weights
-from gfl.speed import measure_fps, protocol_hash
-from gfl_platform import cluster, registry, tracking
+from gfl.speed import protocol_hash
+from gfl_platform import cluster, registry, store, tracking
 from gfl_platform.card import lineage
 from gfl_platform.config import JobConfig
+from gfl_platform.description import CONFIG_FILE
 from gfl_platform.events import Event, Events, Watcher, pumped
 from gfl_platform.gate import promote
-from gfl_platform.storage import fetch_model, fetch_weights, open_run_folder, write_atomically
-from gfl_platform.tracking import CONFIG_FILE
+from gfl_platform.status import StatusFile
+from gfl_platform.storage import (
+    fetch_model,
+    fetch_weights,
+    held,
+    open_run_folder,
+    write_atomically,
+)
 from gfl_platform.trail import Decision
+from gfl_platform.worker import HashCheck, train_worker
 
 logger = logging.getLogger(__name__)
 
@@ -46,7 +48,7 @@ class TrainingResult:
     """A finished training.
 
     Attributes:
-        run_id: The MLflow run.
+        run_id: The MLflow run; none if no store has answered yet.
         checkpoint: Folder of the checkpoint with the best AP.
         metrics: COCO statistics of that checkpoint.
         fps: Frames per second of the last weights (the same for all).
@@ -55,98 +57,13 @@ class TrainingResult:
         decision: Of the gate, if the configuration wants it as champion.
     """
 
-    run_id: str
+    run_id: str | None
     checkpoint: Path
     metrics: dict[str, float]
     fps: float
     seconds: float
     version: int | None
     decision: Decision | None
-
-
-class WorkerListener:
-    """Reports what a worker's `fit` does: steps to the driver, epochs with checkpoints to Ray."""
-
-    def __init__(self, events: Events) -> None:
-        import ray.train
-
-        self._events = events
-        self._is_first = ray.train.get_context().get_world_rank() == 0
-
-    def on_steps(self, report: StepReport) -> None:
-        """Tell the driver; without waiting."""
-        if self._is_first:
-            self._events.tell({"kind": "steps", **vars(report)})
-
-    def on_epoch(self, report: EpochReport) -> None:
-        """Hand over the checkpoint of rank 0."""
-        import ray.train
-
-        facts = {"epoch": report.epoch, "step": report.step, "metrics": report.metrics}
-        facts["AP"] = report.metrics["AP"]  # what Ray keeps checkpoints by
-        facts["config_hash"] = config_hash(report.config)
-        with tempfile.TemporaryDirectory(prefix="gfl-checkpoint-") as folder:
-            checkpoint = None
-            if self._is_first:
-                report.save(Path(folder))
-                checkpoint = ray.train.Checkpoint.from_directory(folder)
-            ray.train.report(facts, checkpoint=checkpoint)
-
-
-def train_worker(settings: dict[str, Any]) -> dict[str, Any]:
-    """Train in one process of the cluster; return what rank 0 measured at the end."""
-    import ray.train
-
-    config = parse_config(settings["config"], "job")
-    events = settings["events"]
-    device = cluster.worker_device()
-    splits = load_splits(config)
-    rank = ray.train.get_context().get_world_rank()
-    if rank == 0:
-        names = ("train", "val")
-        facts: dict[str, str | int] = {
-            f"{n}.digest": split.digest for n, split in zip(names, splits, strict=True)
-        }
-        facts |= {f"{n}.images": len(s.records) for n, s in zip(names, splits, strict=True)}
-        facts |= {f"train.dropped.{why}": count for why, count in splits[0].dropped.items()}
-        findings = [str(finding) for finding in find_cheaply(config, splits[0])]
-        events.tell({"kind": "data", "facts": facts, "findings": findings})
-    restored = ray.train.get_checkpoint()
-    options = {
-        "device": device,
-        "failure_folder": Path(settings["folder"]) / "non_finite",
-        "teacher": settings["teacher"],
-        "report_every": settings["report_every"],
-    }
-    if restored is None:
-        weights = settings["weights"]
-        trainer = fit(config, splits, WorkerListener(events), weights=weights, **options)
-    else:
-        with restored.as_directory() as folder:
-            trainer = fit(config, splits, WorkerListener(events), resume=Path(folder), **options)
-    if rank != 0:
-        return {}
-    fps, protocol = measure_fps(trainer.model, splits[1], config, device)
-    return {"fps": fps, "protocol": protocol, "epochs": trainer.epochs_done}
-
-
-class HashCheck(UserCallback):
-    """Ends a training whose workers train another configuration than they were given."""
-
-    def __init__(self, config: Config) -> None:
-        self._expected = config_hash(config)
-
-    def after_report(
-        self, run_context: Any, metrics: list[dict[str, Any]], checkpoint: Any
-    ) -> None:
-        """Compare what every worker says that it trains with."""
-        for rank, facts in enumerate(metrics):
-            if facts["config_hash"] != self._expected:
-                raise cluster.JobFailedError(
-                    f"worker {rank} trains the configuration {facts['config_hash'][:12]}, not "
-                    f"{self._expected[:12]}: its figures would be another's; are all nodes' "
-                    "packages the same?"
-                )
 
 
 def train(job: JobConfig, name: str, *, resume: bool, watch: Watcher) -> TrainingResult:
@@ -163,17 +80,23 @@ def train(job: JobConfig, name: str, *, resume: bool, watch: Watcher) -> Trainin
     cluster.connect()
     workers = cluster.allot(job)
     share_of_batch(config, workers.count)
-    tracking.connect(job)  # before anything is written
+    if job.tracking.unreachable == "fail" or job.registry.name:
+        store.connect(job)  # before anything is written
     sources = fetch_sources(job)
     logger.info("learning rate %g for %d images a step", scaled_lr(config), config.data.batch)
     folder = open_run_folder(job, name, resume=resume)
     require_same(folder / CONFIG_FILE, config, "run")
-    with tracking.RunTracker(job, name, folder) as tracker:
+    with (
+        held(folder),
+        tracking.RunTracker(job, name, folder) as tracker,
+        StatusFile(folder, workers.count, cluster.node_count()) as status,
+    ):
 
         def handle(event: Event) -> None:
             for finding in event.get("findings", ()):  # what workers log, nobody sees
                 logger.warning("warning: %s; jobs.inspect shows more", finding)
             tracker.handle(event)
+            status.handle(event)
             watch(event)
 
         tracker.handle({"kind": "tags", "tags": lineage(config, workers, sources)})
@@ -183,18 +106,19 @@ def train(job: JobConfig, name: str, *, resume: bool, watch: Watcher) -> Trainin
         tracker.handle({"kind": "result", **measured})
         version = None
         if model := job.registry.name:
-            facts = {
-                "AP": metrics["AP"],
-                "fps": fps,
-                "protocol": protocol_hash(measured["protocol"]),
-                "data": measured["protocol"]["annotations"][:12],
-            }
-            version = registry.register(job, model, checkpoint, tracker.run_id, facts)
+            facts = figures_of_version(metrics["AP"], fps, measured["protocol"])
+            version = registry.register(job, model, checkpoint, tracker.require_run(), facts)
     decision = None
     if version is not None and job.registry.alias:
         decision = _point(job, version, job.registry.alias, watch)
     seconds = time.perf_counter() - started
     return TrainingResult(tracker.run_id, checkpoint, metrics, fps, seconds, version, decision)
+
+
+def figures_of_version(ap: float, fps: float, protocol: dict[str, Any]) -> dict[str, Any]:
+    """Return what a registered version is listed with."""
+    data = protocol["annotations"][:12]
+    return {"AP": ap, "fps": fps, "protocol": protocol_hash(protocol), "data": data}
 
 
 def _point(job: JobConfig, version: int, alias: str, watch: Watcher) -> Decision | None:

@@ -8,7 +8,8 @@ import pytest
 from gfl.configfile import derive
 from gfl_platform import card, comparison, gate, registry, trail
 from gfl_platform.config import JobConfig
-from gfl_platform.tracking import connect, git_state
+from gfl_platform.description import git_state
+from gfl_platform.store import connect
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_cluster")]
 

@@ -18,7 +18,7 @@ import pytest
 from PIL import Image
 
 from gfl_platform import registry
-from gfl_platform.tracking import connect, tracking_uri
+from gfl_platform.store import connect, tracking_uri
 
 pytestmark = [pytest.mark.ray]
 

@@ -11,15 +11,15 @@ from ray import cloudpickle
 from tests_support import dry_training
 
 from gfl.configfile import ConfigError, config_hash, reproducible
-from gfl_platform import cluster, training
+from gfl_platform import cluster, worker
 from gfl_platform.config import load_job
+from gfl_platform.store import connect
 from gfl_platform.sweeps.plan import DrawnTrials, trial_name
 from gfl_platform.sweeps.recorder import Recorder
 from gfl_platform.sweeps.results import Trial, read_trial, write_trial
 from gfl_platform.sweeps.run import run_sweep
 from gfl_platform.sweeps.space import check_sweep, default_point, trial_job
 from gfl_platform.sweeps.stopping import BudgetStopper, EarlyStopping
-from gfl_platform.tracking import connect
 
 BETA, BINS = "loss.qfl.beta", "model.reg_max"
 GRID = f"sweep.space={{{BETA}: {{grid: [0.5, 2, 3]}}, {BINS}: {{choice: [4, 8]}}}}"
@@ -90,7 +90,7 @@ def test_a_section_of_the_space_is_set_from_the_command_line():
 
 def test_a_worker_that_trains_another_configuration_ends_the_run():
     job = job_of()
-    check = training.HashCheck(job)
+    check = worker.HashCheck(job)
     facts = {"config_hash": config_hash(job)}
     check.after_report(None, [facts, facts], None)
     with pytest.raises(cluster.JobFailedError, match="worker 1 trains the configuration"):

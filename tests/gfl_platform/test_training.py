@@ -18,7 +18,7 @@ from gfl_platform import cluster, registry, training
 from gfl_platform.config import JobConfig, load_job
 from gfl_platform.evaluating import evaluate_checkpoint
 from gfl_platform.storage import StorageError
-from gfl_platform.tracking import TrackingError, connect
+from gfl_platform.store import TrackingError, connect
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_cluster")]
 
@@ -330,7 +330,7 @@ def test_a_tracking_store_that_dies_does_not_hide_why_a_job_ends(tiny_file, tmp_
         raise MlflowException("server gone")
 
     with monkeypatch.context() as patch:
-        patch.setattr(tracker.client, "log_batch", fail)
+        patch.setattr("mlflow.MlflowClient.log_batch", fail)
         tracker.handle({"kind": "result", "fps": 3.0, "protocol": {"batch": 1}})
         assert connect(job).get_run(tracker.run_id).data.metrics == {}
     with pytest.raises(RuntimeError, match="the reason"), tracker:
@@ -353,7 +353,7 @@ def test_an_evaluation_that_was_logged_in_part_is_completed(tiny_file, tmp_path,
             raise MlflowException("server gone")
 
         with monkeypatch.context() as patch:
-            patch.setattr(tracker.client, "log_metric", fail)
+            patch.setattr("mlflow.MlflowClient.log_metric", fail)
             tracker.handle(event)
         tracker.handle({**event, "epoch": 2, "step": 10, "metrics": {"AP": 0.6}})
         tracker.handle(event)  # as after an interruption

@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from gfl.speed import Variant
-from gfl_platform.tracking import connect
+from gfl_platform.store import connect
 
 
 def words(**given):

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 from gfl_platform.config import load_job
+from gfl_platform.store import connect
 from gfl_platform.sweeps.results import read_trial
-from gfl_platform.tracking import connect
 
 BETA, BINS = "loss.qfl.beta", "model.reg_max"
 

@@ -13,11 +13,11 @@ from gfl.data import load_splits
 from gfl.data.loading import share_of_batch
 from gfl.data.split import Split
 from gfl.evaluation import evaluate_split
-from gfl_platform import cluster, registry, tracking
+from gfl_platform import cluster, registry, store, tracking
 from gfl_platform.cluster import Workers
 from gfl_platform.config import BudgetConfig, JobConfig, SweepConfig
 from gfl_platform.events import Event, pumped
-from gfl_platform.storage import open_run_folder, read_json, scratch_folder
+from gfl_platform.storage import open_run_folder, read_json, scratch_folder, storage_root
 from gfl_platform.sweeps.analysis import analyse
 from gfl_platform.sweeps.plan import (
     ENDED,
@@ -41,7 +41,7 @@ from gfl_platform.sweeps.statistics import direction
 from gfl_platform.sweeps.stopping import BudgetStopper, EarlyStopping
 from gfl_platform.sweeps.trial import OUTCOME_FILE, Train, TrialSettings, run_trial, train_with_ray
 from gfl_platform.sweeps.values import identity
-from gfl_platform.training import fetch_sources, require_same
+from gfl_platform.training import fetch_sources, figures_of_version, require_same
 
 CONFIG_FILE = "sweep.yaml"
 REPORT_FOLDER = "report"
@@ -96,13 +96,14 @@ def run_sweep(
     cluster.connect(dashboard=_stops_trials(sweep_of(job)))
     workers = cluster.allot(first)
     share_of_batch(first, workers.count)
-    tracking.connect(job)  # before anything is written
+    store.connect(job)  # before anything is written
     fetch_sources(first)
     folder = open_run_folder(job, name, resume=resume, kind="sweeps")
     asked = derive(JobConfig, reproducible(job), []).model_copy(update={"sweep": job.sweep})
     require_same(folder / CONFIG_FILE, asked, "sweep", MAY_CHANGE)
     with tracking.RunTracker(job, name, folder) as tracker:
-        recorder = Recorder(job, name, folder / "trials", tracker.run_id, _devices(workers), watch)
+        parent, devices = tracker.require_run(), _devices(workers)
+        recorder = Recorder(job, name, folder / "trials", parent, devices, watch)
         sweep = _Sweep(job, folder / "trials", workers, recorder, train)
         try:
             _search(sweep)
@@ -132,9 +133,11 @@ def register_best(results: SweepResults, model: str) -> int:
     if not trials:
         raise ValueError(f"--register {model}: no trial of sweep '{results.name}' finished")
     trial = max(trials, key=lambda t: direction(objective) * t.figures[objective])
-    facts = {"AP": trial.figures["AP"], "fps": trial.figures["fps"]}
     assert trial.run_id
     assert trial.checkpoint
+    outcome = storage_root(results.job) / "sweeps" / results.name / "trials" / trial.id
+    protocol = read_json(outcome / OUTCOME_FILE)["protocol"]
+    facts = figures_of_version(trial.figures["AP"], trial.figures["fps"], protocol)
     version = registry.register(results.job, model, Path(trial.checkpoint), trial.run_id, facts)
     registry.set_alias(results.job, model, version, CHALLENGER)
     return version

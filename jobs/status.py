@@ -1,0 +1,39 @@
+"""Say where a run stands: `python -m jobs.status NAME`."""
+
+import argparse
+
+from jobs.console import parse, parser, run, show_table
+
+EXAMPLE = "python -m jobs.status first storage.root=/shared/outputs"
+
+
+def main() -> None:
+    """Run the command line."""
+    made = parser("Say where a run stands: epoch, AP, time left, restarts, backlog.", EXAMPLE)
+    made.add_argument("name", help="run.name")
+    made.add_argument(
+        "--deliver", action="store_true", help="log what waits; only when no driver runs"
+    )
+    run(status, parse(made))
+
+
+def status(arguments: argparse.Namespace) -> None:
+    """Print what is noted of a run; log what waits for MLflow if asked to."""
+    from gfl_platform.config import job_of
+    from gfl_platform.status import read_status
+    from gfl_platform.storage import held, open_run_folder
+
+    job = job_of(arguments.overrides)
+    folder = open_run_folder(job, arguments.name, resume=True)
+    if arguments.deliver:
+        from gfl_platform.delivery import Delivery
+        from gfl_platform.store import connect
+
+        with held(folder):
+            connect(job)
+            Delivery(job, folder).deliver()
+    show_table(arguments.name, read_status(folder))
+
+
+if __name__ == "__main__":
+    main()

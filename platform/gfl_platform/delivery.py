@@ -1,0 +1,224 @@
+"""The way from a run's spool to MLflow, the only one that writes to runs besides the registry's."""
+
+import logging
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+from gfl_platform.config import JobConfig
+from gfl_platform.description import IDENTITY
+from gfl_platform.events import Event
+from gfl_platform.spool import SPOOL_FILE, Spool
+from gfl_platform.storage import read_json, storage_root, write_atomically
+from gfl_platform.store import TrackingError, client_of, tracking_uri
+
+logger = logging.getLogger(__name__)
+
+RUN_FILE = "run.json"
+"""Beside the checkpoints: which MLflow run they belong to, for a job that resumes."""
+
+RESTARTS = "restarts"
+"""Tag: how often a run went on after it had lost a worker, a node or its driver."""
+
+BATCH, METRICS_PER_CALL = 100, 1000
+"""Events taken from the spool at once; MLflow's limit."""
+
+LONGEST_DELAY = 60.0
+"""Seconds between two attempts to reach a store."""
+
+REFUSALS = ("INVALID_PARAMETER_VALUE", "RESOURCE_DOES_NOT_EXIST", "BAD_REQUEST")
+"""Answers of a store that would be the same next time."""
+
+
+class Delivery:
+    """Takes events from the spool of the run in a folder and logs them."""
+
+    def __init__(self, job: JobConfig, folder: Path) -> None:
+        """Open the spool; nothing is sent yet.
+
+        Args:
+            job: Says which store and which experiment.
+            folder: The run's.
+        """
+        self._job, self._folder = job, folder
+        self.client = client_of(job)
+        self.spool = Spool(folder / SPOOL_FILE)
+        self.run_id: str | None = read_json(folder / RUN_FILE).get("run_id")
+        self._delay, self._try_at = 0.0, 0.0
+
+    def deliver(self, *, at_once: bool = False) -> None:
+        """Log what waits, oldest first; after a failure, wait longer and longer to try again.
+
+        Args:
+            at_once: Whether to try although it failed a moment ago.
+        """
+        from mlflow.exceptions import MlflowException
+
+        if not at_once and time.monotonic() < self._try_at:
+            return
+        try:
+            while waiting := self.spool.first(BATCH):
+                for last, events in _together(waiting):
+                    self._log_or_drop(events)
+                    self.spool.remove(last)
+        except (MlflowException, OSError) as error:
+            self._delay = min(max(2 * self._delay, 1.0), LONGEST_DELAY)
+            self._try_at = time.monotonic() + self._delay
+            logger.warning("tracking: %s; %d events wait", _first_line(error), len(self.spool))
+        else:
+            self._delay = 0.0
+
+    def require_run(self) -> str:
+        """Return the MLflow run.
+
+        Raises:
+            TrackingError: no store has answered yet, so there is none.
+        """
+        if self.run_id is None:
+            raise TrackingError(f"{tracking_uri(self._job)}: no MLflow store answers")
+        return self.run_id
+
+    def _log_or_drop(self, events: list[Event]) -> None:
+        """Log events; drop what the store will never take, lest it hold up all that follow."""
+        from mlflow.exceptions import MlflowException
+
+        try:
+            self._log(events)
+        except MlflowException as error:
+            if error.error_code not in REFUSALS:
+                raise
+            what = events[0]["kind"]
+            logger.warning("tracking: %s; not logged: %s", _first_line(error), what)
+
+    def _metrics(self, rows: Iterable[tuple[Event, Mapping[str, float]]]) -> None:
+        from mlflow.entities import Metric
+
+        found = [
+            Metric(key, value, event["time_ms"], event.get("step", 0))
+            for event, values in rows
+            for key, value in values.items()
+        ]
+        for start in range(0, len(found), METRICS_PER_CALL):
+            part = found[start : start + METRICS_PER_CALL]
+            self.client.log_batch(self._run, metrics=part)
+
+    def _tag(self, tags: Mapping[str, str]) -> None:
+        from mlflow.entities import RunTag
+
+        self.client.log_batch(self._run, tags=[RunTag(k, v) for k, v in tags.items()])
+
+    @property
+    def _run(self) -> str:
+        return self.require_run()  # which is there: `opened` comes first
+
+    def _open(self, event: Event) -> None:
+        """Create the run that `event` describes, once: an interruption may have been in between."""
+        experiment = self._find_experiment()
+        same = f"tags.`{IDENTITY}` = '{event['tags'][IDENTITY]}'"
+        found = self.client.search_runs([experiment], filter_string=same, max_results=1)
+        run = found[0] if found else self._create(experiment, event)
+        self.run_id = run.info.run_id
+        write_atomically(self._folder / RUN_FILE, f'{{"run_id": "{self.run_id}"}}\n')
+        from mlflow.entities import Param
+
+        params = [Param(key, value) for key, value in event["params"].items()]
+        self.client.log_batch(self._run, params=params)
+        for file, text in event["texts"].items():
+            self.client.log_text(self._run, text, file)
+
+    def _create(self, experiment: str, event: Event) -> Any:
+        return self.client.create_run(
+            experiment, start_time=event["time_ms"], run_name=event["name"], tags=event["tags"]
+        )
+
+    def _find_experiment(self) -> str:
+        called = self._job.tracking.experiment
+        found = self.client.get_experiment_by_name(called)
+        if found:
+            return str(found.experiment_id)
+        embedded = tracking_uri(self._job).startswith("sqlite:")
+        location = (storage_root(self._job) / "artifacts").as_uri() if embedded else None
+        return str(self.client.create_experiment(called, location))
+
+    def _log(self, events: list[Event]) -> None:
+        """Log one event, or reports of steps that follow each other."""
+        event = events[0]
+        match event["kind"]:
+            case "steps":
+                self._metrics((e, {**e["metrics"], "epoch": e["epoch"]}) for e in events)
+            case "opened":
+                self._open(event)
+            case "reopened":
+                self.client.update_run(self._run, status="RUNNING")
+                self._tag({RESTARTS: str(event["restarts"])})
+            case "checkpoint":
+                self._log_checkpoint(event)
+            case "data":
+                self._tag({f"data.{key}": str(value) for key, value in event["facts"].items()})
+            case "result":
+                self._metrics([(event, {"fps": event["fps"]})])
+                self._tag({f"fps.{key}": str(value) for key, value in event["protocol"].items()})
+                self._tag_deleted_checkpoints()
+            case "failure" if not event["final"]:
+                self._tag({RESTARTS: str(event["restarts"])})
+            case "discarded":
+                self._tag_deleted_checkpoints(all_of_them=True)
+            case "folder":
+                folder = Path(event["path"])
+                self.client.log_artifacts(self._run, str(folder), folder.name)
+            case "tags":
+                self._tag(event["tags"])
+            case "end":
+                self.client.set_terminated(self._run, event["status"])
+
+    def _log_checkpoint(self, event: Event) -> None:
+        """Log an epoch's evaluation, and its checkpoint as a model that stays where it is.
+
+        What was logged before an interruption, whole or in part, is not logged twice.
+        """
+        import mlflow
+
+        name = f"epoch-{event['epoch']}"
+        model = next((model for model in self._models() if model.name == name), None)
+        if model is None:
+            model = mlflow.create_external_model(
+                name=name,
+                source_run_id=self._run,
+                tags={"uri": event["uri"]},
+                experiment_id=self._experiment(),
+            )
+        logged = {metric.key for metric in model.metrics or []}
+        for key in event["metrics"].keys() - logged:
+            value, step, at = event["metrics"][key], event["step"], event["time_ms"]
+            # Of a model, hence of its run, too.
+            self.client.log_metric(self._run, key, value, at, step, model_id=model.model_id)
+
+    def _tag_deleted_checkpoints(self, *, all_of_them: bool = False) -> None:
+        """Mark the models of checkpoints that gave way to better ones."""
+        for model in self._models():
+            uri = model.tags.get("uri")
+            if uri and (all_of_them or not Path(uri).is_dir()):
+                self.client.set_logged_model_tags(model.model_id, {"deleted": "true"})
+
+    def _experiment(self) -> str:
+        return str(self.client.get_run(self._run).info.experiment_id)
+
+    def _models(self) -> list[Any]:
+        found = self.client.search_logged_models(
+            [self._experiment()], filter_string=f"source_run_id = '{self._run}'"
+        )
+        return list(found)
+
+
+def _together(waiting: Mapping[int, Event]) -> Iterator[tuple[int, list[Event]]]:
+    """Give events with the number of the last: neighbouring steps together, others alone."""
+    for is_steps, group in groupby(waiting.items(), lambda item: item[1]["kind"] == "steps"):
+        items = list(group)
+        for part in [items] if is_steps else [[item] for item in items]:
+            yield part[-1][0], [event for _, event in part]
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), type(error).__name__)

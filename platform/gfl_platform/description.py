@@ -1,0 +1,55 @@
+"""What an MLflow run says of itself: configuration, code and packages."""
+
+import importlib.metadata
+import subprocess
+import uuid
+from collections.abc import Mapping
+from pathlib import Path
+
+import yaml
+
+from gfl.configfile import flatten
+from gfl_platform.config import JobConfig
+from gfl_platform.events import Event
+
+CONFIG_FILE, PACKAGES_FILE, DIFF_FILE = "config.yaml", "packages.txt", "git.diff"
+"""Among the artifacts of a run: how it was configured, and what it ran with."""
+
+COMMIT = "git.commit"
+
+IDENTITY = "identity"
+"""Tag: given to a run before its store could be reached."""
+
+PACKAGES = ("torch", "torchvision", "ray", "mlflow", "hotcoco", "numpy", "safetensors")
+
+
+def describe(job: JobConfig, name: str, tags: Mapping[str, str]) -> Event:
+    """Return what a new run holds: the configuration, the code's state, the packages."""
+    values = job.model_dump(mode="json")
+    commit, changed, diff = git_state()
+    versions = [f"{package}=={importlib.metadata.version(package)}" for package in PACKAGES]
+    texts = {CONFIG_FILE: yaml.safe_dump(values, sort_keys=False)}
+    texts[PACKAGES_FILE] = "\n".join(versions) + "\n"
+    if diff:
+        texts[DIFF_FILE] = diff
+    state = {COMMIT: commit, "git.changed": changed or "nothing", IDENTITY: uuid.uuid4().hex}
+    return {
+        "name": name,
+        "tags": {**tags, **state},
+        "params": {key: str(value) for key, value in flatten(values).items()},
+        "texts": texts,
+    }
+
+
+def git_state() -> tuple[str, str, str]:
+    """Return the code's commit (`unknown` outside a repository), changed files and their diff."""
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(Path(__file__).parents[2]), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+    try:
+        changed = ", ".join(line[3:] for line in git("status", "--porcelain").splitlines())
+        return git("rev-parse", "HEAD").strip(), changed, git("diff", "HEAD")
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown", "", ""

@@ -1,0 +1,74 @@
+"""The MLflow store that a job writes to: which one, and whether it answers.
+
+Importing MLflow costs seconds, so it is imported where it is used.
+"""
+
+import logging
+import os
+from typing import TYPE_CHECKING
+
+from gfl_platform.config import JobConfig
+from gfl_platform.storage import storage_root
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+
+# A dead server would otherwise hold up a call for minutes, and every small file show a bar.
+MLFLOW_SETTINGS = {
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",
+    "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
+}
+
+
+class TrackingError(ValueError):
+    """A tracking store that cannot be used."""
+
+
+def tracking_uri(job: JobConfig) -> str:
+    """Return the URI configured, or MLFLOW_TRACKING_URI, else a SQLite file under storage.root."""
+    chosen = job.tracking.uri or os.environ.get("MLFLOW_TRACKING_URI")
+    return chosen or f"sqlite:///{storage_root(job) / 'mlflow.db'}"
+
+
+def connect(job: JobConfig) -> "MlflowClient":
+    """Return a client of the job's tracking store and registry; make them MLflow's current ones.
+
+    Raises:
+        TrackingError: a store that does not answer.
+    """
+    from mlflow.exceptions import MlflowException
+
+    try:
+        client = client_of(job)
+        client.search_experiments(max_results=1)
+    except (MlflowException, OSError) as error:
+        reason = str(error).partition(" failed with ")[0].splitlines()[0]
+        raise TrackingError(
+            f"{tracking_uri(job)}: no MLflow store answers ({reason}); start it, set tracking.uri "
+            "or MLFLOW_TRACKING_URI, or let a training keep its figures until one does with "
+            "tracking.unreachable=spool"
+        ) from error
+    return client
+
+
+def client_of(job: JobConfig) -> "MlflowClient":
+    """Return the client, whether the store answers or not."""
+    for name, value in MLFLOW_SETTINGS.items():
+        os.environ.setdefault(name, value)
+    import mlflow
+
+    uri = tracking_uri(job)
+    storage_root(job).mkdir(parents=True, exist_ok=True)
+    for chatty in ("alembic", "mlflow"):  # tell of every migration and registration
+        logging.getLogger(chatty).setLevel(logging.WARNING)
+    chosen_by_user = os.environ.get("MLFLOW_TRACKING_URI")
+    mlflow.set_tracking_uri(uri)
+    mlflow.set_registry_uri(uri)
+    # MLflow puts its URI into the environment, where the next job would find it.
+    if chosen_by_user is None:
+        os.environ.pop("MLFLOW_TRACKING_URI", None)
+    else:
+        os.environ["MLFLOW_TRACKING_URI"] = chosen_by_user
+    logging.getLogger("urllib3").setLevel(logging.ERROR)  # tells of every attempt
+    return mlflow.MlflowClient()

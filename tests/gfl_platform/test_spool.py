@@ -1,0 +1,48 @@
+"""What waits for MLflow outlives the process, keeps its order, and is bounded."""
+
+from gfl_platform.spool import SPOOL_FILE, Spool, backlog
+
+
+def steps(number):
+    return {"kind": "steps", "step": number, "metrics": {"loss": 1 / 3}}
+
+
+def test_events_outlive_the_process_in_their_order(tmp_path):
+    spool = Spool(tmp_path / SPOOL_FILE)
+    for number in range(5):
+        spool.add(steps(number))
+    spool.close()
+    again = Spool(tmp_path / SPOOL_FILE)
+    found = again.first(3)
+    assert list(found.values()) == [steps(0), steps(1), steps(2)]
+    again.remove(max(found))
+    assert backlog(tmp_path) == len(again) == 2
+    assert [event["step"] for event in again.first(9).values()] == [3, 4]
+
+
+def test_a_run_without_a_spool_has_no_backlog(tmp_path):
+    assert backlog(tmp_path) == 0
+    assert not (tmp_path / SPOOL_FILE).exists()
+
+
+def test_numbers_rise_and_outlive_the_process(tmp_path):
+    spool = Spool(tmp_path / SPOOL_FILE)
+    assert [spool.raise_to("step", n) for n in (3, 3, 2, 4)] == [True, False, False, True]
+    assert [spool.count("restarts"), spool.count("restarts")] == [1, 2]
+    spool.close()
+    again = Spool(tmp_path / SPOOL_FILE)
+    assert not again.raise_to("step", 4)
+    assert again.count("restarts") == 3
+
+
+def test_a_full_spool_drops_the_oldest_steps_and_says_so(tmp_path, caplog):
+    spool = Spool(tmp_path / SPOOL_FILE, limit=20)
+    spool.add({"kind": "opened"})
+    for number in range(25):
+        spool.add(steps(number))
+    kept = list(spool.first(99).values())
+    assert len(kept) <= 20
+    assert kept[0] == {"kind": "opened"}
+    assert kept[-1] == steps(24)
+    assert [event["step"] for event in kept[1:]] == list(range(24 - len(kept) + 2, 25))
+    assert "reports of steps were dropped" in caplog.text

@@ -1,0 +1,59 @@
+"""What a driver notes of a run, and who holds it."""
+
+import pytest
+
+from gfl_platform.status import STATUS_FILE, StatusFile, read_status
+from gfl_platform.storage import StorageError, held, read_json
+
+STEPS = {
+    "kind": "steps", "step": 10, "total_steps": 40, "epoch": 0.5, "seconds_left": 120.0,
+    "metrics": {"images_per_second": 31.5, "loss": 1.0},
+}  # fmt: skip
+LOST = {"kind": "failure", "rank": 1, "reason": "killed", "final": False}
+
+
+def test_a_run_says_where_it_stands(tmp_path):
+    assert read_status(tmp_path)["state"] == "not started"
+    with StatusFile(tmp_path, workers=2, nodes=3) as status:
+        status.handle({"kind": "checkpoint", "metrics": {"AP": 0.5}})
+        status.handle({"kind": "checkpoint", "metrics": {"AP": 0.4}})
+        status._written = 0.0
+        status.handle(STEPS)
+        rows = read_status(tmp_path)
+        assert rows["state"] == "training"
+        assert rows["epoch"] == "0.50 (step 10 of 40)"
+        assert rows["left"].startswith("2 min")
+        assert rows["AP"] == "0.4000, best 0.5000"
+        assert rows["workers"] == "2 (nodes of the cluster: 3)"
+        status.handle(LOST)
+        assert "restarting after worker 1: killed" in read_status(tmp_path)["state"]
+    rows = read_status(tmp_path)
+    assert rows["state"] == "finished"
+    assert rows["restarts"].startswith("1, ")
+
+
+def test_a_run_that_goes_on_counts_its_restarts(tmp_path):
+    with pytest.raises(KeyboardInterrupt), StatusFile(tmp_path, 1, 1):
+        raise KeyboardInterrupt
+    assert read_status(tmp_path)["state"] == "stopped"
+    with StatusFile(tmp_path, 1, 1) as status:
+        status.handle(STEPS)
+    facts = read_json(tmp_path / STATUS_FILE)
+    assert facts["restarts"] == 1
+    assert facts["lost_seconds"] > 0
+
+
+def test_a_silent_driver_is_asked_for(tmp_path, monkeypatch):
+    status = StatusFile(tmp_path, 1, 1)
+    status.handle(STEPS)
+    late = read_json(tmp_path / STATUS_FILE)["time"] + 700
+    monkeypatch.setattr("gfl_platform.status.time.time", lambda: late)
+    assert "no word for 12 min" in read_status(tmp_path)["state"]
+
+
+def test_two_jobs_cannot_train_one_run(tmp_path):
+    with held(tmp_path):  # noqa: SIM117
+        with pytest.raises(StorageError, match=r"in the hands of process \d+ on"), held(tmp_path):
+            pass
+    with held(tmp_path):
+        pass
