@@ -30,6 +30,7 @@ check: lint types imports
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/python deploy/lint.py
 
 types: $(INSTALLED)
 	$(BIN)/mypy

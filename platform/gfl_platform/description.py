@@ -1,6 +1,7 @@
 """What an MLflow run says of itself: configuration, code and packages."""
 
 import importlib.metadata
+import os
 import subprocess
 import uuid
 from collections.abc import Mapping
@@ -16,6 +17,9 @@ CONFIG_FILE, PACKAGES_FILE, DIFF_FILE = "config.yaml", "packages.txt", "git.diff
 """Among the artifacts of a run: how it was configured, and what it ran with."""
 
 COMMIT = "git.commit"
+
+GIT_VARIABLES = ("GFL_GIT_COMMIT", "GFL_GIT_CHANGED", "GFL_GIT_DIFF")
+"""In the environment of a submitted job: what `git_state` returned where it was submitted."""
 
 IDENTITY = "identity"
 """Tag: given to a run before its store could be reached."""
@@ -42,7 +46,13 @@ def describe(job: JobConfig, name: str, tags: Mapping[str, str]) -> Event:
 
 
 def git_state() -> tuple[str, str, str]:
-    """Return the code's commit (`unknown` outside a repository), changed files and their diff."""
+    """Return the code's commit (`unknown` outside a repository), changed files and their diff.
+
+    A job that was submitted has no repository: its environment says.
+    """
+    if GIT_VARIABLES[0] in os.environ:
+        commit, changed, diff = (os.environ.get(name, "") for name in GIT_VARIABLES)
+        return commit, changed, diff
 
     def git(*arguments: str) -> str:
         command = ["git", "-C", str(Path(__file__).parents[2]), *arguments]

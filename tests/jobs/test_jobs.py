@@ -226,6 +226,22 @@ def test_a_job_is_submitted_from_a_clean_clone_with_a_token(tmp_path, ray_head):
     assert "submitted version 1" in done.stdout
     assert "promoted" in done.stdout
     assert list((tmp_path / "outputs" / "runs" / "submitted").glob("ray/checkpoint*/about.json"))
+    evaluation = [
+        sys.executable, "-m", "jobs.submit", "evaluate", "models:/submitted@champion",
+        f"storage.root={tmp_path}/outputs", "--address", address,
+    ]  # fmt: skip
+    evaluated = subprocess.run(
+        evaluation, cwd=clone, capture_output=True, text=True, timeout=240,
+        env=environment | {"PYTHONPATH": "platform"},
+    )  # fmt: skip
+    assert evaluated.returncode == 0, evaluated.stdout[-3000:] + evaluated.stderr[-3000:]
+    assert "AP50" in evaluated.stdout
+    wrong = subprocess.run(
+        evaluation, cwd=clone, capture_output=True, text=True, timeout=120,
+        env=environment | {"PYTHONPATH": "platform", "RAY_AUTH_TOKEN": "0" * 32},
+    )  # fmt: skip
+    assert wrong.returncode == 1
+    assert "token" in wrong.stderr
 
 
 @pytest.fixture
@@ -241,6 +257,7 @@ def ray_head(tmp_path):
         if (root / name).is_file():
             (clone / name).parent.mkdir(parents=True, exist_ok=True)
             (clone / name).write_bytes((root / name).read_bytes())
+    subprocess.run(["git", "init", "-q", str(clone)], check=True)
     environment = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS" and k != "PYTHONPATH"}
     environment |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "a1b2" * 16}
     environment |= {"RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2"}

@@ -1,0 +1,113 @@
+"""Checks the cluster's definition without a cloud: `python deploy/lint.py [FILE]`.
+
+Ray's own schema and validation, the EC2 API's parameters (which catch a misspelt `node_config`),
+and what both let through: no security group of one's own (Ray then opens port 22 to the world), no
+instance profile (no S3), images of another Ray or Python, missing files, a public dashboard.
+"""
+
+import copy
+import json
+import re
+import sys
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+ROOT = Path(__file__).parents[1]
+
+
+def problems(path: Path) -> Iterator[str]:
+    """Give what is wrong with the cluster definition at `path`."""
+    definition = yaml.safe_load(path.read_text())
+    schema = list(_of_schema(definition))
+    yield from schema
+    if schema:
+        return
+    yield from _of_ray(definition)
+    for name, node in definition["available_node_types"].items():
+        for problem in _of_node(node.get("node_config", {})):
+            yield f"available_node_types.{name}.node_config: {problem}"
+    yield from _of_versions(definition)
+    yield from _of_files(definition, path.parent)
+    yield from _of_commands(definition)
+
+
+def _of_schema(definition: dict[str, Any]) -> Iterator[str]:
+    import jsonschema
+    import ray.autoscaler
+
+    schema = json.loads((Path(ray.autoscaler.__file__).parent / "ray-schema.json").read_text())
+    for error in jsonschema.Draft7Validator(schema).iter_errors(definition):
+        yield f"{'.'.join(map(str, error.absolute_path)) or 'file'}: {error.message}"
+
+
+def _of_ray(definition: dict[str, Any]) -> Iterator[str]:
+    from ray.autoscaler._private.util import prepare_config, validate_config
+
+    try:
+        validate_config(prepare_config(copy.deepcopy(definition)))
+    except Exception as error:  # Ray raises what comes
+        yield f"Ray: {error}"
+
+
+def _of_node(config: dict[str, Any]) -> Iterator[str]:
+    import botocore.session
+    from botocore.validate import ParamValidator
+
+    model = botocore.session.get_session().get_service_model("ec2")
+    shape = model.operation_model("RunInstances").input_shape
+    report = ParamValidator().validate({**config, "MinCount": 1, "MaxCount": 1}, shape)
+    if report.has_errors():
+        yield " ".join(report.generate_report().split())
+    if not config.get("SecurityGroupIds"):
+        yield "no SecurityGroupIds: Ray would make a group with port 22 open to the world"
+    if not config.get("IamInstanceProfile"):
+        yield "no IamInstanceProfile: the node could not read or write S3"
+    if config.get("MetadataOptions", {}).get("HttpTokens") != "required":
+        yield "MetadataOptions.HttpTokens: expected 'required' (IMDSv2)"
+
+
+def _of_versions(definition: dict[str, Any]) -> Iterator[str]:
+    pinned = dict(re.findall(r"^([\w-]+)==(\S+)", (ROOT / "constraints.txt").read_text(), re.M))
+    for key in ("head_image", "worker_image"):
+        image = definition.get("docker", {}).get(key, "")
+        if not re.search(rf":{re.escape(pinned['ray'])}-py311\b", image):
+            yield f"docker.{key}: '{image}' is not Ray {pinned['ray']} with Python 3.11"
+    commands = " ".join(definition.get("setup_commands", []))
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    for dependency in project["dependencies"]:
+        name = re.split(r"[\[><=]", dependency)[0]
+        if not re.search(rf"[\s\"]{re.escape(name)}[\s\"\[]", f"{commands} "):
+            yield f"setup_commands: {name} is not installed"
+
+
+def _of_files(definition: dict[str, Any], folder: Path) -> Iterator[str]:
+    for remote, local in definition.get("file_mounts", {}).items():
+        if not local.startswith("~") and not (folder / local).exists():
+            yield f"file_mounts.{remote}: there is no {local}"
+
+
+def _of_commands(definition: dict[str, Any]) -> Iterator[str]:
+    head = " ".join(definition.get("head_start_ray_commands", []))
+    if "--dashboard-host=127.0.0.1" not in head:
+        yield "head_start_ray_commands: expected --dashboard-host=127.0.0.1 (who sees it runs code)"
+    for key in ("head_start_ray_commands", "worker_start_ray_commands"):
+        starts = [c for c in definition.get(key, []) if "ray start" in c]
+        if not all("RAY_AUTH_MODE=token" in command for command in starts):
+            yield f"{key}: expected RAY_AUTH_MODE=token before `ray start`"
+    if re.search(r"[0-9a-f]{32}", json.dumps([head, definition.get("setup_commands")])):
+        yield "a token in the file: let it travel as ~/.ray/auth_token"
+
+
+def main() -> None:
+    """Print what is wrong; exit status 1 if anything is."""
+    path = Path(sys.argv[1]) if len(sys.argv) > 1 else ROOT / "ray-cluster.yaml"
+    found = list(problems(path))
+    sys.exit("\n".join(f"error: {path.name}: {problem}" for problem in found) or None)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,50 @@
+"""The cluster's definition is sound, and what usually goes wrong in one is found."""
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+FILE = ROOT / "ray-cluster.yaml"
+
+
+@pytest.fixture(scope="module")
+def problems():
+    spec = importlib.util.spec_from_file_location("deploy_lint", ROOT / "deploy" / "lint.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.problems
+
+
+def test_ours_is_sound(problems):
+    assert list(problems(FILE)) == []
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "found"),
+    [
+        ("InstanceType: m6i.large", "InstanceTyp: m6i.large", "InstanceTyp"),
+        ("MarketType: spot", "MarketTyp: spot", "MarketTyp"),
+        ("max_workers: 8\nupscaling", "max_wrokers: 8\nupscaling", "max_wrokers"),
+        ("      SecurityGroupIds: [sg-00000000000000000] # port", "      # port", "port 22 open"),
+        ("IamInstanceProfile: {Arn: \"arn:aws:iam::000000000000:instance-profile/gfl-worker\"}",
+         "Monitoring: {Enabled: true}", "could not read or write S3"),
+        ("ray:2.60.0-py311-gpu", "ray:2.59.0-py311-gpu", "is not Ray 2.60.0"),
+        ("hotcoco ", "", "hotcoco is not installed"),
+        ("platform/gfl_platform/spot.py", "platform/spott.py", "there is no platform/spott.py"),
+        ("--dashboard-host=127.0.0.1", "--dashboard-host=0.0.0.0", "who sees it runs code"),
+        ("  - RAY_AUTH_MODE=token ray start --address", "  - ray start --address", "AUTH_MODE"),
+        ("head_node_type: head", "head_node_type: hed", "must be one of"),
+        ("HttpTokens: required", "HttpTokens: optional", "IMDSv2"),
+    ],
+)  # fmt: skip
+def test_a_mistake_is_found(problems, tmp_path, before, after, found):
+    text = FILE.read_text()
+    assert before in text
+    for name in ("constraints.txt", "platform/gfl_platform/spot.py"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    path = tmp_path / "ray-cluster.yaml"
+    path.write_text(text.replace(before, after))
+    assert any(found in problem for problem in problems(path)), list(problems(path))

@@ -1,0 +1,66 @@
+"""What is checked before a job travels."""
+
+import subprocess
+
+import pytest
+
+from gfl_platform import submission
+from gfl_platform.description import git_state
+from gfl_platform.submission import SubmissionError, shadows, submit, travelling
+
+
+@pytest.fixture
+def repository(tmp_path):
+    """A repository with one configuration, an ignored folder and an excluded one."""
+    for name in ("configs/a.yaml", "kept/big.bin", "ignored/b.yaml", "outputs/c.bin"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(b"x" * 1000)
+    (tmp_path / ".gitignore").write_text("/ignored/\n")
+    (tmp_path / "runtime-env.yaml").write_text(
+        "working_dir: .\nexcludes: [/outputs/]\nenv_vars: {}"
+    )
+    subprocess.run(["git", "init", "-q", str(tmp_path)], check=True)
+    return tmp_path
+
+
+def refused(repository, *words):
+    with pytest.raises(SubmissionError) as caught:
+        submit(words, "http://127.0.0.1:9", repository, print)
+    return str(caught.value)
+
+
+def test_what_git_ignores_and_what_is_excluded_stays(repository):
+    files = travelling(repository, ["/outputs/"])
+    assert files == {".gitignore", "runtime-env.yaml", "configs/a.yaml", "kept/big.bin"}
+
+
+def test_a_configuration_that_would_not_travel_is_named(repository):
+    assert "ignored/b.yaml: would not travel" in refused(repository, "jobs.train", "ignored/b.yaml")
+
+
+def test_too_large_a_folder_is_named(repository, monkeypatch):
+    monkeypatch.setattr(submission, "LARGEST", 2000)
+    message = refused(repository, "jobs.train", "configs/a.yaml")
+    assert "largest: " in message
+    assert "kept" in message
+
+
+def test_what_hides_the_standard_library_is_named(repository):
+    (repository / "stat.py").touch()
+    assert "stat.py: hides Python's own module" in refused(repository, "jobs.train")
+
+
+@pytest.mark.parametrize(
+    ("file", "hides"),
+    [("platform/__init__.py", True), ("platform/json.py", True), ("stat.py", True),
+     ("platform/logging/__init__.py", True), ("platform/gfl_platform/trail.py", False),
+     ("gfl/trainer.py", False), ("random/__init__.py", True), ("tests/stat.py", False)],
+)  # fmt: skip
+def test_only_modules_on_the_path_hide_others(file, hides):
+    assert (shadows({file}) == [file]) == hides
+
+
+def test_a_submitted_job_knows_its_commit(monkeypatch):
+    monkeypatch.setenv("GFL_GIT_COMMIT", "abc")
+    monkeypatch.setenv("GFL_GIT_DIFF", "a diff")
+    assert git_state() == ("abc", "", "a diff")
