@@ -92,9 +92,15 @@ def alias(job: "JobConfig", arguments: argparse.Namespace) -> None:
 
 
 def compare(job: "JobConfig", arguments: argparse.Namespace) -> None:
-    """Print how a version differs from another, and draw where they disagree."""
+    """Print how a version differs from another, and draw where they disagree.
+
+    Raises:
+        ValueError: --out is no PNG file.
+    """
     from gfl_platform import comparison, registry
 
+    if arguments.out.suffix != ".png":
+        raise ValueError(f"--out {arguments.out}: expected a file that ends in .png")
     a, b = (registry.find(job, arguments.name, v) for v in (arguments.version, arguments.other))
     with Progress() as progress:
         found = comparison.compare(job, a, b, arguments.out, progress.show)
