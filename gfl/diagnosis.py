@@ -8,10 +8,6 @@ from gfl.assigner import Targets
 from gfl.objective import Objective
 
 
-class NonFiniteLossError(RuntimeError):
-    """Training met NaN or infinity; the message names the first tensor and the images."""
-
-
 def first_non_finite(objective: Objective, images: Tensor, targets: Targets) -> str | None:
     """Repeat one training step; return the name of its first tensor with NaN or infinity, if any.
 

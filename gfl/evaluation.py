@@ -11,7 +11,7 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import hotcoco
 import numpy as np
@@ -21,10 +21,12 @@ import torch.distributed as dist
 from torch.utils.data import DataLoader
 
 from gfl.config import Config
-from gfl.data.loading import Batch
 from gfl.data.split import Split
-from gfl.detector import Detector
 from gfl.postprocess import Rows, coco_records, coco_rows
+
+if TYPE_CHECKING:
+    from gfl.data.loading import Batch
+    from gfl.detector import Detector
 
 Floats = npt.NDArray[np.float64]
 
@@ -48,9 +50,9 @@ class Evaluation:
 
 
 def evaluate(
-    detector: Detector,
+    detector: "Detector",
     split: Split,
-    loader: DataLoader[Batch],
+    loader: "DataLoader[Batch]",
     device: torch.device,
     tell: Callable[[int], None] | None = None,
 ) -> dict[str, float]:
@@ -71,9 +73,9 @@ def evaluate(
 
 
 def detect(
-    detector: Detector,
+    detector: "Detector",
     split: Split,
-    loader: DataLoader[Batch],
+    loader: "DataLoader[Batch]",
     device: torch.device,
     tell: Callable[[int], None] | None = None,
 ) -> Rows:

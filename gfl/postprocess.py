@@ -14,7 +14,6 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
-from torchvision.ops import batched_nms
 
 from gfl.boxes import ltrb_to_xyxy
 from gfl.config import PostprocessConfig
@@ -118,6 +117,8 @@ def _candidates(cls_logits: list[Tensor], per_level: int) -> tuple[Tensor, Tenso
 
 
 def _suppress(predictions: Predictions, config: PostprocessConfig) -> Predictions:
+    from torchvision.ops import batched_nms  # imports all of torchvision: late, for who only counts
+
     keep = batched_nms(predictions.boxes, predictions.scores, predictions.labels, config.nms_iou)
     return predictions.select(keep[: config.detections_per_image])
 

@@ -24,7 +24,8 @@ from gfl.configfile import ConfigError, dump_config
 from gfl.data.loading import Batch, DetectionDataset, TrainBatches, collate
 from gfl.data.split import Split
 from gfl.detector import Detector, place
-from gfl.diagnosis import NonFiniteLossError, first_non_finite
+from gfl.diagnosis import first_non_finite
+from gfl.errors import NonFiniteLossError
 from gfl.objective import Objective
 from gfl.optim import build_optimizer, build_scheduler, scaled_lr
 from gfl.pretrained import load_weights

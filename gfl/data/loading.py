@@ -23,7 +23,7 @@ from gfl.config import Config
 from gfl.data.cache import read_cached
 from gfl.data.errors import DataError
 from gfl.data.images import is_on_its_side, read_image
-from gfl.data.sampling import batches_of_one_group, repeats_per_epoch
+from gfl.data.sampling import batches_of_one_group, repeats_per_epoch, share_of_batch
 from gfl.data.split import ImageRecord, Split
 from gfl.data.transforms import as_sample, build_transforms
 
@@ -175,21 +175,6 @@ class EvaluationBatches(Sampler[list[Key]]):
 
     def __iter__(self) -> Iterator[list[Key]]:
         return iter(self._batches)
-
-
-def share_of_batch(config: Config, world: int) -> int:
-    """Return how many images of a global batch each of `world` workers takes.
-
-    Raises:
-        DataError: it cannot be shared equally.
-    """
-    batch = config.data.batch
-    if batch % world:
-        raise DataError(
-            f"data.batch: {batch} images cannot be shared equally by {world} workers; "
-            f"use a multiple of {world}"
-        )
-    return batch // world
 
 
 def build_loader(

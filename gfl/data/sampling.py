@@ -4,7 +4,8 @@ from collections import Counter
 from collections.abc import Sequence
 from math import ceil, sqrt
 
-from gfl.config import DataConfig
+from gfl.config import Config, DataConfig
+from gfl.data.errors import DataError
 from gfl.data.split import ImageRecord
 
 
@@ -49,3 +50,18 @@ def batches_of_one_group(order: Sequence[int], group: Sequence[bool], batch: int
             arranged += members
             members.clear()
     return [*arranged, *waiting[False], *waiting[True]]
+
+
+def share_of_batch(config: Config, world: int) -> int:
+    """Return how many images of a global batch each of `world` workers takes.
+
+    Raises:
+        DataError: it cannot be shared equally.
+    """
+    batch = config.data.batch
+    if batch % world:
+        raise DataError(
+            f"data.batch: {batch} images cannot be shared equally by {world} workers; "
+            f"use a multiple of {world}"
+        )
+    return batch // world

@@ -6,14 +6,16 @@ import signal
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
 from ray.train import UserCallback
 
-from gfl.diagnosis import NonFiniteLossError
+from gfl.errors import NonFiniteLossError
 from gfl_platform.config import JobConfig
 from gfl_platform.events import Events
+
+if TYPE_CHECKING:
+    import torch
 
 logger = logging.getLogger(__name__)
 
@@ -116,7 +118,7 @@ def node_count() -> int:
     return sum(node["Alive"] for node in ray.nodes())
 
 
-def worker_device() -> torch.device:
+def worker_device() -> "torch.device":
     """Return the device of the training process that this is."""
     import ray.train.torch
 
@@ -131,7 +133,7 @@ def run_workers(
     callbacks: Sequence[UserCallback] = (),
     **run_options: Any,
 ) -> Any:
-    """Run `loop(settings)` in every worker, joined in one process group, and return Ray's result.
+    """Run `loop(settings)` in every worker, joined in one process group if several, and return Ray's result.
 
     Args:
         loop: Finds `events` under `settings["events"]`; what it returns on rank 0 is
@@ -147,10 +149,14 @@ def run_workers(
             NaN a `DivergedError`.
     """
     from ray.train import RunConfig, ScalingConfig
-    from ray.train.torch import TorchTrainer
+
+    if workers.count > 1:
+        from ray.train.torch import TorchTrainer as Trainer
+    else:  # alone it needs no process group, so driver and controller no torch, which takes seconds
+        from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer as Trainer
 
     resources = {"CPU": workers.cpus} | ({"GPU": 1} if workers.use_gpu else {})
-    trainer = TorchTrainer(
+    trainer = Trainer(
         loop,
         train_loop_config=settings | {"events": events},
         scaling_config=ScalingConfig(

@@ -4,14 +4,15 @@ import importlib.metadata
 import os
 import subprocess
 import uuid
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import yaml
 
-from gfl.configfile import flatten
+from gfl.configfile import ConfigError, ConfigT, dump_config, flatten, load_schema
 from gfl_platform.config import JobConfig
 from gfl_platform.events import Event
+from gfl_platform.storage import write_atomically
 
 CONFIG_FILE, PACKAGES_FILE, DIFF_FILE = "config.yaml", "packages.txt", "git.diff"
 """Among the artifacts of a run: how it was configured, and what it ran with."""
@@ -63,3 +64,33 @@ def git_state() -> tuple[str, str, str]:
         return git("rev-parse", "HEAD").strip(), changed, git("diff", "HEAD")
     except (OSError, subprocess.CalledProcessError):
         return "unknown", "", ""
+
+
+def require_same(path: Path, config: ConfigT, what: str, free: Sequence[str] = ()) -> None:
+    """Note the configuration of a new run; refuse to go on with another than the one noted.
+
+    Args:
+        path: Where it is noted.
+        config: The present one.
+        what: Is called so in the message.
+        free: Beginnings of keys that may differ.
+
+    Raises:
+        ConfigError: names every key that differs.
+    """
+    if not path.exists():
+        write_atomically(path, dump_config(config))
+        return
+    before = flatten(load_schema(type(config), path).model_dump(mode="json"))
+    now = flatten(config.model_dump(mode="json"))
+    changes = [
+        f"{key} {before.get(key)!r} -> {now.get(key)!r}"
+        for key in sorted(before.keys() | now.keys())
+        if before.get(key) != now.get(key) and not key.startswith(tuple(free))
+    ]
+    if changes:
+        raise ConfigError(
+            f"{path}: this {what} was started with another configuration ({', '.join(changes)}); "
+            "resume it with the same, or start another run"
+        )
+    write_atomically(path, dump_config(config))

@@ -8,14 +8,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import gfl
-from gfl.checkpoint import TRAINING
-from gfl.predict import Model
 from gfl_platform.config import JobConfig, require_alias
 from gfl_platform.store import connect
 from gfl_platform.trail import FOLLOWED, OF_MODEL
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
+
+    from gfl.predict import Model
 
 CHECKPOINT = "checkpoint"
 """Name of the checkpoint among a model's artifacts."""
@@ -56,6 +56,8 @@ def register(
     client = connect(job)
     import mlflow
 
+    from gfl.checkpoint import TRAINING
+
     here = Path(__file__).parent
     status = client.get_run(run_id).info.status
     with tempfile.TemporaryDirectory(prefix="gfl-model-") as scratch:
@@ -80,6 +82,14 @@ def register(
         shown = value if isinstance(value, str) else f"{value:.6g}"
         client.set_model_version_tag(name, str(version), key, shown)
     return version
+
+
+def figures_of_version(ap: float, fps: float, protocol: dict[str, Any]) -> dict[str, Any]:
+    """Return what a registered version is listed with."""
+    from gfl.speed import protocol_hash
+
+    data = protocol["annotations"][:12]
+    return {"AP": ap, "fps": fps, "protocol": protocol_hash(protocol), "data": data}
 
 
 def set_alias(job: JobConfig, name: str, version: int, alias: str) -> int | None:
@@ -128,7 +138,7 @@ def find(job: JobConfig, name: str, reference: str) -> Version:
     raise RegistryError(f"{name}@{reference}: no such alias; {_suggest(reference, aliases)}")
 
 
-def load(model: str, job: JobConfig | None = None) -> Model:
+def load(model: str, job: JobConfig | None = None) -> "Model":
     """Return the model behind `model`, ready to predict.
 
     Args:

@@ -13,7 +13,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
-from gfl.checkpoint import WEIGHTS
 from gfl_platform.config import JobConfig
 
 TORCHVISION = "torchvision://"
@@ -113,6 +112,8 @@ def fetch_weights(job: JobConfig, location: str) -> Path:
     Raises:
         StorageError: a location that cannot be reached.
     """
+    from gfl.checkpoint import WEIGHTS
+
     if location.startswith(("models:/", "runs:/")):
         return fetch_model(job, location) / WEIGHTS
     if "://" not in location:

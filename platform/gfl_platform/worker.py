@@ -5,9 +5,6 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from ray.train import UserCallback
-
-from gfl.config import Config
 from gfl.configfile import config_hash, parse_config
 from gfl.data import load_splits
 from gfl.engine import EpochReport, StepReport, fit
@@ -96,22 +93,3 @@ def train_worker(settings: dict[str, Any]) -> dict[str, Any]:
         return {}
     fps, protocol = measure_fps(trainer.model, splits[1], config, device)
     return {"fps": fps, "protocol": protocol, "epochs": trainer.epochs_done}
-
-
-class HashCheck(UserCallback):
-    """Ends a training whose workers train another configuration than they were given."""
-
-    def __init__(self, config: Config) -> None:
-        self._expected = config_hash(config)
-
-    def after_report(
-        self, run_context: Any, metrics: list[dict[str, Any]], checkpoint: Any
-    ) -> None:
-        """Compare what every worker says that it trains with."""
-        for rank, facts in enumerate(metrics):
-            if facts["config_hash"] != self._expected:
-                raise cluster.JobFailedError(
-                    f"worker {rank} trains the configuration {facts['config_hash'][:12]}, not "
-                    f"{self._expected[:12]}: its figures would be another's; are all nodes' "
-                    "packages the same?"
-                )

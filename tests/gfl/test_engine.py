@@ -11,8 +11,9 @@ from gfl.configfile import derive
 from gfl.data import load_splits
 from gfl.data.loading import collate
 from gfl.detector import loss_names
-from gfl.diagnosis import NonFiniteLossError, first_non_finite
+from gfl.diagnosis import first_non_finite
 from gfl.engine import fit
+from gfl.errors import NonFiniteLossError
 from gfl.optim import build_optimizer, lr_factor, scaled_lr
 from gfl.trainer import Trainer
 

@@ -19,9 +19,9 @@ from gfl.configfile import (
 )
 from gfl.detector import Detector
 from gfl_platform.config import JobConfig, load_job
+from gfl_platform.fitting import fetch_sources
 from gfl_platform.storage import StorageError, fetch_weights, open_run_folder, write_atomically
 from gfl_platform.store import tracking_uri
-from gfl_platform.training import fetch_sources
 
 ROOT = Path(__file__).parents[2]
 

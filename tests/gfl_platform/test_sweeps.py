@@ -11,7 +11,7 @@ from ray import cloudpickle
 from tests_support import dry_training
 
 from gfl.configfile import ConfigError, config_hash, reproducible
-from gfl_platform import cluster, worker
+from gfl_platform import cluster, fitting
 from gfl_platform.config import load_job
 from gfl_platform.store import connect
 from gfl_platform.sweeps.plan import DrawnTrials, trial_name
@@ -90,7 +90,7 @@ def test_a_section_of_the_space_is_set_from_the_command_line():
 
 def test_a_worker_that_trains_another_configuration_ends_the_run():
     job = job_of()
-    check = worker.HashCheck(job)
+    check = fitting.HashCheck(job)
     facts = {"config_hash": config_hash(job)}
     check.after_report(None, [facts, facts], None)
     with pytest.raises(cluster.JobFailedError, match="worker 1 trains the configuration"):

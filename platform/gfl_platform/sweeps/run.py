@@ -10,13 +10,15 @@ import numpy as np
 
 from gfl.configfile import ConfigError, derive, reproducible
 from gfl.data import load_splits
-from gfl.data.loading import share_of_batch
+from gfl.data.sampling import share_of_batch
 from gfl.data.split import Split
 from gfl.evaluation import evaluate_split
 from gfl_platform import cluster, registry, store, tracking
 from gfl_platform.cluster import Workers
 from gfl_platform.config import BudgetConfig, JobConfig, SweepConfig
+from gfl_platform.description import require_same
 from gfl_platform.events import Event, pumped
+from gfl_platform.fitting import fetch_sources
 from gfl_platform.storage import open_run_folder, read_json, scratch_folder, storage_root
 from gfl_platform.sweeps.analysis import analyse
 from gfl_platform.sweeps.plan import (
@@ -41,7 +43,6 @@ from gfl_platform.sweeps.statistics import direction
 from gfl_platform.sweeps.stopping import BudgetStopper, EarlyStopping
 from gfl_platform.sweeps.trial import OUTCOME_FILE, Train, TrialSettings, run_trial, train_with_ray
 from gfl_platform.sweeps.values import identity
-from gfl_platform.training import fetch_sources, figures_of_version, require_same
 
 CONFIG_FILE = "sweep.yaml"
 REPORT_FOLDER = "report"
@@ -137,7 +138,7 @@ def register_best(results: SweepResults, model: str) -> int:
     assert trial.checkpoint
     outcome = storage_root(results.job) / "sweeps" / results.name / "trials" / trial.id
     protocol = read_json(outcome / OUTCOME_FILE)["protocol"]
-    facts = figures_of_version(trial.figures["AP"], trial.figures["fps"], protocol)
+    facts = registry.figures_of_version(trial.figures["AP"], trial.figures["fps"], protocol)
     version = registry.register(results.job, model, Path(trial.checkpoint), trial.run_id, facts)
     registry.set_alias(results.job, model, version, CHALLENGER)
     return version

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gfl_platform import training
+from gfl_platform import fitting
 from gfl_platform.cluster import DivergedError, JobFailedError, Workers, one_line
 from gfl_platform.config import JobConfig
 from gfl_platform.events import Events
@@ -82,8 +82,8 @@ def train_with_ray(job: JobConfig, folder: Path, workers: Workers, events: Event
     """Train on `workers`; go on from the latest checkpoint in `folder` if there is one."""
     from ray.tune.integration.ray_train import TuneReportCallback
 
-    sources = training.fetch_sources(job)
-    measured, checkpoint, metrics = training.run(
+    sources = fitting.fetch_sources(job)
+    measured, checkpoint, metrics = fitting.run(
         job, sources, workers, folder, events, [TuneReportCallback()]
     )
     speed = {"fps": measured["fps"], "latency_ms": 1000 / measured["fps"]}

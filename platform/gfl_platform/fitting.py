@@ -1,0 +1,126 @@
+"""A training as who starts it sees it: what it begins with, its workers, its best checkpoint.
+
+Light to import: a sweep's processes need no torch, except where one trains.
+"""
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from ray.train import UserCallback
+
+from gfl.config import Config
+from gfl.configfile import config_hash, dump_config, reproducible
+from gfl_platform import cluster
+from gfl_platform.config import JobConfig
+from gfl_platform.events import Events
+from gfl_platform.storage import fetch_model, fetch_weights
+
+logger = logging.getLogger(__name__)
+
+
+def fetch_sources(job: JobConfig) -> dict[str, Path | None]:
+    """Return the weights to start from and the teacher's checkpoint, where all nodes see them.
+
+    Raises:
+        ValueError: what cannot be fetched or loaded; before anything is written for the run.
+    """
+    weights, backbone, distillation = None, job.model.backbone, job.loss.distillation
+    if job.model.pretrained is not None:
+        weights = fetch_weights(job, job.model.pretrained)
+        if not cluster.in_cluster():  # where nodes' files may be elsewhere
+            reset = job.model.reset_classifier
+            from gfl.detector import Detector
+            from gfl.pretrained import load_weights
+
+            load_weights(Detector(reproducible(job)), weights, reset_classifier=reset)
+    elif backbone.frozen_stages >= 0 or backbone.norm_eval:
+        logger.warning(
+            "warning: model.pretrained is null, so frozen stages and fixed BatchNorm stay random; "
+            "from scratch, set model.backbone.frozen_stages=-1 and model.backbone.norm_eval=false"
+        )
+    return {
+        "weights": weights,
+        "teacher": fetch_model(job, distillation.teacher) if distillation else None,
+    }
+
+
+def run(
+    job: JobConfig,
+    sources: dict[str, Path | None],
+    workers: cluster.Workers,
+    folder: Path,
+    events: Events,
+    callbacks: Sequence[UserCallback] = (),
+) -> tuple[dict[str, Any], Path, dict[str, float]]:
+    """Train in `folder`, from the latest checkpoint there if there is one.
+
+    Args:
+        job: What to train.
+        sources: What `fetch_sources` returned.
+        workers: What to run on.
+        folder: Of the run.
+        events: Is told what happens.
+        callbacks: Of Ray's training controller.
+
+    Returns:
+        What rank 0 measured at the end, and the best checkpoint with its metrics.
+
+    Raises:
+        JobFailedError: training stopped.
+    """
+    from ray.train import CheckpointConfig, FailureConfig
+
+    config = reproducible(job)
+    result = cluster.run_workers(
+        _train,
+        {
+            "config": dump_config(config),
+            **sources,
+            "folder": str(folder),
+            "report_every": job.tracking.every_steps,
+        },
+        workers,
+        events,
+        [HashCheck(config), *callbacks],
+        name="ray",
+        storage_path=str(folder),
+        failure_config=FailureConfig(
+            max_failures=job.cluster.max_failures, controller_failure_limit=3
+        ),
+        checkpoint_config=CheckpointConfig(
+            num_to_keep=job.storage.keep_checkpoints, checkpoint_score_attribute="AP"
+        ),
+    )
+    epochs = result.return_value["epochs"]
+    if epochs < job.schedule.epochs:
+        patience = job.schedule.patience
+        logger.info("stopped after epoch %d: AP has not risen for %d epochs", epochs, patience)
+    best, facts = max(result.best_checkpoints, key=lambda pair: pair[1]["AP"])
+    return result.return_value, Path(best.path), facts["metrics"]
+
+
+def _train(settings: dict[str, Any]) -> dict[str, Any]:
+    from gfl_platform.worker import train_worker
+
+    return train_worker(settings)
+
+
+class HashCheck(UserCallback):
+    """Ends a training whose workers train another configuration than they were given."""
+
+    def __init__(self, config: Config) -> None:
+        self._expected = config_hash(config)
+
+    def after_report(
+        self, run_context: Any, metrics: list[dict[str, Any]], checkpoint: Any
+    ) -> None:
+        """Compare what every worker says that it trains with."""
+        for rank, facts in enumerate(metrics):
+            if facts["config_hash"] != self._expected:
+                raise cluster.JobFailedError(
+                    f"worker {rank} trains the configuration {facts['config_hash'][:12]}, not "
+                    f"{self._expected[:12]}: its figures would be another's; are all nodes' "
+                    "packages the same?"
+                )
