@@ -30,7 +30,7 @@ class Keeper:
 
     def on_epoch(self, report: EpochReport) -> None:
         """Save a checkpoint over the one before."""
-        report.save(self._folder)
+        report.snapshot().write(self._folder)
 
 
 def plain_loop(betas: Sequence[float], overrides: Sequence[str]) -> None:

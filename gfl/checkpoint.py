@@ -4,8 +4,10 @@
 - config.yaml: the resolved `Config`
 - about.json: class names, category ids, step, epoch, metrics
 - training.pt: optimizer and schedule, to go on from; not needed to predict
+- sha256.json: checksums of the two files that cannot be read by eye
 """
 
+import hashlib
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -13,6 +15,7 @@ from typing import Any
 
 import safetensors.torch
 import torch
+from torch import Tensor
 
 from gfl.config import Config
 from gfl.configfile import dump_config, parse_config
@@ -23,6 +26,7 @@ WEIGHTS = "weights.safetensors"
 CONFIG = "config.yaml"
 ABOUT = "about.json"
 TRAINING = "training.pt"
+CHECKSUMS = "sha256.json"
 
 
 @dataclass(frozen=True)
@@ -44,16 +48,63 @@ class About:
     metrics: dict[str, float]
 
 
-def save_checkpoint(
-    folder: Path, detector: Detector, config: Config, about: About, training: dict[str, Any]
-) -> None:
-    """Write a checkpoint into the existing `folder`."""
-    # safetensors refuses the strides of `channels_last`.
-    state = {key: value.contiguous() for key, value in detector.state_dict().items()}
-    safetensors.torch.save_file(state, folder / WEIGHTS)
-    (folder / CONFIG).write_text(dump_config(config))
-    (folder / ABOUT).write_text(json.dumps(asdict(about), indent=1))
-    torch.save(training, folder / TRAINING)
+@dataclass(frozen=True)
+class Snapshot:
+    """A checkpoint in the host's memory: training goes on while it is written."""
+
+    weights: dict[str, Tensor]
+    config: Config
+    about: About
+    training: dict[str, Any]
+
+    def write(self, folder: Path) -> None:
+        """Write the checkpoint into the existing `folder`, the checksums last."""
+        # safetensors refuses the strides of `channels_last`.
+        weights = {key: value.contiguous() for key, value in self.weights.items()}
+        safetensors.torch.save_file(weights, folder / WEIGHTS)
+        (folder / CONFIG).write_text(dump_config(self.config))
+        (folder / ABOUT).write_text(json.dumps(asdict(self.about), indent=1))
+        torch.save(self.training, folder / TRAINING)
+        sums = {name: _sha256(folder / name) for name in (WEIGHTS, TRAINING)}
+        (folder / CHECKSUMS).write_text(json.dumps(sums, indent=1))
+
+
+def take_snapshot(
+    detector: Detector, config: Config, about: About, training: dict[str, Any]
+) -> Snapshot:
+    """Copy a detector and the state of its training; waits for the device."""
+    return Snapshot(_copied(detector.state_dict()), config, about, _copied(training))
+
+
+def _copied(state: Any) -> Any:
+    if isinstance(state, Tensor):
+        return state.detach().to("cpu", copy=True)
+    if isinstance(state, dict):
+        return {key: _copied(value) for key, value in state.items()}
+    if isinstance(state, list | tuple):
+        return type(state)(_copied(value) for value in state)
+    return state
+
+
+def require_whole(folder: Path) -> None:
+    """Check a checkpoint's files against their checksums; one without any passes.
+
+    Raises:
+        ValueError: a file that is not what was written.
+    """
+    if not (folder / CHECKSUMS).is_file():
+        return
+    for name, expected in json.loads(_read(folder / CHECKSUMS)).items():
+        if (folder / name).is_file() and _sha256(folder / name) != expected:
+            raise ValueError(
+                f"{folder / name}: damaged (its SHA-256 is not the one in {CHECKSUMS}); use "
+                "another checkpoint"
+            )
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def load_checkpoint(folder: Path, config: Config | None = None) -> tuple[Detector, About]:
@@ -68,6 +119,7 @@ def load_checkpoint(folder: Path, config: Config | None = None) -> tuple[Detecto
     """
     about = read_about(folder)
     trained = read_config(folder)
+    require_whole(folder)
     if config is not None and config.model != trained.model:
         raise ValueError(
             f"model.*: the model in {folder} cannot be changed after its training; "

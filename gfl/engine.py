@@ -18,6 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from gfl.checkpoint import Snapshot
 from gfl.config import Config
 from gfl.data.loading import Batch, DetectionDataset, EvaluationBatches, build_loader
 from gfl.data.split import Split
@@ -48,22 +49,31 @@ class StepReport:
 
 
 @dataclass(frozen=True)
-class EpochReport:
-    """An epoch that has been trained and evaluated.
+class CheckpointReport:
+    """A point of training to go on from.
 
     Attributes:
         epoch: Epochs done.
         step: Steps done.
-        metrics: The COCO statistics.
-        config: What the trainer that trained it was built from.
-        save: Writes a checkpoint into an existing folder; to be called on one worker only.
+        config: What the trainer was built from.
+        snapshot: Returns the checkpoint; for one worker only, and before training goes on.
     """
 
     epoch: int
     step: int
-    metrics: dict[str, float]
     config: Config
-    save: Callable[[Path], None]
+    snapshot: Callable[[], Snapshot]
+
+
+@dataclass(frozen=True)
+class EpochReport(CheckpointReport):
+    """An epoch that has been trained and evaluated.
+
+    Attributes:
+        metrics: The COCO statistics.
+    """
+
+    metrics: dict[str, float]
 
 
 class Listener(Protocol):
@@ -71,6 +81,9 @@ class Listener(Protocol):
 
     def on_steps(self, report: StepReport) -> None:
         """Every `report_every` steps."""
+
+    def on_checkpoint(self, report: CheckpointReport) -> None:
+        """Every `checkpoint_every` steps, ends of epochs apart."""
 
     def on_epoch(self, report: EpochReport) -> None:
         """At the end of every epoch."""
@@ -87,6 +100,7 @@ def fit(
     resume: Path | None = None,
     teacher: Path | None = None,
     report_every: int = 10,
+    checkpoint_every: int | None = None,
 ) -> Trainer:
     """Train, and evaluate after every epoch.
 
@@ -101,6 +115,7 @@ def fit(
             interruption.
         teacher: Folder of the checkpoint that `loss.distillation` learns from.
         report_every: Steps between reports; the host waits for the device only then.
+        checkpoint_every: Steps between checkpoints within an epoch; none by default.
 
     Raises:
         NonFiniteLossError: at the first report after a loss or gradient turned NaN or infinite.
@@ -115,7 +130,8 @@ def fit(
     for batch in () if trainer.out_of_patience else loader:
         window.add(trainer.train_step(batch.to(device)))
         end_of_epoch = trainer.step % trainer.batches.steps_per_epoch == 0
-        if window.full or end_of_epoch:
+        to_keep = checkpoint_every is not None and trainer.step % checkpoint_every == 0
+        if window.full or end_of_epoch or to_keep:
             report, bad_step = window.close()
             if bad_step >= 0:
                 raise trainer.explain_bad_step(bad_step, failure_folder)
@@ -125,11 +141,16 @@ def fit(
             metrics = evaluate(trainer.model, val, evaluation, device)
             trainer.parallel.train()
             trainer.note_quality(metrics["AP"])
-            save = partial(trainer.save, split=train, metrics=metrics)
-            report_of = (trainer.epochs_done, trainer.step, metrics, trainer.config, save)
-            listener.on_epoch(EpochReport(*report_of))
+            snapshot = partial(trainer.snapshot, train, metrics)
+            where = (trainer.epochs_done, trainer.step, trainer.config)
+            listener.on_epoch(EpochReport(*where, snapshot, metrics))
             if trainer.out_of_patience:
                 break
+            window.restart()
+        elif to_keep:
+            snapshot = partial(trainer.snapshot, train, {})
+            where = (trainer.epochs_done, trainer.step, trainer.config)
+            listener.on_checkpoint(CheckpointReport(*where, snapshot))
             window.restart()
     return trainer
 

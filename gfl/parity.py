@@ -87,7 +87,7 @@ def compare(model: Model, run: Run, form: Form, images: Iterable[Tensor]) -> Dif
         outputs = run(image)
         expected = _eager(model.detector, image, form)
         if form.with_nms:
-            outputs = [output[outputs[1] > 0] for output in outputs]
+            outputs = _in_order_of([output[outputs[1] > 0] for output in outputs], expected)
         shapes = [list(output.shape) for output in outputs]
         if shapes[0] != list(expected[0].shape):
             raise ExportError(
@@ -105,6 +105,22 @@ def compare(model: Model, run: Run, form: Form, images: Iterable[Tensor]) -> Dif
             f"{BOX_PX} px and {SCORE}"
         )
     return Difference(box, score, count)
+
+
+def _in_order_of(outputs: list[NDArray[Any]], expected: Sequence[Tensor]) -> list[NDArray[Any]]:
+    """Return a file's detections in the order of the detector's.
+
+    Rounding may swap two of nearly the same score; where they are no pairs, nothing is changed.
+    """
+    boxes, scores, labels = (each.numpy() for each in expected)
+    if len(boxes) != len(outputs[0]):
+        return outputs
+    far = np.abs(outputs[0][None] - boxes[:, None]).max(axis=-1)
+    far[labels[:, None] != outputs[2][None]] = np.inf
+    far[np.abs(scores[:, None] - outputs[1][None]) > SCORE] = np.inf
+    order = far.argmin(axis=1) if len(boxes) else np.arange(0)
+    is_pairing = len(np.unique(order)) == len(order)
+    return [output[order] for output in outputs] if is_pairing else outputs
 
 
 def _eager(detector: Detector, image: Tensor, form: Form) -> Sequence[Tensor]:

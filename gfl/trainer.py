@@ -14,10 +14,11 @@ from gfl.average import Average
 from gfl.checkpoint import (
     WEIGHTS,
     About,
+    Snapshot,
     load_checkpoint,
     read_about,
     read_training,
-    save_checkpoint,
+    take_snapshot,
 )
 from gfl.config import Config
 from gfl.configfile import ConfigError, dump_config
@@ -176,8 +177,8 @@ class Trainer:
             return self.parallel.no_sync()
         return nullcontext()
 
-    def save(self, folder: Path, split: Split, metrics: dict[str, float]) -> None:
-        """Write a checkpoint into the existing `folder`."""
+    def snapshot(self, split: Split, metrics: dict[str, float]) -> Snapshot:
+        """Return a checkpoint of this moment."""
         about = About(split.classes, split.category_ids, self.step, self.epochs_done, metrics)
         training = {
             "optimizer": self.optimizer.state_dict(),
@@ -187,10 +188,10 @@ class Trainer:
         }
         if self.average is not None:  # whose weights are the checkpoint's
             training["detector"] = self.detector.state_dict()
-        save_checkpoint(folder, self.model, self.config, about, training)
+        return take_snapshot(self.model, self.config, about, training)
 
     def _restore(self, folder: Path) -> None:
-        """Take up the state that `save` wrote, the model's weights apart."""
+        """Take up the state that `snapshot` kept, the model's weights apart."""
         state = read_training(folder)
         self.optimizer.load_state_dict(state["optimizer"])
         self.scheduler.load_state_dict(state["scheduler"])

@@ -23,7 +23,7 @@ def demo(arguments: argparse.Namespace) -> None:
     from gfl.visualize import draw_predictions
     from gfl_platform import registry, training
     from gfl_platform.config import load_job
-    from gfl_platform.storage import storage_root, write_atomically
+    from gfl_platform.storage import cache_of, storage_root, write_atomically
     from gfl_platform.store import tracking_uri
     from gfl_platform.tracking import log_file
 
@@ -35,7 +35,8 @@ def demo(arguments: argparse.Namespace) -> None:
         name = time.strftime("demo-%Y%m%d-%H%M%S")
         result = training.train(job, name, resume=False, watch=progress.show)
     model = registry.load(f"models:/{MODEL}@champion", job)
-    images = [read_image(record.path) for record in load_splits(job)[1].records[:PICTURED]]
+    val = load_splits(cache_of(job).localized(job))[1]
+    images = [read_image(record.path) for record in val.records[:PICTURED]]
     found = [seen.predictions for seen in model.predict(images)]
     picture = out / "predictions.png"
     draw_predictions(images, found, model.about.classes, picture)

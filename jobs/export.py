@@ -35,7 +35,7 @@ def export(arguments: argparse.Namespace) -> None:
     from gfl.exporting import quantize
     from gfl_platform import card, registry
     from gfl_platform.config import JobConfig, job_of
-    from gfl_platform.storage import scratch_folder
+    from gfl_platform.storage import cache_of, scratch_folder
 
     if arguments.int8 and (arguments.no_nms or "onnx" not in arguments.format):
         raise ValueError("--int8: needs an ONNX file with NMS; leave out --no-nms, add onnx")
@@ -44,7 +44,7 @@ def export(arguments: argparse.Namespace) -> None:
         checkpoint = registry.fetch_checkpoint(where, arguments.model, scratch)
         job = derive(JobConfig, read_config(checkpoint), arguments.overrides)
         model = gfl.load(checkpoint, job, device="cpu")
-    train, val = load_splits(job)
+    train, val = load_splits(cache_of(job).localized(job))
     given = list_images(arguments.images) if arguments.images else []
     images = (given or [record.path for record in val.records])[: arguments.check]
     form = Form(not arguments.no_nms, arguments.distributions)

@@ -35,12 +35,12 @@ def inspect(arguments: argparse.Namespace) -> None:
     from gfl.inspection import inspect_data
     from gfl.visualize import draw_samples
     from gfl_platform.config import load_job
-    from gfl_platform.storage import write_atomically
+    from gfl_platform.storage import cache_of, write_atomically
     from jobs.tables import show_inspection
 
     torch.set_num_threads(1)  # tensors are small: a second thread would cost more than it does
     config = load_job(arguments.config, arguments.overrides)
-    train, val = load_splits(config)
+    train, val = load_splits(cache_of(config).localized(config))
     paths = [] if arguments.quick else sorted({r.path for r in [*train.records, *val.records]})
     hidden = not console.is_terminal
     files = dict(track(check_files(paths), "reading", len(paths), console=console, disable=hidden))

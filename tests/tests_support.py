@@ -60,9 +60,14 @@ def attentive_detector(config: Config) -> Detector:
     detector = Detector(config).eval()
     with torch.no_grad():
         for convolution in (detector.head.cls_logits, detector.head.reg_logits):
-            convolution.weight.mul_(30)
             assert convolution.bias is not None
             convolution.bias.zero_()
+        levels = detector(torch.randn(1, 3, 96, 96))
+        for convolution, outputs in zip(
+            (detector.head.cls_logits, detector.head.reg_logits), levels, strict=True
+        ):
+            spread = torch.cat([output.flatten() for output in outputs]).std()
+            convolution.weight.mul_(1.5 / spread)
     return detector
 
 

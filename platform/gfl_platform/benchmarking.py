@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from gfl.checkpoint import About, load_checkpoint, save_checkpoint
+from gfl.checkpoint import About, load_checkpoint, take_snapshot
 from gfl.config import Config
 from gfl.configfile import dump_config, parse_config, reproducible
 from gfl.data import render_shapes
@@ -30,7 +30,7 @@ from gfl.speed import (
 from gfl_platform import cluster
 from gfl_platform.config import JobConfig
 from gfl_platform.events import Watcher, pumped
-from gfl_platform.storage import read_json, scratch_folder
+from gfl_platform.storage import cache_of, ray_storage, read_json, scratch_folder, shared
 from gfl_platform.store import connect
 from gfl_platform.tracking import RunTracker
 
@@ -112,12 +112,13 @@ def benchmark(
     with scratch_folder(job) as scratch, pumped(watch) as events:
         settings = {
             "config": dump_config(config),
-            "checkpoint": str((checkpoint or _untrained(config, scratch)).resolve()),
+            "checkpoint": shared(job, checkpoint or _untrained(config, scratch)),
+            "cache": cache_of(job),
             "variants": [Variant(), *(v for v in variants if v != Variant())],
             "images": images,
         }
         result = cluster.run_workers(
-            benchmark_worker, settings, workers, events, storage_path=str(scratch)
+            benchmark_worker, settings, workers, events, **ray_storage(job, scratch)
         )
     found: Benchmark = result.return_value
     return found
@@ -127,7 +128,9 @@ def benchmark_worker(settings: dict[str, Any]) -> Benchmark:
     """Measure on this worker's device."""
     config = parse_config(settings["config"], "job")
     device = cluster.worker_device()
-    detector, about = load_checkpoint(Path(settings["checkpoint"]), config)
+    cache = settings["cache"]
+    config = cache.localized(config)
+    detector, about = load_checkpoint(cache.local(settings["checkpoint"]), config)
     place(detector, device)
     render_shapes(config)
     split = read_split(config.data, "val", config.model.num_classes)
@@ -246,7 +249,7 @@ def _untrained(config: Config, folder: Path) -> Path:
     count = config.model.num_classes
     about = About([f"class {n}" for n in range(count)], list(range(1, count + 1)), 0, 0, {})
     (checkpoint := folder / "untrained").mkdir()
-    save_checkpoint(checkpoint, Detector(config), config, about, {})
+    take_snapshot(Detector(config), config, about, {}).write(checkpoint)
     return checkpoint
 
 

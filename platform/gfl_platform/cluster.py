@@ -133,7 +133,7 @@ def run_workers(
     callbacks: Sequence[UserCallback] = (),
     **run_options: Any,
 ) -> Any:
-    """Run `loop(settings)` in every worker, joined in one process group if several, and return Ray's result.
+    """Run `loop(settings)` in every worker, several in a process group; return Ray's result.
 
     Args:
         loop: Finds `events` under `settings["events"]`; what it returns on rank 0 is
@@ -187,9 +187,11 @@ class ControllerCallback(UserCallback):
     def after_report(
         self, run_context: Any, metrics: list[dict[str, Any]], checkpoint: Any
     ) -> None:
-        """Tell of a checkpoint that lies in storage, with the metrics of rank 0."""
+        """Tell of a checkpoint that lies in storage, with what rank 0 says of it."""
         if checkpoint is not None:
-            self._events.tell({"kind": "checkpoint", "uri": checkpoint.path, **metrics[0]})
+            # One within an epoch has no metrics: it is there to go on from.
+            kind = "checkpoint" if "metrics" in metrics[0] else "saved"
+            self._events.tell({"kind": kind, "uri": uri_of(checkpoint), **metrics[0]})
 
     def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
         """Tell of workers that stopped; raise, which ends the run, where they would stop again."""
@@ -201,6 +203,12 @@ class ControllerCallback(UserCallback):
             if final:
                 diverged = isinstance(cause, NonFiniteLossError)
                 raise DivergedError(reason) if diverged else JobFailedError(reason)
+
+
+def uri_of(checkpoint: Any) -> str:
+    """Return where one of Ray's checkpoints lies: a path, or `s3://...`."""
+    remote = checkpoint.filesystem.type_name == "s3"
+    return f"s3://{checkpoint.path}" if remote else str(checkpoint.path)
 
 
 def root_cause(error: BaseException) -> BaseException:

@@ -61,8 +61,15 @@ class StorageConfig(Section):
     """Where runs, checkpoints and the embedded tracking store are kept."""
 
     root: str = "outputs"
+    """A folder that all nodes see, or `s3://BUCKET/PREFIX`."""
     keep_checkpoints: Positive = 2
     """The best by AP; the latest is kept besides."""
+    checkpoint_steps: Positive | None = None
+    """Steps between checkpoints within an epoch, which ends with one in any case."""
+    cache: str = "~/.cache/gfl"
+    """On every node: copies of what is read from S3."""
+    cache_gb: Annotated[float, Field(gt=0)] = 500.0
+    """The most that these copies may take."""
 
 
 class TrackingConfig(Section):

@@ -11,7 +11,7 @@ from gfl_platform.config import JobConfig
 from gfl_platform.description import IDENTITY
 from gfl_platform.events import Event
 from gfl_platform.spool import SPOOL_FILE, Spool
-from gfl_platform.storage import read_json, storage_root, write_atomically
+from gfl_platform.storage import is_there, read_json, storage_root, write_atomically
 from gfl_platform.store import TrackingError, client_of, tracking_uri
 
 logger = logging.getLogger(__name__)
@@ -199,7 +199,7 @@ class Delivery:
         """Mark the models of checkpoints that gave way to better ones."""
         for model in self._models():
             uri = model.tags.get("uri")
-            if uri and (all_of_them or not Path(uri).is_dir()):
+            if uri and (all_of_them or not is_there(uri)):
                 self.client.set_logged_model_tags(model.model_id, {"deleted": "true"})
 
     def _experiment(self) -> str:

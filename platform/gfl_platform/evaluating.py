@@ -18,14 +18,16 @@ from gfl.trainer import worker_rank
 from gfl_platform import cluster
 from gfl_platform.config import JobConfig
 from gfl_platform.events import Watcher, pumped
-from gfl_platform.storage import scratch_folder, write_atomically
+from gfl_platform.storage import cache_of, ray_storage, scratch_folder, shared, write_atomically
 
 
 def evaluate_worker(settings: dict[str, Any]) -> dict[str, Any]:
     """Evaluate this worker's share; return what all of them found together."""
     config = parse_config(settings["config"], "job")
     device = cluster.worker_device()
-    detector, about = load_checkpoint(Path(settings["checkpoint"]), config)
+    cache = settings["cache"]
+    config = cache.localized(config)
+    detector, about = load_checkpoint(cache.local(settings["checkpoint"]), config)
     place(detector, device)
     render_shapes(config)
     split = read_split(config.data, "val", config.model.num_classes, about.classes)
@@ -77,14 +79,15 @@ def evaluate_checkpoint(
     cluster.connect()
     settings = {
         "config": dump_config(reproducible(job)),
-        "checkpoint": str(checkpoint.resolve()),
+        "checkpoint": shared(job, checkpoint),
+        "cache": cache_of(job),
         "official": official,
         "results": results is not None,
     }
     workers = cluster.allot(job)
     with scratch_folder(job) as scratch, pumped(watch) as events:
         result = cluster.run_workers(
-            evaluate_worker, settings, workers, events, storage_path=str(scratch)
+            evaluate_worker, settings, workers, events, **ray_storage(job, scratch)
         )
     figures: dict[str, Any] = result.return_value
     if results:

@@ -15,7 +15,9 @@ from gfl.configfile import config_hash, dump_config, reproducible
 from gfl_platform import cluster
 from gfl_platform.config import JobConfig
 from gfl_platform.events import Events
-from gfl_platform.storage import fetch_model, fetch_weights
+from gfl_platform.s3 import is_remote
+from gfl_platform.storage import cache_of, ray_storage, shared
+from gfl_platform.weights import fetch_model, fetch_weights
 
 logger = logging.getLogger(__name__)
 
@@ -77,15 +79,18 @@ def run(
         _train,
         {
             "config": dump_config(config),
-            **sources,
+            "weights": _for_workers(job, sources["weights"], job.model.pretrained),
+            "teacher": _for_workers(job, sources["teacher"], None),
             "folder": str(folder),
             "report_every": job.tracking.every_steps,
+            "checkpoint_every": job.storage.checkpoint_steps,
+            "cache": cache_of(job),
         },
         workers,
         events,
         [HashCheck(config), *callbacks],
         name="ray",
-        storage_path=str(folder),
+        **ray_storage(job, folder),
         failure_config=FailureConfig(
             max_failures=job.cluster.max_failures, controller_failure_limit=3
         ),
@@ -97,8 +102,18 @@ def run(
     if epochs < job.schedule.epochs:
         patience = job.schedule.patience
         logger.info("stopped after epoch %d: AP has not risen for %d epochs", epochs, patience)
-    best, facts = max(result.best_checkpoints, key=lambda pair: pair[1]["AP"])
-    return result.return_value, Path(best.path), facts["metrics"]
+    measured = [pair for pair in result.best_checkpoints if "AP" in pair[1]]
+    best, facts = max(measured, key=lambda pair: pair[1]["AP"])
+    # What lies on S3 comes here, to be looked at and registered.
+    local = cache_of(job).local(cluster.uri_of(best))
+    return result.return_value, local, facts["metrics"]
+
+
+def _for_workers(job: JobConfig, path: Path | None, origin: str | None) -> str | None:
+    """Return from where workers take what lies at `path`: each from S3 if it is from there."""
+    if path is None or (origin and is_remote(origin)):
+        return origin
+    return shared(job, path)
 
 
 def _train(settings: dict[str, Any]) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import gfl
 from gfl_platform.config import JobConfig, require_alias
+from gfl_platform.storage import cache_of, is_there
 from gfl_platform.store import connect
 from gfl_platform.trail import FOLLOWED, OF_MODEL
 
@@ -226,11 +227,11 @@ def _checkpoint_of_run(job: JobConfig, run_id: str) -> Path:
         (metric.value, model.tags["uri"])
         for model in models
         for metric in model.metrics or []
-        if metric.key == "AP" and Path(model.tags.get("uri", "")).is_dir()
+        if metric.key == "AP" and is_there(model.tags.get("uri", ""))
     ]
     if not found:
         raise RegistryError(f"runs:/{run_id}: no checkpoint of this run is there any more")
-    return Path(max(found)[1])
+    return cache_of(job).local(max(found)[1])
 
 
 def _names(client: "MlflowClient") -> list[str]:

@@ -1,6 +1,7 @@
-"""Where things lie: run folders, and weights to start from."""
+"""Where things lie, here or on S3: run folders, checkpoints, weights to start from."""
 
 import difflib
+import errno
 import fcntl
 import hashlib
 import json
@@ -8,14 +9,27 @@ import os
 import shutil
 import socket
 import tempfile
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from gfl_platform.config import JobConfig
+from gfl_platform.mirror import Cache
+from gfl_platform.s3 import (
+    PatientS3,
+    is_remote,
+    list_objects,
+    remove,
+    require_bucket,
+    upload,
+)
 
-TORCHVISION = "torchvision://"
+StoredT = TypeVar("StoredT")
+
+PATIENCE = 120.0
+"""Seconds that storage may refuse a checkpoint before the training stops."""
 
 LOCK_FILE = "lock"
 """In a run's folder: who holds it."""
@@ -25,9 +39,105 @@ class StorageError(ValueError):
     """Something that is not where it should be, or is where it should not."""
 
 
+STATE_FILES = ("config.yaml", "run.json")
+"""Of a run's folder: what a driver on another machine has to know to go on with the run."""
+
+
+def cache_of(job: JobConfig) -> Cache:
+    """Return where copies of what lies on S3 are kept, on every node."""
+    return Cache(Path(job.storage.cache), int(job.storage.cache_gb * 1e9))
+
+
 def storage_root(job: JobConfig) -> Path:
-    """Return the folder of runs and of the embedded tracking store."""
-    return Path(job.storage.root).expanduser().resolve()
+    """Return the folder of runs and of the embedded tracking store; on this node if it is on S3."""
+    root = job.storage.root
+    if is_remote(root):
+        return cache_of(job).folder.expanduser() / "roots" / root.removeprefix("s3://").strip("/")
+    return Path(root).expanduser().resolve()
+
+
+def location_of(job: JobConfig, path: Path) -> str:
+    """Return where all nodes see what belongs at `path` below `storage_root`."""
+    if not is_remote(job.storage.root):
+        return str(path)
+    return f"{job.storage.root.rstrip('/')}/{path.relative_to(storage_root(job)).as_posix()}"
+
+
+def shared(job: JobConfig, path: Path) -> str:
+    """Return where all nodes see a file or folder of this one: it is uploaded if they do not."""
+    if not is_remote(job.storage.root):
+        return str(path.resolve())
+    location = f"{job.storage.root.rstrip('/')}/shared/{_digest_of(path)}/{path.name}"
+    if not list_objects(location):
+        upload(path, location)
+    return location
+
+
+def _digest_of(path: Path) -> str:
+    files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file())
+    digest = hashlib.sha256()
+    for file in files:
+        digest.update(file.name.encode())
+        with file.open("rb") as content:
+            digest.update(hashlib.file_digest(content, "sha256").digest())
+    return digest.hexdigest()[:16]
+
+
+def ray_storage(job: JobConfig, folder: Path) -> dict[str, Any]:
+    """Return Ray's options for keeping a run's checkpoints."""
+    location = location_of(job, folder)
+    if not is_remote(location):
+        return {"storage_path": location}
+    path = location.removeprefix("s3://")
+    return {"storage_path": path, "storage_filesystem": PatientS3()}
+
+
+def patiently(store: Callable[[], StoredT]) -> StoredT:
+    """Return what `store` does; try again while the storage refuses, as S3 does for a while.
+
+    Raises:
+        OSError: for good, or because no space is left.
+    """
+    deadline, pause = time.monotonic() + PATIENCE, 1.0
+    while True:
+        try:
+            return store()
+        except OSError as error:
+            if error.errno == errno.ENOSPC or time.monotonic() > deadline:
+                raise
+            time.sleep(pause)
+            pause = min(2 * pause, 20.0)
+
+
+@contextmanager
+def space_required(where: str) -> Iterator[None]:
+    """Say in one line that a checkpoint found no space.
+
+    Raises:
+        StorageError: the device that holds `where` is full.
+    """
+    try:
+        yield
+    except Exception as error:
+        if getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error):
+            raise StorageError(
+                f"{where}: no space left on the device for a checkpoint; the one before is whole: "
+                "free some space and go on with --resume"
+            ) from error
+        raise
+
+
+def is_there(location: str) -> bool:
+    """Return whether a folder, here or on S3, is there."""
+    return bool(list_objects(location)) if is_remote(location) else Path(location).is_dir()
+
+
+def share_state(job: JobConfig, folder: Path) -> None:
+    """Put a run's `STATE_FILES` where a driver on another machine finds them."""
+    if is_remote(job.storage.root):
+        for name in STATE_FILES:
+            if (folder / name).is_file():
+                upload(folder / name, f"{location_of(job, folder)}/{name}")
 
 
 def open_run_folder(
@@ -40,6 +150,8 @@ def open_run_folder(
     """
     folder = storage_root(job) / kind / name
     what = kind.removesuffix("s")
+    if is_remote(job.storage.root):
+        _join_remote(job, folder, resume=resume)
     if resume and not folder.is_dir():
         existing = [path.name for path in folder.parent.glob("*")]
         near = difflib.get_close_matches(name, existing, n=1)
@@ -53,6 +165,22 @@ def open_run_folder(
             "another run.name"
         ) from error
     return folder
+
+
+def _join_remote(job: JobConfig, folder: Path, *, resume: bool) -> None:
+    """Fetch the state of a run that is on S3, begun on another machine; refuse to begin it anew."""
+    location = location_of(job, folder)
+    require_bucket(location)
+    known = [name for name in STATE_FILES if list_objects(f"{location}/{name}")]
+    if known and not resume:
+        raise StorageError(
+            f"run '{folder.name}' exists in {location}; continue it with --resume, or choose "
+            "another run.name"
+        )
+    for name in known:
+        if not (folder / name).exists():
+            folder.mkdir(parents=True, exist_ok=True)
+            shutil.copy(cache_of(job).local(f"{location}/{name}"), folder / name)
 
 
 @contextmanager
@@ -83,7 +211,11 @@ def scratch_folder(job: JobConfig) -> Iterator[Path]:
     root = storage_root(job)
     root.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".scratch-", dir=root) as folder:
-        yield Path(folder)
+        try:
+            yield Path(folder)
+        finally:
+            if is_remote(job.storage.root):
+                remove(location_of(job, Path(folder)))
 
 
 def write_atomically(path: Path, text: str) -> None:
@@ -97,96 +229,3 @@ def write_atomically(path: Path, text: str) -> None:
 def read_json(path: Path) -> dict[str, Any]:
     """Return the mapping in a JSON file of ours; empty if there is none."""
     return json.loads(path.read_text()) if path.is_file() else {}
-
-
-def fetch_weights(job: JobConfig, location: str) -> Path:
-    """Return a file of the weights at `location` that all nodes see.
-
-    Remote ones are kept in the folder `weights` of the storage, and fetched only once.
-
-    Args:
-        job: Says where the storage and the registry are.
-        location: A path, `s3://BUCKET/KEY`, `https://...`, `torchvision://resnet50`, or one of our
-            models: a checkpoint folder, `models:/NAME@ALIAS`, `runs:/ID`.
-
-    Raises:
-        StorageError: a location that cannot be reached.
-    """
-    from gfl.checkpoint import WEIGHTS
-
-    if location.startswith(("models:/", "runs:/")):
-        return fetch_model(job, location) / WEIGHTS
-    if "://" not in location:
-        path = Path(location).expanduser()
-        return path / WEIGHTS if path.is_dir() else path
-    if location.startswith(TORCHVISION):
-        location = _torchvision_url(location)
-    if not location.startswith(("s3://", "https://", "http://")):
-        raise StorageError(
-            f"{location}: expected a file, s3://, https://, torchvision:// or models:/"
-        )
-    # Many files are called latest.pth: what tells them apart is where they are.
-    folder = hashlib.sha256(location.encode()).hexdigest()[:12]
-    path = storage_root(job) / "weights" / folder / Path(location).name
-    if path.exists():
-        return path
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".fetch-", dir=path.parent) as scratch:
-        partial = Path(scratch) / path.name
-        try:
-            (_download_s3 if location.startswith("s3://") else _download)(location, partial)
-        except Exception as error:  # boto3, urllib and the checksum each have their own
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise StorageError(
-                f"{location}: cannot be downloaded ({reason}); put the file at {path}, or set "
-                "model.pretrained to a local one"
-            ) from error
-        partial.replace(path)
-    return path
-
-
-def fetch_model(job: JobConfig, location: str) -> Path:
-    """Return the checkpoint folder of one of our models (see `registry.fetch_checkpoint`)."""
-    from gfl_platform import registry  # which stands on this module
-
-    name = registry.resolve(job, location)
-    folder = storage_root(job) / "weights" / name.replace("models:/", "").replace("/", "-")
-    if not name.startswith("models:/") or not folder.exists():
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=".fetch-", dir=folder.parent) as scratch:
-            fetched = registry.fetch_checkpoint(job, name, Path(scratch))
-            if not fetched.is_relative_to(scratch):
-                return fetched
-            fetched.replace(folder)
-    return folder
-
-
-def _torchvision_url(location: str) -> str:
-    from torchvision.models import get_model_weights
-
-    name = location.removeprefix(TORCHVISION)
-    try:
-        return get_model_weights(name)["IMAGENET1K_V1"].url
-    except (ValueError, KeyError) as error:
-        raise StorageError(f"{location}: torchvision has no such model") from error
-
-
-def _download(url: str, path: Path) -> None:
-    import torch
-
-    cached = Path(torch.hub.get_dir()) / "checkpoints" / path.name
-    if cached.exists():
-        shutil.copy(cached, path)
-        return
-    # Names of published files end in the beginning of their checksum.
-    checksum = torch.hub.HASH_REGEX.search(path.name)
-    torch.hub.download_url_to_file(
-        url, str(path), hash_prefix=checksum[1] if checksum else None, progress=False
-    )
-
-
-def _download_s3(url: str, path: Path) -> None:
-    import boto3
-
-    bucket, _, key = url.removeprefix("s3://").partition("/")
-    boto3.client("s3").download_file(bucket, key, str(path))

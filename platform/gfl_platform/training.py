@@ -17,7 +17,7 @@ from gfl_platform.events import Event, Watcher, pumped
 from gfl_platform.fitting import fetch_sources, run
 from gfl_platform.gate import promote
 from gfl_platform.status import StatusFile
-from gfl_platform.storage import held, open_run_folder
+from gfl_platform.storage import cache_of, held, open_run_folder, share_state
 from gfl_platform.trail import Decision
 
 logger = logging.getLogger(__name__)
@@ -56,7 +56,7 @@ def train(job: JobConfig, name: str, *, resume: bool, watch: Watcher) -> Trainin
     started = time.perf_counter()
     config = reproducible(job)
     if not cluster.in_cluster():
-        load_splits(config)  # here workers see the same files: say at once what is wrong with them
+        load_splits(cache_of(job).localized(config))  # here workers see the same: say what is wrong
     cluster.connect()
     workers = cluster.allot(job)
     share_of_batch(config, workers.count)
@@ -75,10 +75,13 @@ def train(job: JobConfig, name: str, *, resume: bool, watch: Watcher) -> Trainin
         def handle(event: Event) -> None:
             for finding in event.get("findings", ()):  # what workers log, nobody sees
                 logger.warning("warning: %s; jobs.inspect shows more", finding)
+            if event["kind"] == "damaged":
+                logger.warning("warning: %s; going on from the one before", event["reason"])
             tracker.handle(event)
             status.handle(event)
             watch(event)
 
+        share_state(job, folder)
         tracker.handle({"kind": "tags", "tags": lineage(config, workers, sources)})
         with pumped(handle) as events:
             measured, checkpoint, metrics = run(job, sources, workers, folder, events)

@@ -2,94 +2,169 @@
 
 import json
 import tempfile
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from gfl.checkpoint import Snapshot, require_whole
+from gfl.config import Config
 from gfl.configfile import config_hash, parse_config
 from gfl.data import load_splits
-from gfl.engine import EpochReport, StepReport, fit
+from gfl.data.split import Split
+from gfl.engine import CheckpointReport, EpochReport, StepReport, fit
 from gfl.findings import find_cheaply
 from gfl.speed import measure_fps
 from gfl_platform import cluster
 from gfl_platform.events import Event, Events
+from gfl_platform.storage import StorageError, patiently, space_required
 
 REPORTS_FILE = "reports.json"
 """In a checkpoint: the reports of steps since the one before."""
 
 
 class WorkerListener:
-    """Reports what a worker's `fit` does: steps to the driver, epochs with checkpoints to Ray."""
+    """Reports what a worker's `fit` does: steps to the driver, checkpoints to Ray.
+
+    Training waits for a checkpoint's copy into the host's memory, and for the one before if that
+    is not stored by then; a thread writes it.
+    """
 
     def __init__(self, events: Events) -> None:
         import ray.train
 
         self._events = events
-        self._is_first = ray.train.get_context().get_world_rank() == 0
+        self._context = ray.train.get_context()
+        self.is_first = self._context.get_world_rank() == 0
         self._since_checkpoint: list[Event] = []
+        self._storing = threading.Semaphore()
 
     def on_steps(self, report: StepReport) -> None:
         """Tell the driver; without waiting."""
-        if self._is_first:
+        if self.is_first:
             self._since_checkpoint.append({"kind": "steps", **vars(report)})
             self._events.tell(self._since_checkpoint[-1])
 
     def repeat(self, checkpoint: Path) -> None:
         """Tell what led to a checkpoint again: its driver may be gone with what it was told."""
-        if self._is_first:
+        if self.is_first:
             for event in json.loads((checkpoint / REPORTS_FILE).read_text()):
                 self._events.tell(event)
 
-    def on_epoch(self, report: EpochReport) -> None:
-        """Hand over the checkpoint of rank 0."""
-        import ray.train
+    def on_checkpoint(self, report: CheckpointReport) -> None:
+        """Hand over a checkpoint within an epoch."""
+        self._hand_over(report, {})
 
-        facts = {"epoch": report.epoch, "step": report.step, "metrics": report.metrics}
-        facts["AP"] = report.metrics["AP"]  # what Ray keeps checkpoints by
+    def on_epoch(self, report: EpochReport) -> None:
+        """Hand over the checkpoint of an epoch; Ray keeps those of the best AP."""
+        self._hand_over(report, {"metrics": report.metrics, "AP": report.metrics["AP"]})
+
+    def _hand_over(self, report: CheckpointReport, facts: dict[str, Any]) -> None:
+        import ray.train
+        from ray.train import Checkpoint, CheckpointUploadMode
+
+        facts |= {"epoch": report.epoch, "step": report.step}
         facts["config_hash"] = config_hash(report.config)
-        with tempfile.TemporaryDirectory(prefix="gfl-checkpoint-") as folder:
-            checkpoint = None
-            if self._is_first:
-                report.save(Path(folder))
-                reports = json.dumps(self._since_checkpoint)
-                (Path(folder) / REPORTS_FILE).write_text(reports)
-                self._since_checkpoint.clear()
-                checkpoint = ray.train.Checkpoint.from_directory(folder)
-            ray.train.report(facts, checkpoint=checkpoint)
+        checkpoint = store = None
+        if self.is_first:
+            self._storing.acquire()
+            # Ray wants a folder at once, and deletes it when `store` has filled and copied it.
+            checkpoint = Checkpoint.from_directory(tempfile.mkdtemp(prefix="gfl-checkpoint-"))
+            store = self._store(report.snapshot(), json.dumps(self._since_checkpoint))
+            self._since_checkpoint.clear()
+        ray.train.report(
+            facts,
+            checkpoint=checkpoint,
+            checkpoint_upload_mode=CheckpointUploadMode.ASYNC,
+            checkpoint_upload_fn=store,
+        )
+
+    def _store(self, snapshot: Snapshot, reports: str) -> Callable[[Any, str], Any]:
+        storage = self._context.get_storage()
+
+        def store(checkpoint: Any, name: str) -> Any:
+            folder = Path(checkpoint.path)
+            try:
+                with space_required(storage.experiment_fs_path):
+                    snapshot.write(folder)
+                    (folder / REPORTS_FILE).write_text(reports)
+                    return patiently(lambda: storage.persist_current_checkpoint(checkpoint, name))
+            finally:
+                self._storing.release()
+
+        return store
 
 
 def train_worker(settings: dict[str, Any]) -> dict[str, Any]:
     """Train in one process of the cluster; return what rank 0 measured at the end."""
-    import ray.train
-
     config = parse_config(settings["config"], "job")
-    events = settings["events"]
+    events, cache = settings["events"], settings["cache"]
     device = cluster.worker_device()
-    splits = load_splits(config)
-    rank = ray.train.get_context().get_world_rank()
-    if rank == 0:
-        names = ("train", "val")
-        facts: dict[str, str | int] = {
-            f"{n}.digest": split.digest for n, split in zip(names, splits, strict=True)
-        }
-        facts |= {f"{n}.images": len(s.records) for n, s in zip(names, splits, strict=True)}
-        facts |= {f"train.dropped.{why}": count for why, count in splits[0].dropped.items()}
-        findings = [str(finding) for finding in find_cheaply(config, splits[0])]
-        events.tell({"kind": "data", "facts": facts, "findings": findings})
-    restored, listener = ray.train.get_checkpoint(), WorkerListener(events)
+    splits = load_splits(cache.localized(config))
+    listener = WorkerListener(events)
+    if listener.is_first:
+        events.tell(_describe(config, splits))
     options = {
         "device": device,
         "failure_folder": Path(settings["folder"]) / "non_finite",
-        "teacher": settings["teacher"],
+        "teacher": settings["teacher"] and cache.local(settings["teacher"]),
         "report_every": settings["report_every"],
+        "checkpoint_every": settings["checkpoint_every"],
     }
-    if restored is None:
-        weights = settings["weights"]
-        trainer = fit(config, splits, listener, weights=weights, **options)
-    else:
-        with restored.as_directory() as folder:
-            listener.repeat(Path(folder))
-            trainer = fit(config, splits, listener, resume=Path(folder), **options)
-    if rank != 0:
+    with _latest_whole_checkpoint(events) as restored:
+        if restored is None:
+            options["weights"] = settings["weights"] and cache.local(settings["weights"])
+        else:
+            listener.repeat(restored)
+            options["resume"] = restored
+        trainer = fit(config, splits, listener, **options)
+    if not listener.is_first:
         return {}
     fps, protocol = measure_fps(trainer.model, splits[1], config, device)
     return {"fps": fps, "protocol": protocol, "epochs": trainer.epochs_done}
+
+
+def _describe(config: Config, splits: tuple[Split, Split]) -> Event:
+    """Return what is to be noted of the data."""
+    facts: dict[str, str | int] = {}
+    for name, split in zip(("train", "val"), splits, strict=True):
+        facts |= {f"{name}.digest": split.digest, f"{name}.images": len(split.records)}
+    facts |= {f"train.dropped.{why}": count for why, count in splits[0].dropped.items()}
+    findings = [str(finding) for finding in find_cheaply(config, splits[0])]
+    return {"kind": "data", "facts": facts, "findings": findings}
+
+
+@contextmanager
+def _latest_whole_checkpoint(events: Events) -> Iterator[Path | None]:
+    """Give the latest checkpoint that is as it was written, the same on all workers; None at first.
+
+    Raises:
+        StorageError: there are some, but all are damaged.
+    """
+    import ray.train
+
+    latest = ray.train.get_checkpoint()
+    if latest is None:
+        yield None
+        return
+    reason = ""
+    for checkpoint in (latest, *_others_newest_first(latest)):
+        with checkpoint.as_directory() as folder:
+            try:
+                require_whole(Path(folder))
+            except ValueError as error:
+                reason = str(error)
+                events.tell({"kind": "damaged", "reason": reason})
+                continue
+            yield Path(folder)
+            return
+    raise StorageError(f"{reason}; there is no other: start anew under another run.name")
+
+
+def _others_newest_first(latest: Any) -> Iterator[Any]:
+    import ray.train
+
+    known = ray.train.get_all_reported_checkpoints()
+    known.sort(key=lambda reported: reported.metrics["step"], reverse=True)
+    yield from (each.checkpoint for each in known if each.checkpoint.path != latest.path)

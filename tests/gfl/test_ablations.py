@@ -11,7 +11,7 @@ from gfl import detector as detector_module
 from gfl.architecture import infer_model
 from gfl.assigner import pad_targets
 from gfl.boxes import ltrb_centerness
-from gfl.checkpoint import About, load_checkpoint, save_checkpoint
+from gfl.checkpoint import About, load_checkpoint, take_snapshot
 from gfl.config import ModelConfig
 from gfl.configfile import ConfigError, derive
 from gfl.data import load_splits
@@ -131,7 +131,7 @@ def test_losses_are_float32_in_mixed_precision(config, detector):
 
 def test_a_checkpoint_comes_back_and_is_not_exported(config, detector, tmp_path):
     about = About(["ellipse", "rectangle", "triangle"], [1, 2, 3], 0, 0, {})
-    save_checkpoint(tmp_path, detector, config, about, {})
+    take_snapshot(detector, config, about, {}).write(tmp_path)
     loaded, _ = load_checkpoint(tmp_path)
     for key, value in detector.state_dict().items():
         assert torch.equal(value, loaded.state_dict()[key]), key

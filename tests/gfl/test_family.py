@@ -6,7 +6,7 @@ import torch
 from torch.nn import functional as F
 
 import gfl
-from gfl.checkpoint import About, save_checkpoint
+from gfl.checkpoint import About, take_snapshot
 from gfl.config import QualityPredictorConfig
 from gfl.configfile import derive
 from gfl.data import load_splits
@@ -136,7 +136,7 @@ def teacher(tiny, tmp_path):
     (tmp_path / "teacher").mkdir()
     detector = gfl.Detector(config)
     torch.nn.init.normal_(detector.head.reg_logits.bias, std=3)
-    save_checkpoint(tmp_path / "teacher", detector, config, about, {})
+    take_snapshot(detector, config, about, {}).write(tmp_path / "teacher")
     return tmp_path / "teacher"
 
 

@@ -8,7 +8,7 @@ from PIL import Image
 from tests_support import attentive_detector
 
 import gfl
-from gfl.checkpoint import About, save_checkpoint
+from gfl.checkpoint import About, take_snapshot
 from gfl.data.errors import DataError
 from gfl.data.images import list_images, read_image
 from gfl.outputs import write_detections
@@ -22,7 +22,7 @@ def folder(tiny, tmp_path_factory):
     detector = attentive_detector(tiny)
     path = tmp_path_factory.mktemp("checkpoint")
     about = About(["rectangle", "ellipse", "triangle"], [1, 2, 5], 0, 0, {})
-    save_checkpoint(path, detector, tiny, about, {})
+    take_snapshot(detector, tiny, about, {}).write(path)
     return path
 
 

@@ -175,7 +175,7 @@ class Kept:
         self.epochs += 1
         if report.epoch == self.epoch:
             self.folder.mkdir()
-            report.save(self.folder)
+            report.snapshot().write(self.folder)
 
 
 def test_training_stops_when_ap_does_not_rise_even_after_a_resumption(tiny, tmp_path):

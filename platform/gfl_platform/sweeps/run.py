@@ -19,7 +19,14 @@ from gfl_platform.config import BudgetConfig, JobConfig, SweepConfig
 from gfl_platform.description import require_same
 from gfl_platform.events import Event, pumped
 from gfl_platform.fitting import fetch_sources
-from gfl_platform.storage import open_run_folder, read_json, scratch_folder, storage_root
+from gfl_platform.storage import (
+    cache_of,
+    open_run_folder,
+    ray_storage,
+    read_json,
+    scratch_folder,
+    storage_root,
+)
 from gfl_platform.sweeps.analysis import analyse
 from gfl_platform.sweeps.plan import (
     ENDED,
@@ -93,7 +100,7 @@ def run_sweep(
     check_sweep(job)
     first = trial_job(job, {}, job.seed)
     if not cluster.in_cluster():  # here workers see the same files: say at once what is wrong
-        _require_measurable(job, load_splits(first)[1])
+        _require_measurable(job, load_splits(cache_of(job).localized(first))[1])
     cluster.connect(dashboard=_stops_trials(sweep_of(job)))
     workers = cluster.allot(first)
     share_of_batch(first, workers.count)
@@ -265,7 +272,7 @@ def _run(sweep: _Sweep, searcher: Any, scheduler: Any, budget: BudgetStopper) ->
         tune.run(
             tune.with_parameters(run_trial, settings=settings),
             name="tune",
-            storage_path=str(scratch),
+            **ray_storage(sweep.job, scratch),
             resources_per_trial=tune.PlacementGroupFactory([DRIVER_RESOURCES]),
             num_samples=-1,
             search_alg=searcher,

@@ -35,7 +35,8 @@ def trial_job(job: JobConfig, point: Point, seed: int) -> JobConfig:
         ConfigError: values that the schema does not allow, alone or together.
     """
     where = {"cluster.workers": job.cluster.workers or 1, "storage.keep_checkpoints": 1}
-    values = {"seed": seed, **point, **where}
+    whole = {"storage.checkpoint_steps": None}  # Ray Tune decides on epochs
+    values = {"seed": seed, **point, **where, **whole}
     plain = job.model_copy(update={"sweep": None, "registry": type(job.registry)()})
     overrides = [f"{key}={json.dumps(value)}" for key, value in values.items()]
     return derive(JobConfig, plain, overrides, ORIGIN)
