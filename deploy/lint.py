@@ -1,8 +1,9 @@
-"""Checks the cluster's definition without a cloud: `python deploy/lint.py [FILE]`.
+"""Checks what `deploy/` and ray-cluster.yaml define, without a cloud: `python deploy/lint.py [FILE]`.
 
 Ray's own schema and validation, the EC2 API's parameters (which catch a misspelt `node_config`),
 and what both let through: no security group of one's own (Ray then opens port 22 to the world), no
-instance profile (no S3), images of another Ray or Python, missing files, a public dashboard.
+instance profile (no S3), images of another Ray or Python, missing files, a public dashboard. Of
+Kubernetes and compose files: versions, tokens, ports, secrets; their own schemas are not here.
 """
 
 import copy
@@ -22,6 +23,12 @@ ROOT = Path(__file__).parents[1]
 def problems(path: Path) -> Iterator[str]:
     """Give what is wrong with the cluster definition at `path`."""
     definition = yaml.safe_load(path.read_text())
+    if definition.get("apiVersion") == "ray.io/v1":
+        yield from _of_kuberay(definition)
+        return
+    if "services" in definition:
+        yield from _of_compose(definition)
+        return
     schema = list(_of_schema(definition))
     yield from schema
     if schema:
@@ -71,7 +78,7 @@ def _of_node(config: dict[str, Any]) -> Iterator[str]:
 
 
 def _of_versions(definition: dict[str, Any]) -> Iterator[str]:
-    pinned = dict(re.findall(r"^([\w-]+)==(\S+)", (ROOT / "constraints.txt").read_text(), re.M))
+    pinned = _pinned()
     for key in ("head_image", "worker_image"):
         image = definition.get("docker", {}).get(key, "")
         if not re.search(rf":{re.escape(pinned['ray'])}-py311\b", image):
@@ -82,6 +89,51 @@ def _of_versions(definition: dict[str, Any]) -> Iterator[str]:
         name = re.split(r"[\[><=]", dependency)[0]
         if not re.search(rf"[\s\"]{re.escape(name)}[\s\"\[]", f"{commands} "):
             yield f"setup_commands: {name} is not installed"
+
+
+def _pinned() -> dict[str, str]:
+    """Return the versions in constraints.txt."""
+    return dict(re.findall(r"^([\w-]+)==(\S+)", (ROOT / "constraints.txt").read_text(), re.M))
+
+
+def _of_kuberay(definition: dict[str, Any]) -> Iterator[str]:
+    spec = definition["spec"]
+    if definition["kind"] == "RayJob":
+        words = spec.get("entrypoint", "").split()
+        for word in words:
+            if word.endswith(".yaml") and not (ROOT / word).exists():
+                yield f"spec.entrypoint: there is no {word}"
+        if "python" not in words:
+            yield "spec.entrypoint: expected python -m jobs...."
+        return
+    ray = _pinned()["ray"]
+    if spec.get("rayVersion") != ray:
+        yield f"spec.rayVersion: '{spec.get('rayVersion')}' is not Ray {ray}"
+    if spec.get("authOptions", {}).get("mode") != "token":
+        yield "spec.authOptions.mode: expected token (who reaches the dashboard runs code)"
+    if spec["headGroupSpec"].get("serviceType", "ClusterIP") != "ClusterIP":
+        yield "spec.headGroupSpec.serviceType: expected ClusterIP, not reached from outside"
+    for group in (spec["headGroupSpec"], *spec.get("workerGroupSpecs", ())):
+        for container in group["template"]["spec"]["containers"]:
+            name, resources = container["name"], container.get("resources", {})
+            if not container["image"].endswith(f":{ray}"):
+                yield f"{name}: image '{container['image']}' is not of Ray {ray}"
+            if not resources.get("limits") or resources.get("limits") != resources.get("requests"):
+                yield f"{name}: expected limits like the requests: Ray counts on them"
+
+
+def _of_compose(definition: dict[str, Any]) -> Iterator[str]:
+    for name, service in definition["services"].items():
+        if "image" in service and not re.search(r":[\d.]+$", service["image"]):
+            yield f"services.{name}.image: '{service['image']}' names no version"
+        for port in service.get("ports", ()):
+            if not str(port).startswith("127.0.0.1:"):
+                yield f"services.{name}.ports: {port} is open to the world"
+        for key, value in service.get("environment", {}).items():
+            if re.search("PASSWORD|SECRET|KEY", key) and not str(value).startswith("${"):
+                yield f"services.{name}.environment.{key}: a secret in the file; take it from .env"
+    if f"=={_pinned()['mlflow']}" not in json.dumps(definition):
+        yield f"no MLflow {_pinned()['mlflow']}, the version in constraints.txt"
 
 
 def _of_files(definition: dict[str, Any], folder: Path) -> Iterator[str]:
@@ -104,9 +156,10 @@ def _of_commands(definition: dict[str, Any]) -> Iterator[str]:
 
 def main() -> None:
     """Print what is wrong; exit status 1 if anything is."""
-    path = Path(sys.argv[1]) if len(sys.argv) > 1 else ROOT / "ray-cluster.yaml"
-    found = list(problems(path))
-    sys.exit("\n".join(f"error: {path.name}: {problem}" for problem in found) or None)
+    ours = [ROOT / "ray-cluster.yaml", *sorted((ROOT / "deploy").glob("*/*.yaml"))]
+    paths = [Path(word) for word in sys.argv[1:]] or ours
+    found = [f"error: {path.name}: {problem}" for path in paths for problem in problems(path)]
+    sys.exit("\n".join(found) or None)
 
 
 if __name__ == "__main__":

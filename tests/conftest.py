@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import sys
 from pathlib import Path
 
@@ -14,7 +15,9 @@ from gfl.data import shapes
 
 ROOT = Path(__file__).parents[1]
 GOLDEN = Path(__file__).parent / "golden"
-sys.path[:0] = [str(GOLDEN), str(Path(__file__).parent)]  # recipe.py and tests_support.py
+sys.path[:0] = [str(GOLDEN), str(Path(__file__).parent)]  # recipe.py, servers.py, tests_support.py
+
+import servers  # noqa: E402
 
 
 @pytest.fixture(scope="session")
@@ -133,3 +136,29 @@ def trained(ray_cluster, tiny_file, tmp_path_factory):
         figures = {"AP": result.metrics["AP"], "fps": result.fps, "data": "d", "protocol": "p"}
         registry.register(job, "shapes", result.checkpoint, result.run_id, figures)
     return job, result, events
+
+
+@pytest.fixture(scope="session")
+def postgres(tmp_path_factory):
+    """The URI of an empty PostgreSQL database."""
+    if shutil.which("initdb") is None:
+        pytest.skip("PostgreSQL's initdb is not installed")
+    database = servers.PostgreSQL(tmp_path_factory.mktemp("postgres"))
+    database.start()
+    yield database.uri
+    database.stop()
+
+
+@pytest.fixture(scope="session")
+def s3(tmp_path_factory):
+    """An S3 API on loopback that the environment names, with a bucket called `gfl`."""
+    import boto3
+
+    server = servers.S3(tmp_path_factory.mktemp("s3"))
+    server.start()
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in (servers.KEYS | {"AWS_ENDPOINT_URL": server.uri}).items():
+            patch.setenv(name, value)
+        boto3.client("s3").create_bucket(Bucket="gfl")
+        yield server
+    server.stop()

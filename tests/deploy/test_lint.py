@@ -17,8 +17,32 @@ def problems():
     return module.problems
 
 
-def test_ours_is_sound(problems):
-    assert list(problems(FILE)) == []
+@pytest.mark.parametrize("file", [FILE, *sorted(ROOT.glob("deploy/*/*.yaml"))], ids=str)
+def test_ours_is_sound(problems, file):
+    assert list(problems(file)) == []
+
+
+@pytest.mark.parametrize(
+    ("file", "before", "after", "found"),
+    [
+        ("kuberay/raycluster.yaml", "mode: token", "mode: disabled", "expected token"),
+        ("kuberay/raycluster.yaml", 'rayVersion: "2.60.0"', 'rayVersion: "2.9"', "is not Ray"),
+        ("kuberay/raycluster.yaml", "gfl:2.60.0", "gfl:latest", "is not of Ray 2.60.0"),
+        ("kuberay/raycluster.yaml", "ClusterIP", "LoadBalancer", "not reached from outside"),
+        ("kuberay/raycluster.yaml", 'limits: {cpu: "8"', 'limits: {cpu: "9"', "like the requests"),
+        ("kuberay/rayjob.yaml", "gfl_r50_1x.yaml", "gfl_r50.yaml", "there is no configs/gfl_r50"),
+        ("mlflow/compose.yaml", "127.0.0.1:5000", "5000", "open to the world"),
+        ("mlflow/compose.yaml", "postgres:17.2", "postgres", "names no version"),
+        ("mlflow/compose.yaml", "${S3_SECRET:?}", "abc", "a secret in the file"),
+        ("mlflow/compose.yaml", "==3.17.2", "==3.1", "no MLflow 3.17.2"),
+    ],
+)
+def test_a_mistake_in_a_manifest_is_found(problems, tmp_path, file, before, after, found):
+    text = (ROOT / "deploy" / file).read_text()
+    assert before in text
+    path = tmp_path / "file.yaml"
+    path.write_text(text.replace(before, after))
+    assert any(found in problem for problem in problems(path)), list(problems(path))
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,8 @@ CPU = torch.device("cpu")
 class Recorder:
     """Keeps every report, and a checkpoint of every epoch."""
 
-    def __init__(self, folder, stop_after=None):
+    def __init__(self, folder, stop_after=None, stop_after_step=None):
+        self.stop_after_step = stop_after_step
         self.folder = folder
         self.stop_after = stop_after
         self.steps = []
@@ -31,6 +32,13 @@ class Recorder:
 
     def on_steps(self, report):
         self.steps.append(report)
+
+    def on_checkpoint(self, report):
+        folder = self.folder / f"step-{report.step}"
+        folder.mkdir(parents=True)
+        report.snapshot().write(folder)
+        if report.step == self.stop_after_step:
+            raise KeyboardInterrupt
 
     def on_epoch(self, report):
         self.epochs.append(report)
@@ -87,6 +95,39 @@ def test_interrupted_and_resumed_equals_uninterrupted_bit_for_bit(tiny, tmp_path
     ):
         for key, value in one.items():
             assert torch.equal(torch.as_tensor(value), torch.as_tensor(other[key])), key
+
+
+def test_resumed_within_an_epoch_equals_uninterrupted_bit_for_bit(tiny, tmp_path):
+    config = derive(type(tiny), tiny, ["optim.ema=0.9", "schedule.epochs=2"])
+    calm = Recorder(tmp_path / "whole")
+    whole = train(config, calm, checkpoint_every=3)
+    stop = whole.batches.steps_per_epoch // 3 * 3
+    assert 0 < stop < whole.batches.steps_per_epoch
+    interrupted = Recorder(tmp_path / "part", stop_after_step=stop)
+    with pytest.raises(KeyboardInterrupt):
+        train(config, interrupted, checkpoint_every=3)
+    rest = Recorder(tmp_path / "rest")
+    resumed = train(config, rest, checkpoint_every=3, resume=tmp_path / "part" / f"step-{stop}")
+    for one, other in ((whole.model, resumed.model), (whole.detector, resumed.detector)):
+        for key, value in one.state_dict().items():
+            assert torch.equal(value, other.state_dict()[key]), key
+    together = [report.step for report in [*interrupted.steps, *rest.steps]]
+    assert together == [report.step for report in calm.steps]
+    assert rest.epochs[-1].metrics == calm.epochs[-1].metrics
+
+
+def test_a_snapshot_is_of_its_moment(tiny, tmp_path):
+    trainer = Trainer(tiny, load_splits(tiny)[0], CPU)
+    trainer.parallel.train()
+    keys = next(iter(trainer.batches))
+    batch = collate([trainer.dataset[key] for key in keys])
+    trainer.train_step(batch)
+    before = {key: value.clone() for key, value in trainer.detector.state_dict().items()}
+    snapshot = trainer.snapshot(trainer.train_split, {})
+    trainer.train_step(batch)
+    snapshot.write(tmp_path)
+    for key, value in load_checkpoint(tmp_path)[0].state_dict().items():
+        assert torch.equal(value, before[key]), key
 
 
 def test_a_finished_training_resumes_to_nothing(tiny, tmp_path):

@@ -1,15 +1,9 @@
 """A real MLflow server that dies and comes back: nothing is lost, nothing is logged twice."""
 
-import os
-import signal
-import socket
-import subprocess
-import sys
 import time
-import urllib.error
-import urllib.request
 
 import pytest
+import servers
 
 from gfl_platform.config import load_job
 from gfl_platform.delivery import Delivery
@@ -18,47 +12,9 @@ from gfl_platform.store import TrackingError, client_of
 from gfl_platform.tracking import RunTracker
 
 
-class Server:
-    """An MLflow server on loopback, over a SQLite file."""
-
-    def __init__(self, folder):
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            self.port = free.getsockname()[1]
-        self.uri = f"http://127.0.0.1:{self.port}"
-        self._folder, self._process = folder, None
-
-    def start(self):
-        command = [
-            sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1",
-            "--port", str(self.port), "--workers", "1",
-            "--backend-store-uri", f"sqlite:///{self._folder}/server.db",
-            "--artifacts-destination", f"{self._folder}/artifacts",
-        ]  # fmt: skip
-        with (self._folder / "server.log").open("a") as log:
-            self._process = subprocess.Popen(
-                command, stdout=log, stderr=log, start_new_session=True, cwd=self._folder
-            )
-        deadline = time.monotonic() + 90
-        while time.monotonic() < deadline:
-            try:
-                urllib.request.urlopen(f"{self.uri}/health", timeout=2).close()
-            except (urllib.error.URLError, OSError):
-                time.sleep(0.2)
-            else:
-                return
-        raise AssertionError((self._folder / "server.log").read_text()[-2000:])
-
-    def stop(self):
-        if self._process:
-            os.killpg(self._process.pid, signal.SIGKILL)
-            self._process.wait()
-            self._process = None
-
-
 @pytest.fixture(scope="module")
 def server(tmp_path_factory):
-    made = Server(tmp_path_factory.mktemp("server"))
+    made = servers.MLflow(tmp_path_factory.mktemp("server"))
     yield made
     made.stop()
 

@@ -1,11 +1,8 @@
 """The trail of decisions on real stores: two who decide at once, crashes, hands."""
 
-import shutil
-import socket
 import subprocess
 import sys
 from itertools import pairwise
-from pathlib import Path
 
 import pytest
 
@@ -30,30 +27,6 @@ for version in map(int, versions):
             pass
     settle(client, "m")
 """
-
-
-@pytest.fixture(scope="module")
-def postgres(tmp_path_factory):
-    """The URI of an empty PostgreSQL database."""
-    if shutil.which("initdb") is None:
-        pytest.skip("PostgreSQL's initdb is not installed")
-    folder = Path(tmp_path_factory.mktemp("postgres"))
-    for parent in (folder, *folder.parents[:2]):
-        parent.chmod(0o755)
-    shutil.chown(folder, "postgres")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-
-    def run(*command):
-        words = ["runuser", "-u", "postgres", "--", *map(str, command)]
-        subprocess.run(words, check=True, capture_output=True, cwd=folder)
-
-    run("initdb", "-D", folder / "data", "-A", "trust")
-    options = f"-p {port} -c listen_addresses=127.0.0.1 -c unix_socket_directories={folder}"
-    run("pg_ctl", "-D", folder / "data", "-o", options, "-l", folder / "log", "-w", "start")
-    yield f"postgresql+psycopg2://postgres@127.0.0.1:{port}/postgres"
-    run("pg_ctl", "-D", folder / "data", "-m", "immediate", "-w", "stop")
 
 
 @pytest.fixture(params=["sqlite", pytest.param("postgresql", marks=pytest.mark.cluster)])

@@ -1,0 +1,142 @@
+"""Real servers on loopback for the tests: MLflow, S3, PostgreSQL. They can be killed."""
+
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+KEYS = {
+    "AWS_ACCESS_KEY_ID": "test",
+    "AWS_SECRET_ACCESS_KEY": "test",
+    "AWS_DEFAULT_REGION": "us-east-1",
+}
+
+S3_APPLICATION = """
+import sys
+from pathlib import Path
+from moto.server import DomainDispatcherApplication, create_backend_app
+from werkzeug.serving import run_simple
+import logging
+
+application = DomainDispatcherApplication(create_backend_app)
+busy = Path(sys.argv[2])
+
+def front(environ, start_response):
+    if busy.exists():
+        start_response("503 Slow Down", [("Content-Type", "application/xml")])
+        return [b"<Error><Code>SlowDown</Code><Message>busy</Message></Error>"]
+    return application(environ, start_response)
+
+logging.getLogger("werkzeug").setLevel(logging.ERROR)
+run_simple("127.0.0.1", int(sys.argv[1]), front, threaded=True)
+"""
+
+
+def free_port():
+    """Return a port that nobody uses now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+class Server:
+    """A server process that answers over HTTP."""
+
+    health = ""
+
+    def __init__(self, folder):
+        self.folder, self.port, self._process = Path(folder), free_port(), None
+        self.uri = f"http://127.0.0.1:{self.port}"
+
+    def command(self):
+        raise NotImplementedError
+
+    def start(self):
+        with (self.folder / f"{type(self).__name__}.log").open("a") as log:
+            self._process = subprocess.Popen(
+                self.command(), stdout=log, stderr=log, start_new_session=True, cwd=self.folder
+            )
+        deadline = time.monotonic() + 90
+        while time.monotonic() < deadline:
+            try:
+                urllib.request.urlopen(f"{self.uri}/{self.health}", timeout=2).close()
+            except (urllib.error.URLError, OSError):
+                time.sleep(0.2)
+            else:
+                return
+        raise AssertionError(f"{self.command()} does not answer; see {self.folder}")
+
+    def stop(self):
+        """Kill it."""
+        if self._process:
+            os.killpg(self._process.pid, signal.SIGKILL)
+            self._process.wait()
+            self._process = None
+
+
+class MLflow(Server):
+    """An MLflow server; by default over a SQLite file and a folder of artifacts."""
+
+    health = "health"
+
+    def __init__(self, folder, store=None, artifacts=None):
+        super().__init__(folder)
+        self.store = store or f"sqlite:///{folder}/server.db"
+        self.artifacts = artifacts or f"{folder}/artifacts"
+
+    def command(self):
+        return [
+            sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1",
+            "--port", str(self.port), "--workers", "1",
+            "--backend-store-uri", self.store, "--artifacts-destination", self.artifacts,
+        ]  # fmt: skip
+
+
+class S3(Server):
+    """An S3 API that answers 503 while it is `busy`."""
+
+    health = "moto-api/"
+
+    def __init__(self, folder):
+        super().__init__(folder)
+        self._busy = self.folder / "busy"
+
+    def command(self):
+        return [sys.executable, "-c", S3_APPLICATION, str(self.port), str(self._busy)]
+
+    def busy(self, yes):
+        """Refuse, or answer again."""
+        if yes:
+            self._busy.touch()
+        else:
+            self._busy.unlink()
+
+
+class PostgreSQL:
+    """An empty database."""
+
+    def __init__(self, folder):
+        self.folder, self.port = Path(folder), free_port()
+        self.uri = f"postgresql+psycopg2://postgres@127.0.0.1:{self.port}/postgres"
+
+    def start(self):
+        for parent in (self.folder, *self.folder.parents[:2]):
+            parent.chmod(0o755)
+        shutil.chown(self.folder, "postgres")
+        self._run("initdb", "-D", self.folder / "data", "-A", "trust")
+        where = f"-c listen_addresses=127.0.0.1 -c unix_socket_directories={self.folder}"
+        self._run("pg_ctl", "-D", self.folder / "data", "-o", f"-p {self.port} {where}",
+                  "-l", self.folder / "log", "-w", "start")  # fmt: skip
+
+    def stop(self):
+        self._run("pg_ctl", "-D", self.folder / "data", "-m", "immediate", "-w", "stop")
+
+    def _run(self, *command):
+        words = ["runuser", "-u", "postgres", "--", *map(str, command)]
+        subprocess.run(words, check=True, capture_output=True, cwd=self.folder)
