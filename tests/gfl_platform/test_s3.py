@@ -107,6 +107,7 @@ def test_what_is_not_there_is_named(bucket, cache, monkeypatch, tmp_path):
         cache.local("s3://nowhere/x")
     with pytest.raises(S3Error, match="expected s3://BUCKET/KEY"):
         cache.local("s3:///x")
+    monkeypatch.setattr(boto3, "DEFAULT_SESSION", None)  # which remembers credentials
     monkeypatch.delenv("AWS_ACCESS_KEY_ID")
     monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
     monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
