@@ -1,4 +1,4 @@
-"""Checks what `deploy/` and ray-cluster.yaml define, without a cloud: `python deploy/lint.py [FILE]`.
+"""Checks what deploy/ and ray-cluster.yaml define, without a cloud: `python deploy/lint.py [FILE]`.
 
 Ray's own schema and validation, the EC2 API's parameters (which catch a misspelt `node_config`),
 and what both let through: no security group of one's own (Ray then opens port 22 to the world), no

@@ -225,5 +225,7 @@ def one_line(error: BaseException) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     if not lines:
         return type(error).__name__
-    # torch's DataLoader puts the traceback into the message of the exception that it raises again.
-    return lines[-1].partition(": ")[2] if lines[0].startswith("Caught ") else lines[0]
+    # torch's DataLoader puts the traceback into the message of the exception that it raises again,
+    # Ray that of an actor which could not be made.
+    with_traceback = lines[0].startswith(("Caught ", "The actor died because of an error raised"))
+    return lines[-1].partition(": ")[2] if with_traceback else lines[0]

@@ -3,6 +3,7 @@
 Credentials come through the usual AWS chain, another endpoint from AWS_ENDPOINT_URL.
 """
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -53,10 +54,17 @@ def client(attempts: int = ATTEMPTS) -> Any:
 
 
 class PatientS3(S3FileSystem):
-    """Arrow's file system on S3, which forgets its patience on the way to another process."""
+    """Arrow's file system on S3, which forgets its patience on the way to another process.
+
+    Made in this way Arrow does not look for an endpoint in the environment.
+    """
 
     def __init__(self) -> None:
-        super().__init__(retry_strategy=AwsStandardS3RetryStrategy(max_attempts=ATTEMPTS))
+        endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
+        super().__init__(
+            endpoint_override=endpoint or None,
+            retry_strategy=AwsStandardS3RetryStrategy(max_attempts=ATTEMPTS),
+        )
 
     def __reduce__(self) -> tuple[type["PatientS3"], tuple[()]]:
         return PatientS3, ()
