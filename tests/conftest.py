@@ -103,8 +103,11 @@ def coco(tmp_path):
 
 
 @pytest.fixture(scope="session")
-def ray_cluster():
-    """A local Ray cluster of two CPUs, which jobs in other processes find through RAY_ADDRESS."""
+def ray_cluster(s3):
+    """A local Ray cluster of two CPUs, which jobs in other processes find through RAY_ADDRESS.
+
+    Its processes know the S3 API of the tests.
+    """
     import ray
 
     from gfl_platform import cluster

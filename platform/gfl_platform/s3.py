@@ -89,11 +89,13 @@ def explained(location: str) -> Iterator[None]:
         ) from error
     except ClientError as error:
         code = error.response["Error"]["Code"]
+        if error.operation_name == "HeadBucket" and code == "404":
+            code = "NoSuchBucket"
         hints = {
             "NoSuchBucket": "no such bucket; create it, or correct the name",
             "AccessDenied": "access denied; let these credentials list, read and write it",
             "403": "access denied; let these credentials list, read and write it",
-            "404": "no such bucket; create it, or correct the name",
+            "404": "not there any more",
         }
         raise S3Error(f"{location}: {hints.get(code, str(error))}") from error
     except (BotoCoreError, Boto3Error) as error:
@@ -114,9 +116,9 @@ def list_objects(location: str) -> dict[str, Object]:
         for page in pages:
             for each in page.get("Contents", ()):
                 name = each["Key"].removeprefix(key)
-                if name == "" or name.startswith("/") or not key:
+                is_marker = name.endswith("/")  # Arrow's and the console's way to make a folder
+                if not is_marker and (name == "" or name.startswith("/") or not key):
                     found[name.lstrip("/")] = (each["ETag"].strip('"'), each["Size"])
-    found = {name: facts for name, facts in found.items() if not name.endswith("/")}
     return {"": found[""]} if "" in found else found
 
 

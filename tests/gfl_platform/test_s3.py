@@ -67,6 +67,7 @@ def test_a_damaged_copy_and_an_interrupted_one_are_mended(bucket, cache):
 def test_names_that_begin_alike_are_no_folder(bucket, cache):
     bucket(a="one")
     boto3.client("s3").put_object(Bucket="gfl", Key="settings.txt", Body=b"x")
+    boto3.client("s3").put_object(Bucket="gfl", Key="set/")  # as Arrow marks a folder
     assert set(list_objects("s3://gfl/set")) == {"a.txt"}
 
 
