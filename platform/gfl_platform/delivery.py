@@ -138,8 +138,9 @@ class Delivery:
         found = self.client.get_experiment_by_name(called)
         if found:
             return str(found.experiment_id)
-        embedded = tracking_uri(self._job).startswith("sqlite:")
-        location = (storage_root(self._job) / "artifacts").as_uri() if embedded else None
+        # A database without a server says of no place for artifacts: MLflow would take ./mlruns.
+        served = tracking_uri(self._job).startswith(("http:", "https:"))
+        location = None if served else (storage_root(self._job) / "artifacts").as_uri()
         return str(self.client.create_experiment(called, location))
 
     def _log(self, events: list[Event]) -> None:
