@@ -100,7 +100,7 @@ class Exportable(nn.Module):
         """Return the outputs of `LAYOUT` for `images` (B, 3, H, W), RGB in 0..255."""
         height, width = images.shape[-2:]
         inputs = (images.float() - self.detector.pixel_mean) / self.detector.pixel_std
-        inputs = pad(inputs, (0, -width % SIZE_MULTIPLE, 0, -height % SIZE_MULTIPLE))
+        inputs = pad(inputs, (0, _padded(width) - width, 0, _padded(height) - height))
         cls_levels, reg_levels = self.detector(inputs)
         sizes = tuple((level.shape[2], level.shape[3]) for level in cls_levels)
         points = grid_points.__wrapped__(sizes, images.device)
@@ -164,6 +164,11 @@ class Exportable(nn.Module):
             for found in (boxes, scores, *more)
         ]
         return tuple(rows[: len(self.form.outputs)])
+
+
+def _padded(side: int) -> int:
+    # As a remainder it would stay in every size that follows, and tracing take three times as long.
+    return (side + SIZE_MULTIPLE - 1) // SIZE_MULTIPLE * SIZE_MULTIPLE
 
 
 def metadata(

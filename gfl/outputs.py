@@ -37,6 +37,20 @@ def write_detections(
     return {name: counts[name] for name in found[0].classes}
 
 
+def require_own_names(files: Sequence[Path]) -> None:
+    """Refuse images whose YOLO files would be one.
+
+    Raises:
+        ValueError: two of them have the same name but for folder and ending.
+    """
+    stem, count = Counter(file.stem for file in files).most_common(1)[0]
+    if count > 1:
+        raise ValueError(
+            f"{stem}: {count} images have this name, so that YOLO's files would be one; predict "
+            "each into a folder of its own, or choose --format coco"
+        )
+
+
 def _write_coco(found: Sequence[Detections], folder: Path) -> None:
     images: list[dict[str, Any]] = []
     annotations: list[dict[str, Any]] = []

@@ -1,6 +1,6 @@
-"""Whether an exported file does what the detector does: boxes and scores on real images."""
+"""Whether an exported file does what the detector does: all its outputs on real images."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,12 @@ from gfl.export import INPUT, Exportable, ExportError, Form
 from gfl.predict import Model
 
 BOX_PX, SCORE = 0.01, 1e-4
-"""The most that boxes and scores may differ in float32."""
+"""The most that outputs in px, and in 0 to 1, may differ in float32."""
+
+IN_PX, IN_SHARES = ("boxes", "edge_std"), ("scores", "distributions")
+
+Outputs = dict[str, NDArray[Any]]
+"""By the names of `Form.outputs`."""
 
 Run = Callable[[Tensor], list[NDArray[Any]]]
 """Takes images (B, 3, H, W) and returns the outputs of a file."""
@@ -29,8 +34,8 @@ class Difference:
     """The largest differences from the detector over several images.
 
     Attributes:
-        box_px: Of a coordinate, px of the network's input.
-        score: Of a score.
+        box_px: Of a coordinate or of an edge's deviation, px of the network's input.
+        score: Of a score or of a bin's share.
         detections: How many were compared.
     """
 
@@ -84,21 +89,23 @@ def compare(model: Model, run: Run, form: Form, images: Iterable[Tensor]) -> Dif
     """
     box, score, count = 0.0, 0.0, 0
     for image in images:
-        outputs = run(image)
+        found = dict(zip(form.outputs, run(image), strict=True))
         expected = _eager(model.detector, image, form)
         if form.with_nms:
-            outputs = _in_order_of([output[outputs[1] > 0] for output in outputs], expected)
-        shapes = [list(output.shape) for output in outputs]
-        if shapes[0] != list(expected[0].shape):
+            there = found["scores"] > 0
+            found = _in_order_of({name: out[there] for name, out in found.items()}, expected)
+        if found["boxes"].shape != expected["boxes"].shape:
             raise ExportError(
-                f"{list(image.shape)}: the file gives {shapes[0][0]} detections, the detector "
-                f"{len(expected[0])}"
+                f"{list(image.shape)}: the file gives {len(found['boxes'])} detections, the "
+                f"detector {len(expected['boxes'])}"
             )
-        box = max(box, _largest(outputs[0], expected[0]))
-        score = max(score, _largest(outputs[1], expected[1]))
-        if form.with_nms and (outputs[2] != expected[2].numpy()).any():
+        if form.with_nms and (found["labels"] != expected["labels"]).any():
             raise ExportError(f"{list(image.shape)}: the file gives other classes")
-        count += int(np.prod(outputs[0].shape[:-1]))
+        far = {name: float(np.abs(found[name] - expected[name]).max(initial=0))
+               for name in form.outputs}  # fmt: skip
+        box = max(box, *(far[name] for name in IN_PX if name in far))
+        score = max(score, *(far[name] for name in IN_SHARES if name in far))
+        count += int(np.prod(found["boxes"].shape[:-1]))
     if box > BOX_PX or score > SCORE:
         raise ExportError(
             f"boxes differ by up to {box:.3g} px and scores by {score:.3g}; rounding is up to "
@@ -107,33 +114,29 @@ def compare(model: Model, run: Run, form: Form, images: Iterable[Tensor]) -> Dif
     return Difference(box, score, count)
 
 
-def _in_order_of(outputs: list[NDArray[Any]], expected: Sequence[Tensor]) -> list[NDArray[Any]]:
+def _in_order_of(found: Outputs, expected: Outputs) -> Outputs:
     """Return a file's detections in the order of the detector's.
 
     Rounding may swap two of nearly the same score; where they are no pairs, nothing is changed.
     """
-    boxes, scores, labels = (each.numpy() for each in expected)
-    if len(boxes) != len(outputs[0]):
-        return outputs
-    far = np.abs(outputs[0][None] - boxes[:, None]).max(axis=-1)
-    far[labels[:, None] != outputs[2][None]] = np.inf
-    far[np.abs(scores[:, None] - outputs[1][None]) > SCORE] = np.inf
-    order = far.argmin(axis=1) if len(boxes) else np.arange(0)
+    if len(found["boxes"]) != len(expected["boxes"]) or not len(found["boxes"]):
+        return found
+    far = np.abs(found["boxes"] - expected["boxes"][:, None]).max(axis=-1)
+    far[expected["labels"][:, None] != found["labels"]] = np.inf
+    far[np.abs(expected["scores"][:, None] - found["scores"]) > SCORE] = np.inf
+    order = far.argmin(axis=1)
     is_pairing = len(np.unique(order)) == len(order)
-    return [output[order] for output in outputs] if is_pairing else outputs
+    return {name: output[order] for name, output in found.items()} if is_pairing else found
 
 
-def _eager(detector: Detector, image: Tensor, form: Form) -> Sequence[Tensor]:
-    """Return boxes, scores and labels as the detector itself finds them."""
+def _eager(detector: Detector, image: Tensor, form: Form) -> Outputs:
+    """Return the outputs of `form` as the detector itself finds them."""
     if form.with_nms:
         height, width = image.shape[-2:]
         sizes = torch.tensor([[height, width]])
         padded = pad(image, (0, -width % SIZE_MULTIPLE, 0, -height % SIZE_MULTIPLE))
         (found,) = detector.predict(detector.normalize(padded, sizes), sizes)
-        return found.boxes, found.scores, found.labels
+        return {name: getattr(found, name).numpy() for name in form.outputs}
     with torch.no_grad():
-        return Exportable(detector, form)(image)
-
-
-def _largest(one: NDArray[Any], other: Tensor) -> float:
-    return float(np.abs(one - other.numpy()).max()) if one.size else 0.0
+        outputs = Exportable(detector, form)(image)
+    return {name: each.numpy() for name, each in zip(form.outputs, outputs, strict=True)}

@@ -24,6 +24,9 @@ from gfl.results import Detections
 ImageLike: TypeAlias = str | Path | bytes | NDArray[np.uint8] | Tensor | Image.Image
 """A file, its content, or RGB pixels: (H, W, 3) as an array, (3, H, W) as a tensor, both uint8."""
 
+WAITING = 8
+"""Batches of images that wait for others of their size."""
+
 
 class Model:
     """A detector with all that is needed to use it on images.
@@ -168,8 +171,11 @@ def _listed(images: ImageLike | Iterable[ImageLike]) -> Iterable[ImageLike]:
     return images
 
 
-def _batches(images: Sequence[ImageLike], batch: int) -> Iterator[tuple[list[int], list[Tensor]]]:
-    """Give places in `images` and pixels (3, H, W) of one size each, up to `batch` together."""
+def _batches(images: Iterable[ImageLike], batch: int) -> Iterator[tuple[list[int], list[Tensor]]]:
+    """Give places in `images` and pixels (3, H, W) of one size each, up to `batch` together.
+
+    No more than `WAITING` batches of pixels are held at once, whatever the number of sizes.
+    """
     waiting: dict[tuple[int, ...], tuple[list[int], list[Tensor]]] = {}
     for number, image in enumerate(images):
         pixels = _pixels(image)
@@ -179,6 +185,8 @@ def _batches(images: Sequence[ImageLike], batch: int) -> Iterator[tuple[list[int
         together.append(pixels)
         if len(places) == batch:
             yield waiting.pop(size)
+        elif sum(len(places) for places, _ in waiting.values()) == WAITING * batch:
+            yield waiting.pop(max(waiting, key=lambda size: len(waiting[size][0])))
     yield from waiting.values()
 
 

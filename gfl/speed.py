@@ -13,9 +13,10 @@ import platform
 import resource
 import subprocess
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
@@ -97,16 +98,17 @@ def measure_latency(
     count = min(images, len(dataset)) // variant.batch * variant.batch
     if count == 0:
         raise UnavailableError(f"a batch of {variant.batch} needs as many images")
-    samples = (dataset[0, image] for image in range(count))
-    batches = [
-        collate([next(samples) for _ in range(variant.batch)]).to(device)
-        for _ in range(count // variant.batch)
-    ]
+
+    def batches() -> Iterator[Batch]:
+        for first in range(0, count, variant.batch):
+            samples = [dataset[0, image] for image in range(first, first + variant.batch)]
+            yield collate(samples).to(device)
+
     with _prepared(detector, variant, device) as run:
-        _time(run, batches[:WARM_UP], device)
+        _time(run, islice(batches(), WARM_UP), device)
         if variant.compiled:  # sizes that the warm-up has not seen are compiled for, too
-            _time(run, batches, device)
-        seconds = _time(run, batches, device)
+            _time(run, batches(), device)
+        seconds = _time(run, batches(), device)
     return seconds, _protocol(split, config, device, variant, count)
 
 
@@ -142,7 +144,8 @@ def count_flops(detector: Detector, height: int, width: int) -> int:
 def peak_memory(device: torch.device) -> Iterator[dict[str, int]]:
     """Give a mapping that in the end holds the peak under `bytes`.
 
-    On a GPU that is the memory allocated; on a CPU what the process grew by at its largest.
+    On a GPU that is the memory allocated, on a CPU the process's resident memory with all that is
+    in it. Where a process cannot forget its earlier peak (not Linux), that counts, too.
     """
     found = {"bytes": 0}
     if device.type == "cuda":
@@ -150,9 +153,10 @@ def peak_memory(device: torch.device) -> Iterator[dict[str, int]]:
         yield found
         found["bytes"] = torch.cuda.max_memory_allocated(device)
         return
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
     yield found
-    found["bytes"] = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024
+    found["bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 @contextmanager
@@ -180,7 +184,7 @@ def _prepared(detector: Detector, variant: Variant, device: torch.device) -> Ite
         detector.train(was_training)
 
 
-def _time(detector: Detector, batches: Sequence[Batch], device: torch.device) -> list[float]:
+def _time(detector: Detector, batches: Iterable[Batch], device: torch.device) -> list[float]:
     seconds = []
     collecting = gc.isenabled()
     gc.disable()  # a collection would fall on some image

@@ -49,6 +49,8 @@ def benchmark(arguments: argparse.Namespace) -> None:
     if arguments.out:
         write_atomically(arguments.out, json.dumps(benchmarking.as_json(found), indent=1) + "\n")
     show_benchmark(source, found)
+    if untrained:
+        said += "; untrained weights find little, so post-processing has less to do than later"
     console.print(said, soft_wrap=True)
 
 

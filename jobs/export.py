@@ -39,14 +39,18 @@ def export(arguments: argparse.Namespace) -> None:
 
     if arguments.int8 and (arguments.no_nms or "onnx" not in arguments.format):
         raise ValueError("--int8: needs an ONNX file with NMS; leave out --no-nms, add onnx")
+    if arguments.check < 1:
+        raise ValueError(f"--check {arguments.check}: expected at least 1")
     where = job_of(arguments.overrides)
     with scratch_folder(where) as scratch:
         checkpoint = registry.fetch_checkpoint(where, arguments.model, scratch)
         job = derive(JobConfig, read_config(checkpoint), arguments.overrides)
         model = gfl.load(checkpoint, job, device="cpu")
-    train, val = load_splits(cache_of(job).localized(job))
-    given = list_images(arguments.images) if arguments.images else []
-    images = (given or [record.path for record in val.records])[: arguments.check]
+    images = list_images(arguments.images) if arguments.images else []
+    if arguments.int8 or not images:
+        train, val = load_splits(cache_of(job).localized(job))
+        images = images or [record.path for record in val.records]
+    images = images[: arguments.check]
     form = Form(not arguments.no_nms, arguments.distributions)
     protocol = card.protocol_of(where, arguments.model)
     found = export_checked(model, arguments.out, arguments.format, form, images, protocol)

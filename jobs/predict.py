@@ -34,13 +34,15 @@ def predict(arguments: argparse.Namespace) -> None:
     from gfl.checkpoint import read_config
     from gfl.configfile import derive
     from gfl.data.images import read_image
-    from gfl.outputs import write_detections
+    from gfl.outputs import require_own_names, write_detections
     from gfl.predict import image_files
     from gfl_platform import registry
     from gfl_platform.config import JobConfig, job_of
     from gfl_platform.storage import scratch_folder
 
     files = image_files(arguments.images)
+    if arguments.format == "yolo":
+        require_own_names(files)
     for file in files:
         read_image(file)  # a damaged one is said before anything is written
     where = job_of(arguments.overrides)

@@ -2,7 +2,6 @@
 
 import json
 import os
-import shutil
 import sys
 from pathlib import Path
 
@@ -144,7 +143,7 @@ def trained(ray_cluster, tiny_file, tmp_path_factory):
 @pytest.fixture(scope="session")
 def postgres(tmp_path_factory):
     """The URI of an empty PostgreSQL database."""
-    if shutil.which("initdb") is None:
+    if servers.PostgreSQL.tools is None:
         pytest.skip("PostgreSQL's initdb is not installed")
     database = servers.PostgreSQL(tmp_path_factory.mktemp("postgres"))
     database.start()

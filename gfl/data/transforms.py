@@ -11,9 +11,12 @@ from gfl.config import DataConfig
 
 
 def fitted_size(height: int, width: int, short: int, long: int) -> tuple[int, int]:
-    """Return the (height, width) of an image scaled to fit within `short` and `long`, all in px."""
+    """Return the (height, width) of an image scaled to fit within `short` and `long`, all in px.
+
+    Neither is less than 1, however thin the image.
+    """
     factor = min(long / max(height, width), short / min(height, width))
-    return int(height * factor + 0.5), int(width * factor + 0.5)
+    return max(1, int(height * factor + 0.5)), max(1, int(width * factor + 0.5))
 
 
 class FitWithin(v2.Transform):

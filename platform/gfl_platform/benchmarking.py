@@ -48,7 +48,7 @@ class Timing:
         name: Of the variant; "end to end" is from the file to the boxes.
         fps: Images a second over all of them.
         percentiles_ms: Latency of a forward pass and its post-processing, by percentile.
-        peak_bytes: Memory at its largest; what the process grew by on a CPU.
+        peak_bytes: Memory at its largest, see `gfl.speed.peak_memory`; 0 where it is not measured.
         protocol: How it was measured.
         milliseconds: Each forward pass.
         unavailable: Why the variant cannot run here; empty if it can.
@@ -133,7 +133,7 @@ def benchmark_worker(settings: dict[str, Any]) -> Benchmark:
     detector, about = load_checkpoint(cache.local(settings["checkpoint"]), config)
     place(detector, device)
     render_shapes(config)
-    split = read_split(config.data, "val", config.model.num_classes)
+    split = read_split(config.data, "val", config.model.num_classes, about.classes)
     timings = []
     variants = settings["variants"]
     for number, variant in enumerate(variants, start=1):
@@ -193,6 +193,10 @@ def keep(job: JobConfig, model: str, run_id: str | None, found: Benchmark, pictu
             client.log_metric(run_id, f"benchmark.{key}.fps", timing.fps)
             for percentile, value in timing.percentiles_ms.items():
                 client.log_metric(run_id, f"benchmark.{key}.{percentile}_ms", value)
+            if timing.peak_bytes:
+                client.log_metric(run_id, f"benchmark.{key}.peak_MiB", timing.peak_bytes / 2**20)
+    client.log_metric(run_id, "benchmark.parameters", found.parameters)
+    client.log_metric(run_id, "benchmark.flops", found.flops)
     client.set_tag(run_id, "benchmark.protocol", found.standard.hash)
     return said
 

@@ -51,7 +51,8 @@ def describe(job: JobConfig, version: Version) -> dict[str, str]:
     if version.run_id:
         run = client.get_run(version.run_id)
         tags = {k: v for k, v in run.data.tags.items() if not k.startswith("mlflow.")}
-        facts = {key: f"{value:.6g}" for key, value in sorted(run.data.metrics.items())} | tags
+        metrics = {key: f"{value:.6g}" for key, value in sorted(run.data.metrics.items())}
+        facts = {"restarts": "0"} | metrics | tags
         packages = _artifact(job, version.run_id, PACKAGES_FILE).split()
         if tags.get("git.changed", "nothing") != "nothing":
             facts["git.diff"] = f"runs:/{version.run_id}/git.diff"
@@ -111,9 +112,16 @@ def recipe(where: JobConfig, model: str, overrides: Sequence[str]) -> Recipe:
     differing = [f"{k} {tags.get(k)} -> {v}" for k, v in now.items() if tags.get(k) != v]
     for line in _artifact(where, run_id, PACKAGES_FILE).split():
         package, _, version = line.partition("==")
-        if (present := importlib.metadata.version(package)) != version:
+        if (present := _installed(package)) != version:
             differing.append(f"{package} {version} -> {present}")
     return Recipe(job, {key: tags[key] for key in DIGESTS if key in tags}, differing)
+
+
+def _installed(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
 
 
 def protocol_of(job: JobConfig, model: str) -> dict[str, str]:

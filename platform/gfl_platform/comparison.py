@@ -8,14 +8,20 @@ import numpy as np
 from gfl.bootstrap import Gain, measure_gain
 from gfl.configfile import flatten, reproducible
 from gfl.data.images import read_image
-from gfl.data.split import read_split
 from gfl.evaluation import score_images
 from gfl.postprocess import Rows
 from gfl.speed import differences
 from gfl.visualize import draw_pairs
 from gfl_platform.config import JobConfig
 from gfl_platform.events import Watcher
-from gfl_platform.measuring import Measurement, measure, on_images_of, own_job, recall
+from gfl_platform.measuring import (
+    Measurement,
+    images_of,
+    measure,
+    on_images_of,
+    own_job,
+    recall,
+)
 from gfl_platform.registry import Version
 
 PICTURED = 6
@@ -65,7 +71,7 @@ def compare(job: JobConfig, a: Version, b: Version, picture: Path, watch: Watche
     logged = f"{a.tags.get('data')}-{a.tags.get('protocol')}"
     of_a = recall(job, a, logged) or measure(one, a, watch)
     of_b = recall(job, b, of_a.key) or measure(on_images_of(other, one), b, watch)
-    split = read_split(one.data, "val", one.model.num_classes)
+    split = images_of(one, list(of_a.ap_by_class))
     gain = measure_gain(split, of_b.rows, of_a.rows, one)
     scores = [score_images(split, each.rows, one) for each in (of_a, of_b)]
     most = np.argsort(-np.abs(scores[0] - scores[1]), kind="stable")[:PICTURED]

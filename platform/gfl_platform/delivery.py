@@ -20,6 +20,9 @@ RUN_FILE = "run.json"
 """Beside the checkpoints: which MLflow run they belong to, for a job that resumes."""
 
 RESTARTS = "restarts"
+
+DATABASES = ("sqlite", "postgresql", "mysql", "mssql")
+"""Schemes of stores that are reached without a server of MLflow's."""
 """Tag: how often a run went on after it had lost a worker, a node or its driver."""
 
 BATCH, METRICS_PER_CALL = 100, 1000
@@ -138,7 +141,8 @@ class Delivery:
         found = self.client.get_experiment_by_name(called)
         if found:
             return str(found.experiment_id)
-        embedded = tracking_uri(self._job).startswith("sqlite:")
+        # A database without a server has no place for artifacts: MLflow would take ./mlruns.
+        embedded = tracking_uri(self._job).startswith(DATABASES)
         location = (storage_root(self._job) / "artifacts").as_uri() if embedded else None
         return str(self.client.create_experiment(called, location))
 

@@ -11,12 +11,18 @@ from typing import Any
 
 from gfl.bootstrap import Gain, measure_gain
 from gfl.configfile import flatten
-from gfl.data.split import read_split
 from gfl.speed import differences, protocol_hash
 from gfl_platform import registry
 from gfl_platform.config import GateConfig, JobConfig
 from gfl_platform.events import Watcher
-from gfl_platform.measuring import Measurement, measure, on_images_of, own_job, recall
+from gfl_platform.measuring import (
+    Measurement,
+    images_of,
+    measure,
+    on_images_of,
+    own_job,
+    recall,
+)
 from gfl_platform.registry import RegistryError, Version
 from gfl_platform.store import connect
 from gfl_platform.trail import Decision, OvertakenError, append, settle
@@ -209,7 +215,7 @@ def _require_gain(
 ) -> None:
     """Require the margin over the champion; say how sure the difference is."""
     gate = job.registry.gate
-    split = read_split(job.data, "val", job.model.num_classes)
+    split = images_of(job, list(mine.ap_by_class))
     gain = measure_gain(
         split, mine.rows, theirs.rows, job, draws=gate.draws, confidence=gate.confidence
     )

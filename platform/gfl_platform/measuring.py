@@ -3,6 +3,7 @@
 import io
 import json
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,10 @@ from typing import Any
 import numpy as np
 
 from gfl.checkpoint import read_config
+from gfl.config import SplitConfig
 from gfl.configfile import derive
+from gfl.data import render_shapes
+from gfl.data.split import Split, read_split
 from gfl.postprocess import Rows
 from gfl.speed import protocol_hash
 from gfl_platform import registry
@@ -18,7 +22,7 @@ from gfl_platform.config import JobConfig
 from gfl_platform.evaluating import evaluate_checkpoint
 from gfl_platform.events import Watcher
 from gfl_platform.registry import Version
-from gfl_platform.storage import scratch_folder
+from gfl_platform.storage import cache_of, scratch_folder
 from gfl_platform.store import connect
 
 FOLDER = "evaluations"
@@ -34,7 +38,7 @@ class Measurement:
 
     Attributes:
         metrics: COCO's statistics.
-        ap_by_class: AP of each class, by name.
+        ap_by_class: AP of each class, by name, in the order of labels.
         fps: Frames per second.
         protocol: How they were measured.
         digest: SHA-256 of the annotations.
@@ -78,6 +82,19 @@ def on_images_of(job: JobConfig, other: JobConfig) -> JobConfig:
             "evaluation": other.evaluation,
         }
     )
+
+
+def images_of(job: JobConfig, classes: Sequence[str]) -> Split:
+    """Return the images that `job` evaluates a model with `classes` on, to be read in this process.
+
+    Raises:
+        ValueError: a dataset that cannot be used.
+    """
+    render_shapes(job)
+    cache = cache_of(job)
+    here = {key: str(cache.local(place)) for key, place in job.data.val}
+    data = job.data.model_copy(update={"val": SplitConfig(**here)})
+    return read_split(data, "val", job.model.num_classes, classes)
 
 
 def measure(job: JobConfig, version: Version, watch: Watcher) -> Measurement:

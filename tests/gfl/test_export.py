@@ -7,6 +7,7 @@ import onnx
 import pytest
 import torch
 from tests_support import attentive_detector
+from torchvision.ops import batched_nms
 
 import gfl
 from gfl.checkpoint import About
@@ -103,6 +104,14 @@ def test_without_nms_every_location_is_an_output(model, files, tmp_path):
     assert boxes.shape == (3, scores.shape[1], 4)
     assert scores.shape[2] == 3
     assert compare(model, run, form, images()).box_px < 0.01
+    image = images()[0]
+    boxes, scores = (torch.from_numpy(output[0]) for output in run(image))
+    location, label = (scores > model.config.postprocess.score_threshold).nonzero().unbind(1)
+    boxes, scores = boxes[location], scores[location, label]
+    keep = batched_nms(boxes, scores, label, model.config.postprocess.nms_iou)[:100]
+    (found,) = model.predict(image[0].byte())
+    torch.testing.assert_close(boxes[keep], found.boxes, atol=0.01, rtol=0)
+    torch.testing.assert_close(scores[keep], found.scores, atol=1e-4, rtol=0)
 
 
 def test_int8_states_what_it_costs(model, exported, tiny, files):

@@ -11,8 +11,8 @@ import gfl
 from gfl.checkpoint import About, take_snapshot
 from gfl.data.errors import DataError
 from gfl.data.images import list_images, read_image
-from gfl.outputs import write_detections
-from gfl.predict import Model, _mirror
+from gfl.outputs import require_own_names, write_detections
+from gfl.predict import Model, _batches, _mirror
 from gfl.results import Detections
 
 
@@ -64,9 +64,26 @@ def test_a_folder_is_its_images_in_order(model, files, shapes_folder):
 
 
 def test_a_batch_changes_no_more_than_rounding(model, files):
-    mixed = [*files[:3], torch.zeros(3, 40, 96, dtype=torch.uint8), *files[3:5]]
+    thin = torch.zeros(3, 1, 400, dtype=torch.uint8)  # less than a pixel high when scaled
+    mixed = [*files[:3], torch.zeros(3, 40, 96, dtype=torch.uint8), thin, *files[3:5]]
     for one, other in zip(model.predict(mixed), model.predict(mixed, batch=4), strict=True):
         same(one, other)
+
+
+def test_images_of_many_sizes_do_not_pile_up():
+    alive = []
+
+    def images():
+        for height in range(32, 132):
+            yield torch.zeros(3, height, 40, dtype=torch.uint8)
+            alive.append(height)
+
+    passes = 0
+    for places, pixels in _batches(images(), 4):
+        assert {tuple(each.shape) for each in pixels} == {(3, 32 + places[0], 40)}
+        passes += len(places)
+        assert len(alive) - passes < 32
+    assert passes == 100
 
 
 def test_thresholds_leave_out_what_is_below(folder, model, files, tiny):
@@ -122,6 +139,9 @@ def test_yolo_files_are_written(model, files, tmp_path):
     counts = write_detections(model.predict(files[:2]), tmp_path, "yolo", 0.3)
     text = (tmp_path / f"{files[0].stem}.txt").read_text()
     assert len(text.splitlines()) <= sum(counts.values())
+    require_own_names(files)
+    with pytest.raises(ValueError, match=f"{files[0].stem}: 2 images have this name"):
+        require_own_names([*files, tmp_path / files[0].with_suffix(".png").name])
     assert (tmp_path / "classes.txt").read_text().split() == ["rectangle", "ellipse", "triangle"]
 
 

@@ -14,6 +14,7 @@ from gfl.speed import (
     differences,
     measure_fps,
     measure_latency,
+    peak_memory,
     protocol_hash,
 )
 
@@ -75,6 +76,15 @@ def test_a_variant_leaves_the_detector_as_it_was(tiny, detector, split):
     assert all(torch.equal(before[key], value) for key, value in detector.state_dict().items())
     with pytest.raises(UnavailableError, match="a batch of 64 needs as many images"):
         measure_latency(detector, split, tiny, CPU, Variant(batch=64), 100)
+
+
+def test_peaks_are_of_what_is_measured():
+    def peak(size):
+        with peak_memory(CPU) as found:
+            torch.ones(size, dtype=torch.uint8).sum()
+        return found["bytes"]
+
+    assert peak(400 * 2**20) - peak(1) > 390 * 2**20  # the larger one first: it is forgotten
 
 
 def test_parameters_and_operations_are_counted(detector):

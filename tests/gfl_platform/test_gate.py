@@ -89,6 +89,7 @@ def test_the_card_tells_what_a_model_was_made_of(trained):
     assert described["run"] == result.run_id
     assert described["git.commit"] == git_state()[0]
     assert described["workers"] == "2 (CPU)"
+    assert described["restarts"] == "0"
     assert "torch==" in described["packages"]
     assert "1: promoted" in described["decisions"]
     assert described["config"] == f"runs:/{result.run_id}/config.yaml"

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+import time
 from itertools import pairwise
 
 import pytest
@@ -94,6 +95,21 @@ def test_what_a_crash_interrupted_is_finished(client):
     assert aliases_of(client) == {"champion": 2, "previous": 1}
     assert all(decision.applied for decision in read_trail(client, "m")[1:])
     assert len(read_trail(client, "m")) == 2
+
+
+def test_what_a_kill_interrupted_is_finished(store, client):
+    process = subprocess.Popen([sys.executable, "-c", PROMOTER, store, *"1234" * 100])
+    while len(read_trail(client, "m")) < 5:
+        assert process.poll() is None
+        time.sleep(0.05)
+    process.kill()  # wherever it is
+    process.wait()
+    last = settle(client, "m")
+    assert last.applied
+    assert aliases_of(client) == last.aliases
+    decisions = read_trail(client, "m")
+    assert decisions[-1] == last
+    assert {decision.action for decision in decisions} == {"promoted"}
 
 
 def test_a_decision_that_another_got_ahead_of_is_void(client):
