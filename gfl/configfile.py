@@ -217,7 +217,9 @@ def _explain(
         )
         return f"{origin}: {key}: unknown key; {hint}"
     if problem["type"] == "value_error":
-        return f"{origin}: {problem['msg'].removeprefix('Value error, ')}"
+        text = problem["msg"].removeprefix("Value error, ")
+        named = not path or f"{path[0]}." in text  # by who checks several keys together
+        return f"{origin}: {text}" if named else f"{origin}: {key}: {text}"
     return f"{origin}: {key}: got {problem['input']!r}: {problem['msg']}"
 
 

@@ -13,6 +13,7 @@ from ray.train import UserCallback
 from gfl.errors import NonFiniteLossError
 from gfl_platform.config import JobConfig
 from gfl_platform.events import Events
+from gfl_platform.trainers import trainer_class
 
 if TYPE_CHECKING:
     import torch
@@ -42,11 +43,14 @@ class Workers:
         count: Training processes.
         use_gpu: Whether each takes a GPU.
         cpus: CPUs of each.
+        stoppable: Whether Ray Tune may stop the training, which costs two more processes: one that
+            tells Tune of epochs, one that frees what a stopped training held.
     """
 
     count: int
     use_gpu: bool
     cpus: int
+    stoppable: bool = False
 
 
 def in_cluster() -> bool:
@@ -75,6 +79,8 @@ def connect(*, verbose: bool = False, dashboard: bool = False) -> None:
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
     # Ray will stop hiding GPUs from processes that ask for none; so do we, without its warning.
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    if not in_cluster():  # one machine is not taken away in part: nothing is to be watched for
+        os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
     options: dict[str, Any] = {"logging_level": level, "log_to_driver": verbose}
     try:
         if in_cluster():
@@ -150,13 +156,8 @@ def run_workers(
     """
     from ray.train import RunConfig, ScalingConfig
 
-    if workers.count > 1:
-        from ray.train.torch import TorchTrainer as Trainer
-    else:  # alone it needs no process group, so driver and controller no torch, which takes seconds
-        from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer as Trainer
-
     resources = {"CPU": workers.cpus} | ({"GPU": 1} if workers.use_gpu else {})
-    trainer = Trainer(
+    trainer = trainer_class(several=workers.count > 1, stoppable=workers.stoppable)(
         loop,
         train_loop_config=settings | {"events": events},
         scaling_config=ScalingConfig(

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Sequence
+from math import inf
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -10,8 +11,8 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
-    StrictFloat,
-    StrictInt,
+    ValidationInfo,
+    field_validator,
     model_validator,
 )
 
@@ -118,32 +119,44 @@ class RegistryConfig(Section):
         return self
 
 
+_REAL = ((int, float), "numbers")  # a boolean is neither, and no text is read as a number
+
+
 class RangeConfig(Section):
     """The values that a sweep tries for one key, in one of five forms."""
 
-    model_config = ConfigDict(strict=False)  # a list is taken for a tuple, but no text for a number
+    model_config = ConfigDict(strict=False)  # a list is taken for a tuple
 
     grid: Annotated[tuple[Any, ...], Field(min_length=1)] | None = None
     """Each of these values."""
     choice: Annotated[tuple[Any, ...], Field(min_length=1)] | None = None
     """The same; the searchers that draw treat it alike."""
-    uniform: tuple[StrictFloat, StrictFloat] | None = None
+    uniform: tuple[float, float] | None = None
     """Between two numbers."""
-    log_uniform: tuple[StrictFloat, StrictFloat] | None = None
+    log_uniform: tuple[float, float] | None = None
     """Between two positive numbers, uniform in the logarithm."""
-    int_uniform: tuple[StrictInt, StrictInt] | None = None
+    int_uniform: tuple[int, int] | None = None
     """Integers between two, both included."""
+
+    @field_validator("uniform", "log_uniform", "int_uniform", mode="before")
+    @classmethod
+    def _two_bounds(cls, bounds: Any, field: ValidationInfo) -> Any:
+        if bounds is None:
+            return None
+        kinds, what = ((int,), "integers") if field.field_name == "int_uniform" else _REAL
+        least = 0.0 if field.field_name == "log_uniform" else -inf
+        two = isinstance(bounds, list | tuple) and len(bounds) == 2
+        if not two or any(type(end) not in kinds for end in bounds):
+            raise ValueError(f"got {bounds!r}: expected two {what}, [lowest, highest]")
+        if not least < bounds[0] < bounds[1] < inf:
+            positive = "positive " if least == 0 else ""
+            raise ValueError(f"got {bounds!r}: expected {positive}bounds, [lowest, highest]")
+        return bounds
 
     @model_validator(mode="after")
     def _one_form(self) -> "RangeConfig":
-        forms = {name: value for name, value in self if value is not None}
-        if len(forms) != 1:
-            raise ValueError(f"a range: expected one of {', '.join(type(self).model_fields)}")
-        ((name, value),) = forms.items()
-        if name not in ("grid", "choice") and not value[0] < value[1]:
-            raise ValueError(f"{name} {list(value)}: expected [lowest, highest]")
-        if name == "log_uniform" and value[0] <= 0:
-            raise ValueError(f"log_uniform {list(value)}: expected positive bounds")
+        if sum(value is not None for _, value in self) != 1:
+            raise ValueError(f"expected one of {', '.join(type(self).model_fields)}")
         return self
 
     @property
@@ -165,6 +178,10 @@ def _dotted(space: Any) -> Any:
     for key, value in space.items():
         if isinstance(value, dict) and value and all(isinstance(v, dict) for v in value.values()):
             flat |= {f"{key}.{below}": inner for below, inner in _dotted(value).items()}
+        elif not isinstance(value, dict):
+            raise ValueError(
+                f"sweep.space: {key}: got {value!r}: expected a range, such as {{grid: [1, 2]}}"
+            )
         else:
             flat[key] = value
     return flat
@@ -227,7 +244,7 @@ class SweepConfig(Section):
     """Keys, dotted or nested, and the values to try."""
     search: SearchConfig = SearchConfig()
     scheduler: SchedulerConfig = SchedulerConfig()
-    objectives: Annotated[tuple[Objective, ...], Field(min_length=1)] = ("AP",)
+    objectives: tuple[Objective, ...] = ("AP",)
     """What is searched for, all at once; trials are stopped by the first. Lower latency is better,
     more of any other."""
     seeds: Positive = 1

@@ -183,6 +183,7 @@ class Delivery:
         What was logged before an interruption, whole or in part, is not logged twice.
         """
         import mlflow
+        from mlflow.entities import Metric
 
         name = f"epoch-{event['epoch']}"
         model = next((model for model in self._models() if model.name == name), None)
@@ -194,10 +195,12 @@ class Delivery:
                 experiment_id=self._experiment(),
             )
         logged = {metric.key for metric in model.metrics or []}
-        for key in event["metrics"].keys() - logged:
-            value, step, at = event["metrics"][key], event["step"], event["time_ms"]
-            # Of a model, hence of its run, too.
-            self.client.log_metric(self._run, key, value, at, step, model_id=model.model_id)
+        metrics = [
+            Metric(key, value, event["time_ms"], event["step"], model_id=model.model_id)
+            for key, value in event["metrics"].items()
+            if key not in logged
+        ]
+        self.client.log_batch(self._run, metrics=metrics)  # of a model, hence of its run, too
 
     def _tag_deleted_checkpoints(self, *, all_of_them: bool = False) -> None:
         """Mark the models of checkpoints that gave way to better ones."""

@@ -140,10 +140,10 @@ def share_state(job: JobConfig, folder: Path) -> None:
                 upload(folder / name, f"{location_of(job, folder)}/{name}")
 
 
-def open_run_folder(
+def find_run_folder(
     job: JobConfig, name: str, *, resume: bool, kind: Literal["runs", "sweeps"] = "runs"
 ) -> Path:
-    """Return the folder of the run or sweep `name`: a new one, or with `resume` the existing one.
+    """Return the folder of the run or sweep `name`, which is there if it is to be resumed.
 
     Raises:
         StorageError: a run that exists already, or does not although it is to be resumed.
@@ -157,13 +157,24 @@ def open_run_folder(
         near = difflib.get_close_matches(name, existing, n=1)
         hint = f"did you mean '{near[0]}'?" if near else "start it without --resume"
         raise StorageError(f"{what} '{name}': nothing to resume in {folder.parent}; {hint}")
-    try:
-        folder.mkdir(parents=True, exist_ok=resume)
-    except FileExistsError as error:
+    if folder.exists() and not resume:
         raise StorageError(
             f"{what} '{name}' exists in {folder.parent}; continue it with --resume, or choose "
             "another run.name"
-        ) from error
+        )
+    return folder
+
+
+def open_run_folder(
+    job: JobConfig, name: str, *, resume: bool, kind: Literal["runs", "sweeps"] = "runs"
+) -> Path:
+    """Return the folder of the run or sweep `name`: a new one, or with `resume` the existing one.
+
+    Raises:
+        StorageError: as `find_run_folder`.
+    """
+    folder = find_run_folder(job, name, resume=resume, kind=kind)
+    folder.mkdir(parents=True, exist_ok=resume)  # of two at a time, one fails
     return folder
 
 

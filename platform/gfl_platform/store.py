@@ -3,8 +3,12 @@
 Importing MLflow costs seconds, so it is imported where it is used.
 """
 
+import importlib
 import logging
 import os
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from gfl_platform.config import JobConfig
@@ -23,6 +27,17 @@ MLFLOW_SETTINGS = {
 
 class TrackingError(ValueError):
     """A tracking store that cannot be used."""
+
+
+@contextmanager
+def imported_meanwhile() -> Iterator[None]:
+    """Import MLflow in a thread while other processes are waited for."""
+    thread = threading.Thread(target=importlib.import_module, args=("mlflow",), daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        thread.join()
 
 
 def tracking_uri(job: JobConfig) -> str:

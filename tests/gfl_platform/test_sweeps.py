@@ -10,14 +10,14 @@ import tests_support
 from ray import cloudpickle
 from tests_support import dry_training
 
-from gfl.configfile import ConfigError, config_hash, reproducible
+from gfl.configfile import ConfigError, config_hash, dump_config, reproducible
 from gfl_platform import cluster, fitting
 from gfl_platform.config import load_job
 from gfl_platform.store import connect
 from gfl_platform.sweeps.plan import DrawnTrials, trial_name
 from gfl_platform.sweeps.recorder import Recorder
 from gfl_platform.sweeps.results import Trial, read_trial, write_trial
-from gfl_platform.sweeps.run import run_sweep
+from gfl_platform.sweeps.run import CONFIG_FILE, comparable, run_sweep
 from gfl_platform.sweeps.space import check_sweep, default_point, trial_job
 from gfl_platform.sweeps.stopping import BudgetStopper, EarlyStopping
 
@@ -57,12 +57,31 @@ def job_of(*overrides):
         ([GRID, "sweep.published={source: x, rows: [{at: {optim.lr: 1}, figures: {AP: 1}}]}"],
          r"sweep\.published: optim\.lr is not in sweep\.space"),
         (["sweep={space: {data.short_side: {grid: [128, 256]}}}"], r"exceeds data\.long_side"),
+        ([GRID, "sweep.objectives=[]"], r"what shall be best\?"),
         ([], r"no sweep: section; see configs/sweeps/"),
     ],
 )  # fmt: skip
 def test_a_sweep_that_cannot_be_run_is_refused(overrides, message):
     with pytest.raises(ConfigError, match=message):
         check_sweep(job_of(*overrides))
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ("{uniform: [1]}", r"beta\.uniform: got \[1\]: expected two numbers, \[lowest, highest\]"),
+        ("{uniform: [1, two]}", r"beta\.uniform: got \[1, 'two'\]: expected two numbers"),
+        ("{uniform: [2, 1]}", r"beta\.uniform: got \[2, 1\]: expected bounds, \[lowest, highest\]"),
+        ("{log_uniform: [0, 1]}", r"beta\.log_uniform: got \[0, 1\]: expected positive bounds"),
+        ("{int_uniform: [1, 2.5]}", r"beta\.int_uniform: got \[1, 2\.5\]: expected two integers"),
+        ("{}", r"sweep\.space\.loss\.qfl\.beta: expected one of grid, choice, uniform"),
+        ("{grid: [1], choice: [2]}", r"expected one of grid"),
+        ("[1, 2]", r"loss\.qfl\.beta: got \[1, 2\]: expected a range, such as \{grid: \[1, 2\]\}"),
+    ],
+)  # fmt: skip
+def test_a_range_without_its_bounds_is_refused(values, message):
+    with pytest.raises(ConfigError, match=message):
+        job_of(f"sweep={{space: {{{BETA}: {values}}}}}")
 
 
 def test_a_default_outside_the_range_is_warned_of(caplog):
@@ -196,14 +215,24 @@ def dry_job(tiny_file, tmp_path_factory):
                                 "finalists: 1}", "cluster.max_failures=0"])  # fmt: skip
 
 
-@pytest.mark.ray
-@pytest.mark.usefixtures("ray_cluster")
-def test_a_sweep_trains_its_grid_stops_trials_and_repeats_the_finalists(dry_job):
+def run_dry(job, name, resume=False):
+    """Return the results of a sweep and what happened to which trial."""
     events = []
     results = run_sweep(
-        dry_job, "dry", resume=False, watch=lambda t, e: events.append((t.id, e["kind"])),
+        job, name, resume=resume, watch=lambda t, e: events.append((t.id, e["kind"])),
         train=dry_training,
     )  # fmt: skip
+    return results, events
+
+
+@pytest.fixture(scope="module")
+def dry_sweep(dry_job, ray_cluster):
+    return run_dry(dry_job, "dry")
+
+
+@pytest.mark.ray
+def test_a_sweep_trains_its_grid_stops_trials_and_repeats_the_finalists(dry_job, dry_sweep):
+    results, events = dry_sweep
     trials = {trial.id: trial for trial in results.trials}
     assert [trial.id for trial in results.trials][:6] == [trial_name(n) for n in range(6)]
     by_state = {}
@@ -240,14 +269,10 @@ def test_a_sweep_trains_its_grid_stops_trials_and_repeats_the_finalists(dry_job)
 
 
 @pytest.mark.ray
-@pytest.mark.usefixtures("ray_cluster")
+@pytest.mark.usefixtures("dry_sweep")
 def test_a_finished_sweep_that_is_resumed_tries_only_what_failed_again(dry_job):
     before = {p.parent.name: p.read_text() for p in trial_files(dry_job)}
-    events = []
-    results = run_sweep(
-        dry_job, "dry", resume=True, watch=lambda t, e: events.append((t.id, e["kind"])),
-        train=dry_training,
-    )  # fmt: skip
+    results, events = run_dry(dry_job, "dry", resume=True)
     failed = {t.id for t in results.trials if t.state == "failed"}
     assert {name for name, _ in events} == failed
     after = {p.parent.name: p.read_text() for p in trial_files(dry_job)}
@@ -263,17 +288,20 @@ def trial_files(job):
     return sorted(storage_root(job).glob("sweeps/dry/trials/*/trial.json"))
 
 
-@pytest.mark.ray
-@pytest.mark.usefixtures("ray_cluster")
-def test_a_resumed_sweep_that_asks_for_something_else_is_refused(dry_job):
-    other = load_job(
-        "configs/demo.yaml",
-        [GRID, f"storage.root={dry_job.storage.root}", "sweep.seeds=3", "sweep.finalists=1"],
-    )
-    with pytest.raises(ConfigError, match=r"this sweep was started .*sweep\.seeds 2 -> 3"):
-        run_sweep(other, "dry", resume=True, watch=lambda *_: None, train=dry_training)
-    with pytest.raises(ValueError, match=r"sweep 'dry' exists in .*--resume"):
-        run_sweep(dry_job, "dry", resume=False, watch=lambda *_: None, train=dry_training)
+def test_a_resumed_sweep_that_asks_for_something_else_is_refused(tiny_file, tmp_path):
+    job = load_job(tiny_file, [GRID, f"storage.root={tmp_path}", "sweep.seeds=2"])
+    with pytest.raises(ValueError, match=r"sweep 's': nothing to resume in "):
+        run_dry(job, "s", resume=True)
+    assert not any(tmp_path.iterdir())
+    folder = tmp_path / "sweeps" / "s"
+    folder.mkdir(parents=True)
+    (folder / CONFIG_FILE).write_text(dump_config(comparable(job)))
+    with pytest.raises(ValueError, match=r"sweep 's' exists in .*--resume"):
+        run_dry(job, "s")
+    other = load_job(tiny_file, [GRID, f"storage.root={tmp_path}", "sweep.seeds=3"])
+    with pytest.raises(ConfigError, match=r"this sweep was started .*\(sweep\.seeds 2 -> 3\)"):
+        run_dry(other, "s", resume=True)
+    assert [path.name for path in folder.iterdir()] == [CONFIG_FILE]
 
 
 @pytest.mark.ray

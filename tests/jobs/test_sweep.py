@@ -13,7 +13,9 @@ import pytest
 
 from gfl_platform.config import load_job
 from gfl_platform.store import connect
+from gfl_platform.sweeps.plan import trial_name
 from gfl_platform.sweeps.results import read_trial
+from gfl_platform.sweeps.space import grid_points
 
 BETA, BINS = "loss.qfl.beta", "model.reg_max"
 
@@ -139,6 +141,8 @@ def test_a_sweep_that_is_killed_in_every_way_ends_as_if_it_had_not_been(
     assert "swept@challenger is version 1" in out
 
     calm, rough = trials_of(tmp_path / "calm"), trials_of(root)
+    asked = load_job(sweep_file).sweep
+    assert [calm[trial_name(n)].point for n in range(4)] == grid_points(asked)
     assert rough.keys() == calm.keys()
     for name, trial in calm.items():
         other = rough[name]

@@ -2,25 +2,20 @@
 
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from gfl.configfile import ConfigError, derive, reproducible
-from gfl.data import load_splits
-from gfl.data.sampling import share_of_batch
-from gfl.data.split import Split
-from gfl.evaluation import evaluate_split
-from gfl_platform import cluster, registry, store, tracking
+from gfl.configfile import derive, reproducible
+from gfl_platform import cluster, registry, remote, store, tracking
 from gfl_platform.cluster import Workers
 from gfl_platform.config import BudgetConfig, JobConfig, SweepConfig
 from gfl_platform.description import require_same
 from gfl_platform.events import Event, pumped
 from gfl_platform.fitting import fetch_sources
 from gfl_platform.storage import (
-    cache_of,
+    find_run_folder,
+    held,
     open_run_folder,
     ray_storage,
     read_json,
@@ -37,8 +32,7 @@ from gfl_platform.sweeps.plan import (
     trial_name,
 )
 from gfl_platform.sweeps.recorder import EndOfTrials, Recorder
-from gfl_platform.sweeps.report import write_report
-from gfl_platform.sweeps.results import AT_THE_END, Point, SweepResults, Trial
+from gfl_platform.sweeps.results import Point, SweepResults, Trial
 from gfl_platform.sweeps.space import (
     check_sweep,
     default_point,
@@ -98,18 +92,8 @@ def run_sweep(
         KeyboardInterrupt: it was interrupted, and can be resumed.
     """
     check_sweep(job)
-    first = trial_job(job, {}, job.seed)
-    if not cluster.in_cluster():  # here workers see the same files: say at once what is wrong
-        _require_measurable(job, load_splits(cache_of(job).localized(first))[1])
-    cluster.connect(dashboard=_stops_trials(sweep_of(job)))
-    workers = cluster.allot(first)
-    share_of_batch(first, workers.count)
-    store.connect(job)  # before anything is written
-    fetch_sources(first)
-    folder = open_run_folder(job, name, resume=resume, kind="sweeps")
-    asked = derive(JobConfig, reproducible(job), []).model_copy(update={"sweep": job.sweep})
-    require_same(folder / CONFIG_FILE, asked, "sweep", MAY_CHANGE)
-    with tracking.RunTracker(job, name, folder) as tracker:
+    folder, workers = _prepare(job, name, resume=resume)
+    with held(folder), tracking.RunTracker(job, name, folder) as tracker:
         parent, devices = tracker.require_run(), _devices(workers)
         recorder = Recorder(job, name, folder / "trials", parent, devices, watch)
         sweep = _Sweep(job, folder / "trials", workers, recorder, train)
@@ -121,9 +105,36 @@ def run_sweep(
             recorder.close()
         device = "GPU" if workers.use_gpu else "CPU"
         results = SweepResults(name, job, default_point(job), device, sweep.known)
+        from gfl_platform.sweeps.report import write_report  # matplotlib takes a second
+
         write_report(results, folder / REPORT_FOLDER)
         tracker.handle({"kind": "folder", "path": folder / REPORT_FOLDER})
     return results
+
+
+def _prepare(job: JobConfig, name: str, *, resume: bool, dashboard: bool) -> tuple[Path, Workers]:
+    """Return the sweep's folder and what a trial runs on; nothing is written if that fails."""
+    asked, first = comparable(job), trial_job(job, {}, job.seed)
+    folder = find_run_folder(job, name, resume=resume, kind="sweeps")
+    if resume:
+        require_same(folder / CONFIG_FILE, asked, "sweep", MAY_CHANGE)
+    stops = _stops_trials(sweep_of(job))
+    with store.imported_meanwhile():
+        cluster.connect(dashboard=stops)
+        workers = replace(cluster.allot(first), stoppable=stops)
+        if not cluster.in_cluster():  # here workers see the same files: say at once what is wrong
+            remote.call(_check_data, first, workers.count, sweep_of(job).objectives)
+    store.connect(job)
+    fetch_sources(first)
+    if not resume:
+        open_run_folder(job, name, resume=False, kind="sweeps")
+        require_same(folder / CONFIG_FILE, asked, "sweep")
+    return folder, workers
+
+
+def comparable(job: JobConfig) -> JobConfig:
+    """Return `job` without what a resumed sweep may change: where it runs, and its names."""
+    return derive(JobConfig, reproducible(job), []).model_copy(update={"sweep": job.sweep})
 
 
 def register_best(results: SweepResults, model: str) -> int:
@@ -151,16 +162,10 @@ def register_best(results: SweepResults, model: str) -> int:
     return version
 
 
-def _require_measurable(job: JobConfig, val: Split) -> None:
-    """Refuse objectives that `val` cannot have, such as the AP of large objects without any."""
-    nothing = np.empty((0, 7))
-    metrics = dict.fromkeys(AT_THE_END, 0.0) | evaluate_split(val, nothing, job).metrics
-    for name in sweep_of(job).objectives:
-        if metrics.get(name, -1.0) < 0:
-            raise ConfigError(
-                f"sweep.objectives: {name} is never reported: {val.annotations} has no such "
-                "objects, or evaluation.max_detections leaves it out"
-            )
+def _check_data(job: JobConfig, workers: int, objectives: tuple[str, ...]) -> None:
+    from gfl_platform.sweeps.checks import check_data
+
+    check_data(job, workers, objectives)
 
 
 def _devices(workers: Workers) -> int:
@@ -282,9 +287,7 @@ def _run(sweep: _Sweep, searcher: Any, scheduler: Any, budget: BudgetStopper) ->
             max_concurrent_trials=_concurrency(sweep),
             max_failures=sweep.job.cluster.max_failures,
             raise_on_failed_trial=False,
-            reuse_actors=not _stops_trials(
-                sweep_of(sweep.job)
-            ),  # it saves seconds, but not while a training runs on
+            reuse_actors=not sweep.workers.stoppable,  # a stopped training runs on for a moment
             verbose=0,
         )
     sweep.recorder.end_running("out of budget")

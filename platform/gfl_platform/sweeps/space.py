@@ -105,6 +105,8 @@ def _check_settings(sweep: SweepConfig) -> None:
         raise ConfigError(f"sweep.budget.trials: how many points shall {sweep.search.name} draw?")
     if None not in lists and math.prod(len(values or ()) for values in lists) == 1:
         raise ConfigError("sweep.space: one point is no sweep; give more values, or use jobs.train")
+    if not sweep.objectives:
+        raise ConfigError("sweep.objectives: what shall be best? give [AP], or [AP, fps]")
     if sweep.scheduler.name != "none" and sweep.objectives[0] in AT_THE_END:
         raise ConfigError(
             f"sweep.objectives: {sweep.scheduler.name} stops trials by the first objective, but "

@@ -83,9 +83,8 @@ def train_with_ray(job: JobConfig, folder: Path, workers: Workers, events: Event
     from ray.tune.integration.ray_train import TuneReportCallback
 
     sources = fitting.fetch_sources(job)
-    measured, checkpoint, metrics = fitting.run(
-        job, sources, workers, folder, events, [TuneReportCallback()]
-    )
+    callbacks = [TuneReportCallback()] if workers.stoppable else []
+    measured, checkpoint, metrics = fitting.run(job, sources, workers, folder, events, callbacks)
     speed = {"fps": measured["fps"], "latency_ms": 1000 / measured["fps"]}
     return {
         "state": "finished",
