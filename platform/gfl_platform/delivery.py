@@ -9,7 +9,7 @@ from typing import Any
 
 from gfl_platform.config import JobConfig
 from gfl_platform.description import IDENTITY
-from gfl_platform.events import Event
+from gfl_platform.events import Event, straggler
 from gfl_platform.spool import SPOOL_FILE, Spool
 from gfl_platform.storage import is_there, read_json, storage_root, write_atomically
 from gfl_platform.store import TrackingError, client_of, tracking_uri
@@ -148,6 +148,10 @@ class Delivery:
         match event["kind"]:
             case "steps":
                 self._metrics((e, {**e["metrics"], "epoch": e["epoch"]}) for e in events)
+            case "slow":
+                self._tag({"straggler": straggler(event)})
+            case "stored" | "outage":
+                self._metrics([(event, event["metrics"])])
             case "opened":
                 self._open(event)
             case "reopened":

@@ -71,9 +71,10 @@ class RunTracker:
     def handle(self, event: Event) -> None:
         """Note `event`, and log it with all that waits if the server answers.
 
-        Steps that were noted before an interruption are not noted again.
+        Steps that were noted before an interruption are not noted again, nor their checkpoints.
         """
-        if event["kind"] == "steps" and not self._spool.raise_to("step", event["step"]):
+        number = {"steps": "step", "stored": "stored"}.get(event["kind"])
+        if number and not self._spool.raise_to(number, event["step"]):
             return
         if event["kind"] == "failure" and not event["final"]:
             event = event | {"restarts": self._spool.count(RESTARTS)}
