@@ -1,6 +1,7 @@
 """Where a run stands: noted in its folder by the driver, read by `jobs.status`."""
 
 import json
+import logging
 import time
 from itertools import count
 from pathlib import Path
@@ -11,7 +12,11 @@ from gfl_platform.events import Event, straggler
 from gfl_platform.spool import backlog
 from gfl_platform.storage import read_json, write_atomically
 
+logger = logging.getLogger(__name__)
+
 STATUS_FILE = "status.json"
+
+ENDED = ("finished", "stopped", "failed")
 
 SILENCE = 300.0
 """Seconds without a word from a running driver, after which it is asked for."""
@@ -83,7 +88,23 @@ class StatusFile:
 
     def _write(self) -> None:
         self._written = self._facts["time"] = time.time()
-        write_atomically(self._path, json.dumps(self._facts) + "\n")
+        try:
+            write_atomically(self._path, json.dumps(self._facts) + "\n")
+        except OSError as error:  # a full device must not hide what ends a training
+            logger.warning("%s: %s", self._path, error.strerror)
+
+
+def note_killed(folder: Path) -> bool:
+    """Note that a run has ended whose driver could not; return whether that was so.
+
+    Args:
+        folder: The run's, held by the caller: its driver is gone.
+    """
+    facts = read_json(folder / STATUS_FILE)
+    if not facts or facts["state"] in ENDED:
+        return False
+    write_atomically(folder / STATUS_FILE, json.dumps(facts | {"state": "stopped"}) + "\n")
+    return True
 
 
 def read_status(folder: Path) -> dict[str, Any]:
@@ -91,7 +112,7 @@ def read_status(folder: Path) -> dict[str, Any]:
     facts = read_json(folder / STATUS_FILE)
     rows: dict[str, Any] = {"state": facts.get("state", "not started")}
     age = time.time() - facts.get("time", time.time())
-    if rows["state"] not in ("finished", "stopped", "failed") and age > SILENCE:
+    if rows["state"] not in ENDED and age > SILENCE:
         rows["state"] += f"; no word for {age / 60:.0f} min: if its driver is gone, use --resume"
     if "step" in facts:
         left = facts["seconds_left"] if rows["state"] == "training" else 0

@@ -96,12 +96,40 @@ def train(job: JobConfig, name: str, *, resume: bool, watch: Watcher) -> Trainin
         version = None
         if model := job.registry.name:
             facts = registry.figures_of_version(metrics["AP"], fps, measured["protocol"])
-            version = registry.register(job, model, checkpoint, tracker.require_run(), facts)
+            version = _register(job, model, checkpoint, tracker, facts)
     decision = None
     if version is not None and job.registry.alias:
         decision = _point(job, version, job.registry.alias, watch)
     seconds = time.perf_counter() - started
     return TrainingResult(tracker.run_id, checkpoint, metrics, fps, seconds, version, decision)
+
+
+def _register(
+    job: JobConfig,
+    model: str,
+    checkpoint: Path,
+    tracker: tracking.RunTracker,
+    facts: dict[str, float | str],
+) -> int:
+    """Register a training's best checkpoint, unless that was done before an interruption.
+
+    Raises:
+        TrackingError: the store does not answer, or where its artifacts lie.
+    """
+    from mlflow.exceptions import MlflowException
+
+    try:
+        run = tracker.require_run()
+        of_this_run = f"name = '{model}' and run_id = '{run}'"
+        known = store.connect(job).search_model_versions(of_this_run)
+        if known:
+            return max(int(version.version) for version in known)
+        return registry.register(job, model, checkpoint, run, facts)
+    except (MlflowException, OSError, store.TrackingError) as error:
+        raise store.TrackingError(
+            f"model {model}: not registered ({str(error).splitlines()[0]}); the training is done "
+            "and its checkpoints are kept: --resume registers it"
+        ) from error
 
 
 def _point(job: JobConfig, version: int, alias: str, watch: Watcher) -> Decision | None:

@@ -215,9 +215,12 @@ def test_what_the_cluster_cannot_give_is_said_at_once(tiny_file, tmp_path, overr
 
 
 def test_a_tracking_server_that_is_not_there_is_named(tiny_file, tmp_path):
+    started = time.monotonic()
     job = job_of(tiny_file, tmp_path, "tracking.uri=http://127.0.0.1:9")
     with pytest.raises(TrackingError, match=r"127\.0\.0\.1:9: no MLflow store answers"):
         training.train(job, "x", resume=False, watch=lambda _: None)
+    assert time.monotonic() - started < 20
+    assert not (tmp_path / "runs").exists()
 
 
 @pytest.mark.cluster
