@@ -110,7 +110,7 @@ class RunTracker:
 
     def _add(self, event: Event) -> None:
         # MLflow keeps one of two metrics that are alike to the millisecond: trying again is safe.
-        self._spool.add(event | {"time_ms": int(time.time() * 1000)})
+        self._spool.add({"time_ms": int(time.time() * 1000)} | event)
 
 
 def settle(job: JobConfig, folder: Path) -> None:

@@ -6,7 +6,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +44,7 @@ class WorkerListener:
 
     def on_steps(self, report: StepReport) -> None:
         """Tell the driver; without waiting. A straggler tells where it is."""
-        facts = dict(vars(report))
+        facts = {**vars(report), "time_ms": int(time.time() * 1000)}
         rank, stragglers = self._context.get_world_rank(), facts.pop("stragglers")
         if rank in stragglers:
             where = {"rank": rank, "node": socket.gethostname(), "times": stragglers[rank]}
@@ -102,6 +102,9 @@ class WorkerListener:
                     snapshot.write(folder)
                     (folder / REPORTS_FILE).write_text(reports)
                     stored = patiently(lambda: storage.persist_current_checkpoint(checkpoint, name))
+            except BaseException:
+                _remove(storage, name)  # a half, which on a full device would be in the way
+                raise
             finally:
                 self._storing.release()
             seconds = {"checkpoint_seconds": time.perf_counter() - started}
@@ -109,6 +112,11 @@ class WorkerListener:
             return stored
 
         return store
+
+
+def _remove(storage: Any, name: str) -> None:
+    with suppress(OSError):
+        storage.storage_filesystem.delete_dir(storage.build_checkpoint_path_from_name(name))
 
 
 def train_worker(settings: dict[str, Any]) -> dict[str, Any]:
