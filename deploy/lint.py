@@ -11,6 +11,7 @@ import contextlib
 import copy
 import io
 import json
+import logging
 import re
 import sys
 import tomllib
@@ -61,6 +62,7 @@ def _errors(validator: Any, definition: dict[str, Any]) -> Iterator[str]:
 def _of_ray(definition: dict[str, Any]) -> Iterator[str]:
     from ray.autoscaler._private.util import prepare_config, validate_config
 
+    logging.getLogger("ray").setLevel(logging.ERROR)
     try:
         with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
             validate_config(prepare_config(copy.deepcopy(definition)))  # which talks a lot
