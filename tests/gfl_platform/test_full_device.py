@@ -1,11 +1,11 @@
-"""No space left on the device, in the middle of a checkpoint: a real device, a small one."""
+"""Checkpoints that find no space, on a real device that is small, and one that is damaged."""
 
 import subprocess
 
 import pytest
 import torch
 
-from gfl.checkpoint import load_checkpoint, read_about, require_whole
+from gfl.checkpoint import WEIGHTS, load_checkpoint, read_about, require_whole
 from gfl_platform import training
 from gfl_platform.cluster import JobFailedError
 from gfl_platform.config import load_job
@@ -31,7 +31,7 @@ def mount(*words):
     subprocess.run(["mount", *words], check=True, capture_output=True)
 
 
-def test_a_checkpoint_that_finds_no_space_leaves_the_one_before_whole(trained, tiny_file, device):
+def test_neither_a_full_device_nor_a_damaged_checkpoint_changes_a_digit(trained, tiny_file, device):
     root, make_room = device
     job = load_job(tiny_file, [f"storage.root={root}"])
     with pytest.raises(
@@ -46,7 +46,24 @@ def test_a_checkpoint_that_finds_no_space_leaves_the_one_before_whole(trained, t
     assert read_status(root / "runs" / "full")["state"] == "failed"
     make_room()
     result = training.train(job, "full", resume=True, watch=print)
-    undisturbed = trained[1]
+    require_same(result, trained[1])
+    latest = max((root / "runs" / "full" / "ray").glob("checkpoint_2*"))
+    damage(latest / WEIGHTS)
+    events = []
+    again = training.train(job, "full", resume=True, watch=events.append)
+    (damaged,) = [event for event in events if event["kind"] == "damaged"]
+    assert str(latest.name) in damaged["reason"]
+    assert [event["epoch"] for event in events if event["kind"] == "checkpoint"] == [3]
+    require_same(again, trained[1])
+
+
+def damage(path):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def require_same(result, undisturbed):
     assert result.metrics == undisturbed.metrics
     weights, others = (
         load_checkpoint(each.checkpoint)[0].state_dict() for each in (result, undisturbed)
