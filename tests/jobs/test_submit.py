@@ -208,8 +208,8 @@ def test_every_kind_of_job_runs_from_a_clean_clone(head, clone, place, tmp_path)
     assert {run.info.status for run in tracked(place, "sweeps")} == {"FINISHED"}
 
 
-@pytest.mark.timeout(200)
-def test_ctrl_c_stops_a_submitted_job_which_closes_its_run(head, clone, place):
+@pytest.mark.timeout(300)
+def test_a_run_has_one_job_which_closes_it_at_ctrl_c(head, clone, place):
     words = ("train", "configs/tiny.yaml", "run.name=endless", "schedule.epochs=1000",
              "tracking.experiment=stopped")  # fmt: skip
     process = start(head, clone, submit_command(head, *words))
@@ -217,6 +217,9 @@ def test_ctrl_c_stops_a_submitted_job_which_closes_its_run(head, clone, place):
     while "epoch 1: AP" not in printed:
         printed += process.stdout.readline()
         assert process.poll() is None, printed[-3000:]
+    status, refused = jobs_submit(head, clone, *words, "--resume")
+    assert status == 1
+    assert "run 'endless' is in the hands of process" in refused
     process.send_signal(signal.SIGINT)
     status, rest = finish(process)
     assert status == 130, rest
