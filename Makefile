@@ -45,3 +45,4 @@ bench: $(INSTALLED)
 	$(BIN)/python -m benchmarks.steps
 	$(BIN)/python -m benchmarks.evaluation
 	$(BIN)/python -m benchmarks.sweep
+	$(BIN)/python -m benchmarks.tracking

@@ -3,11 +3,15 @@
 Ray's own schema and validation, the EC2 API's parameters (which catch a misspelt `node_config`),
 and what both let through: no security group of one's own (Ray then opens port 22 to the world), no
 instance profile (no S3), images of another Ray or Python, missing files, a public dashboard. Of
-Kubernetes and compose files: versions, tokens, ports, secrets; their own schemas are not here.
+Kubernetes files: KubeRay's fields (kuberay/schema.json), versions, tokens, resources. Of compose
+files: keys, versions, ports, secrets.
 """
 
+import contextlib
 import copy
+import io
 import json
+import logging
 import re
 import sys
 import tomllib
@@ -47,15 +51,21 @@ def _of_schema(definition: dict[str, Any]) -> Iterator[str]:
     import ray.autoscaler
 
     schema = json.loads((Path(ray.autoscaler.__file__).parent / "ray-schema.json").read_text())
-    for error in jsonschema.Draft7Validator(schema).iter_errors(definition):
+    yield from _errors(jsonschema.Draft7Validator(schema), definition)
+
+
+def _errors(validator: Any, definition: dict[str, Any]) -> Iterator[str]:
+    for error in validator.iter_errors(definition):
         yield f"{'.'.join(map(str, error.absolute_path)) or 'file'}: {error.message}"
 
 
 def _of_ray(definition: dict[str, Any]) -> Iterator[str]:
     from ray.autoscaler._private.util import prepare_config, validate_config
 
+    logging.getLogger("ray").setLevel(logging.ERROR)
     try:
-        validate_config(prepare_config(copy.deepcopy(definition)))
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+            validate_config(prepare_config(copy.deepcopy(definition)))  # which talks a lot
     except Exception as error:  # Ray raises what comes
         yield f"Ray: {error}"
 
@@ -97,6 +107,17 @@ def _pinned() -> dict[str, str]:
 
 
 def _of_kuberay(definition: dict[str, Any]) -> Iterator[str]:
+    import jsonschema
+
+    schema = json.loads((ROOT / "deploy" / "kuberay" / "schema.json").read_text())
+    if definition["kind"] not in schema["definitions"]:
+        yield f"kind: '{definition['kind']}' is not RayCluster or RayJob"
+        return
+    schema["$ref"] = f"#/definitions/{definition['kind']}"
+    wrong = list(_errors(jsonschema.Draft7Validator(schema), definition))
+    yield from wrong
+    if wrong:
+        return
     spec = definition["spec"]
     if definition["kind"] == "RayJob":
         words = spec.get("entrypoint", "").split()
@@ -122,8 +143,19 @@ def _of_kuberay(definition: dict[str, Any]) -> Iterator[str]:
                 yield f"{name}: expected limits like the requests: Ray counts on them"
 
 
+COMPOSE_KEYS = {
+    *("image", "build", "command", "environment", "volumes", "ports", "configs", "secrets"),
+    *("depends_on", "healthcheck", "restart", "networks"),
+}
+
+
 def _of_compose(definition: dict[str, Any]) -> Iterator[str]:
     for name, service in definition["services"].items():
+        for key in service.keys() - COMPOSE_KEYS:
+            yield f"services.{name}.{key}: unknown key"
+        for other in service.get("depends_on", ()):
+            if other not in definition["services"]:
+                yield f"services.{name}.depends_on: there is no service '{other}'"
         if "image" in service and not re.search(r":[\d.]+$", service["image"]):
             yield f"services.{name}.image: '{service['image']}' names no version"
         for port in service.get("ports", ()):

@@ -24,6 +24,7 @@ from gfl.data.loading import Batch, DetectionDataset, EvaluationBatches, build_l
 from gfl.data.split import Split
 from gfl.detector import Detector, mean_over_workers
 from gfl.evaluation import evaluate
+from gfl.pace import Pace, of_all
 from gfl.trainer import Trainer, worker_rank
 
 logger = logging.getLogger(__name__)
@@ -38,7 +39,10 @@ class StepReport:
         total_steps: Of the whole training.
         epoch: Epochs done, with fraction.
         seconds_left: Until all steps are done at the present rate, evaluations not counted.
-        metrics: `loss`, each loss, `lr`, `grad_norm`, `images_per_second` (over all workers).
+        metrics: `loss`, each loss, `lr`, `grad_norm`, `images_per_second` (over all workers), and
+            what `gfl.pace` measures: `step_ms_p50`, `data_wait_share`, `worker0.cpu` and so on.
+        stragglers: Ranks of workers that have been slow for several reports, as of this one, and
+            how many times slower than the median worker.
     """
 
     step: int
@@ -46,6 +50,7 @@ class StepReport:
     epoch: float
     seconds_left: float
     metrics: dict[str, float]
+    stragglers: dict[int, float]
 
 
 @dataclass(frozen=True)
@@ -127,7 +132,7 @@ def fit(
     evaluation = build_evaluation_loader(config, val, device)
     window = _Window(trainer, report_every)
     trainer.parallel.train()
-    for batch in () if trainer.out_of_patience else loader:
+    for batch in () if trainer.out_of_patience else window.pace.fetched(loader):
         window.add(trainer.train_step(batch.to(device)))
         end_of_epoch = trainer.step % trainer.batches.steps_per_epoch == 0
         to_keep = checkpoint_every is not None and trainer.step % checkpoint_every == 0
@@ -152,6 +157,7 @@ def fit(
             where = (trainer.epochs_done, trainer.step, trainer.config)
             listener.on_checkpoint(CheckpointReport(*where, snapshot))
             window.restart()
+    window.pace.end()
     return trainer
 
 
@@ -179,16 +185,20 @@ class _Window:
     def __init__(self, trainer: Trainer, steps: int) -> None:
         self._trainer = trainer
         self._rows: deque[Tensor] = deque(maxlen=steps)
+        compiled = trainer.config.optim.compile
+        self.pace = Pace(trainer.detector, trainer.device, forward=not compiled)
         self.restart()
 
     def restart(self) -> None:
         """Start the clock anew, after work that is no training."""
         self._rows.clear()
+        self.pace.restart()
         self._start = time.perf_counter()
 
     def add(self, row: Tensor) -> None:
         """Note a step's losses and gradient norm."""
         self._rows.append(row)
+        self.pace.note_step()
 
     @property
     def full(self) -> bool:
@@ -201,12 +211,14 @@ class _Window:
         means = mean_over_workers(torch.stack(list(self._rows)).mean(dim=0).double())
         *losses, norm, bad_step = torch.cat([means, trainer.first_bad_step.view(1)]).tolist()
         seconds = time.perf_counter() - self._start
+        workers = self.pace.figures()
         metrics = {
             "loss": sum(losses),
             **dict(zip(trainer.objective.names, losses, strict=True)),
             "grad_norm": norm,
             "lr": trainer.scheduler.get_last_lr()[0],
             "images_per_second": len(self._rows) * trainer.config.data.batch / seconds,
+            **of_all(workers),
         }
         batches = trainer.batches
         report = StepReport(
@@ -215,6 +227,7 @@ class _Window:
             epoch=trainer.step / batches.steps_per_epoch,
             seconds_left=seconds / len(self._rows) * (batches.total_steps - trainer.step),
             metrics=metrics,
+            stragglers=self.pace.stragglers(workers),
         )
         self.restart()
         return report, int(bad_step)

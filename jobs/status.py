@@ -12,7 +12,9 @@ def main() -> None:
     made = parser("Say where a run stands: epoch, AP, time left, restarts, backlog.", EXAMPLE)
     made.add_argument("name", help="run.name")
     made.add_argument(
-        "--deliver", action="store_true", help="log what waits; only when no driver runs"
+        "--deliver",
+        action="store_true",
+        help="log what waits; only when no driver runs",
     )
     run(status, parse(made))
 
@@ -26,12 +28,10 @@ def status(arguments: argparse.Namespace) -> None:
     job = job_of(arguments.overrides)
     folder = open_run_folder(job, arguments.name, resume=True)
     if arguments.deliver:
-        from gfl_platform.delivery import Delivery
-        from gfl_platform.store import connect
+        from gfl_platform.tracking import settle
 
         with held(folder):
-            connect(job)
-            Delivery(job, folder).deliver()
+            settle(job, folder)
     show_table(arguments.name, read_status(folder))
 
 

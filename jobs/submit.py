@@ -3,9 +3,10 @@
 import argparse
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
-from jobs.console import console, run
+from jobs.console import OVERRIDE, console, run
 
 EXAMPLE = "python -m jobs.submit train configs/gfl_r50_1x.yaml --address http://127.0.0.1:8265"
 
@@ -36,8 +37,26 @@ def send(arguments: argparse.Namespace) -> None:
     if not (root / "jobs" / f"{arguments.job}.py").exists():
         known = sorted(path.stem for path in (root / "jobs").glob("*.py"))
         raise ValueError(f"no job called '{arguments.job}'; expected one of {', '.join(known)}")
+    if arguments.job in ("train", "sweep"):
+        _require_lasting(arguments.words)
     words = [f"jobs.{arguments.job}", *arguments.words]
     submit(words, arguments.address, root, lambda line: console.print(line, soft_wrap=True))
+
+
+def _require_lasting(words: Sequence[str]) -> None:
+    """Check the configuration, and that what a job keeps does not go with its copy of the code."""
+    from gfl_platform.config import job_of, load_job
+    from gfl_platform.s3 import is_remote
+
+    overrides = [word for word in words if OVERRIDE.match(word)]
+    files = [word for word in words if word.endswith((".yaml", ".yml"))]
+    job = load_job(files[0], overrides) if files else job_of(overrides)
+    root = job.storage.root
+    if not is_remote(root) and not Path(root).expanduser().is_absolute():
+        raise ValueError(
+            f"storage.root: '{root}' would be in the job's own copy of the code, which goes; "
+            "give s3://BUCKET/PREFIX, or the absolute path of a folder that all nodes see"
+        )
 
 
 if __name__ == "__main__":

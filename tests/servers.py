@@ -134,7 +134,8 @@ class PostgreSQL:
             for parent in (self.folder, *self.folder.parents[:2]):
                 parent.chmod(0o755)
             shutil.chown(self.folder, "postgres")
-        self._run("initdb", "-D", self.folder / "data", "-A", "trust", "-U", "postgres")
+        if not (self.folder / "data").exists():
+            self._run("initdb", "-D", self.folder / "data", "-A", "trust", "-U", "postgres")
         where = f"-c listen_addresses=127.0.0.1 -c unix_socket_directories={self.folder}"
         self._run("pg_ctl", "-D", self.folder / "data", "-o", f"-p {self.port} {where}",
                   "-l", self.folder / "log", "-w", "start")  # fmt: skip

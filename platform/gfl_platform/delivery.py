@@ -3,16 +3,17 @@
 import logging
 import time
 from collections.abc import Iterable, Iterator, Mapping
+from functools import cached_property
 from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 from gfl_platform.config import JobConfig
 from gfl_platform.description import IDENTITY
-from gfl_platform.events import Event
+from gfl_platform.events import Event, straggler
 from gfl_platform.spool import SPOOL_FILE, Spool
 from gfl_platform.storage import is_there, read_json, storage_root, write_atomically
-from gfl_platform.store import TrackingError, client_of, tracking_uri
+from gfl_platform.store import TrackingError, client_of, tracking_uri, without_password
 
 logger = logging.getLogger(__name__)
 
@@ -46,10 +47,14 @@ class Delivery:
             folder: The run's.
         """
         self._job, self._folder = job, folder
-        self.client = client_of(job)
         self.spool = Spool(folder / SPOOL_FILE)
         self.run_id: str | None = read_json(folder / RUN_FILE).get("run_id")
         self._delay, self._try_at = 0.0, 0.0
+
+    @cached_property
+    def client(self) -> Any:
+        """MLflow's; made when it is needed first, for that takes a database that answers."""
+        return client_of(self._job)
 
     def deliver(self, *, at_once: bool = False) -> None:
         """Log what waits, oldest first; after a failure, wait longer and longer to try again.
@@ -57,8 +62,6 @@ class Delivery:
         Args:
             at_once: Whether to try although it failed a moment ago.
         """
-        from mlflow.exceptions import MlflowException
-
         if not at_once and time.monotonic() < self._try_at:
             return
         try:
@@ -66,7 +69,7 @@ class Delivery:
                 for last, events in _together(waiting):
                     self._log_or_drop(events)
                     self.spool.remove(last)
-        except (MlflowException, OSError) as error:
+        except Exception as error:  # whatever a store and where its artifacts lie may raise
             self._delay = min(max(2 * self._delay, 1.0), LONGEST_DELAY)
             self._try_at = time.monotonic() + self._delay
             logger.warning("tracking: %s; %d events wait", _first_line(error), len(self.spool))
@@ -80,20 +83,26 @@ class Delivery:
             TrackingError: no store has answered yet, so there is none.
         """
         if self.run_id is None:
-            raise TrackingError(f"{tracking_uri(self._job)}: no MLflow store answers")
+            raise TrackingError(
+                f"{without_password(tracking_uri(self._job))}: no MLflow store answers"
+            )
         return self.run_id
 
     def _log_or_drop(self, events: list[Event]) -> None:
         """Log events; drop what the store will never take, lest it hold up all that follow."""
         from mlflow.exceptions import MlflowException
 
-        try:
-            self._log(events)
-        except MlflowException as error:
-            if error.error_code not in REFUSALS:
-                raise
-            what = events[0]["kind"]
-            logger.warning("tracking: %s; not logged: %s", _first_line(error), what)
+        for last in (False, True):  # a connection that broke may look like a refusal, once
+            try:
+                self._log(events)
+            except MlflowException as error:
+                if error.error_code not in REFUSALS:
+                    raise
+                if last:
+                    what = events[0]["kind"]
+                    logger.warning("tracking: %s; not logged: %s", _first_line(error), what)
+            else:
+                return
 
     def _metrics(self, rows: Iterable[tuple[Event, Mapping[str, float]]]) -> None:
         from mlflow.entities import Metric
@@ -152,6 +161,10 @@ class Delivery:
         match event["kind"]:
             case "steps":
                 self._metrics((e, {**e["metrics"], "epoch": e["epoch"]}) for e in events)
+            case "slow":
+                self._tag({"straggler": straggler(event)})
+            case "stored" | "outage":
+                self._metrics([(event, event["metrics"])])
             case "opened":
                 self._open(event)
             case "reopened":
@@ -170,12 +183,17 @@ class Delivery:
             case "discarded":
                 self._tag_deleted_checkpoints(all_of_them=True)
             case "folder":
-                folder = Path(event["path"])
-                self.client.log_artifacts(self._run, str(folder), folder.name)
+                self._log_folder(Path(event["path"]))
             case "tags":
                 self._tag(event["tags"])
             case "end":
                 self.client.set_terminated(self._run, event["status"])
+
+    def _log_folder(self, folder: Path) -> None:
+        if folder.is_dir():
+            self.client.log_artifacts(self._run, str(folder), folder.name)
+        else:  # it would never come
+            logger.warning("tracking: %s is gone; not logged: folder", folder)
 
     def _log_checkpoint(self, event: Event) -> None:
         """Log an epoch's evaluation, and its checkpoint as a model that stays where it is.

@@ -13,6 +13,7 @@ from gfl.configfile import ConfigError, ConfigT, dump_config, flatten, load_sche
 from gfl_platform.config import JobConfig
 from gfl_platform.events import Event
 from gfl_platform.storage import write_atomically
+from gfl_platform.store import without_password
 
 CONFIG_FILE, PACKAGES_FILE, DIFF_FILE = "config.yaml", "packages.txt", "git.diff"
 """Among the artifacts of a run: how it was configured, and what it ran with."""
@@ -31,6 +32,8 @@ PACKAGES = ("torch", "torchvision", "ray", "mlflow", "hotcoco", "numpy", "safete
 def describe(job: JobConfig, name: str, tags: Mapping[str, str]) -> Event:
     """Return what a new run holds: the configuration, the code's state, the packages."""
     values = job.model_dump(mode="json")
+    if job.tracking.uri:
+        values["tracking"]["uri"] = without_password(job.tracking.uri)
     commit, changed, diff = git_state()
     versions = [f"{package}=={importlib.metadata.version(package)}" for package in PACKAGES]
     texts = {CONFIG_FILE: yaml.safe_dump(values, sort_keys=False)}

@@ -16,10 +16,16 @@ logger = logging.getLogger(__name__)
 DRAIN_SECONDS = 0.5
 
 Event = dict[str, Any]
-"""`kind` and what belongs to it: steps, checkpoint, data, evaluated, failure, result."""
+"""`kind` and what belongs to it: steps, checkpoint, stored, data, evaluated, failure, result ..."""
 
 Watcher = Callable[[Event], None]
 """Is told of every event while a job runs; shows it."""
+
+
+def straggler(event: Event) -> str:
+    """Return what an event of the kind `slow` says."""
+    times = f"{event['times']:.1f} times as long as the usual worker"
+    return f"worker {event['rank']} on {event['node']} takes {times} for its own part of a step"
 
 
 class EventQueue:

@@ -103,7 +103,8 @@ def run(
         patience = job.schedule.patience
         logger.info("stopped after epoch %d: AP has not risen for %d epochs", epochs, patience)
     measured = [pair for pair in result.best_checkpoints if "AP" in pair[1]]
-    best, facts = max(measured, key=lambda pair: pair[1]["AP"])
+    # Of two that are alike the later: the first may be damaged, and its epoch trained again.
+    best, facts = max(measured, key=lambda pair: (pair[1]["AP"], pair[0].path))
     # What lies on S3 comes here, to be looked at and registered.
     local = cache_of(job).local(cluster.uri_of(best))
     return result.return_value, local, facts["metrics"]

@@ -6,6 +6,7 @@ Importing MLflow costs seconds, so it is imported where it is used.
 import importlib
 import logging
 import os
+import re
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,7 +23,11 @@ MLFLOW_SETTINGS = {
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",
     "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
+    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
 }
+
+DATABASES = ("postgresql", "mysql")
+"""Whose drivers know `connect_timeout`."""
 
 
 class TrackingError(ValueError):
@@ -46,6 +51,11 @@ def tracking_uri(job: JobConfig) -> str:
     return chosen or f"sqlite:///{storage_root(job) / 'mlflow.db'}"
 
 
+def without_password(uri: str) -> str:
+    """Return a URI that may be shown."""
+    return re.sub(r"(://[^/:@]*:)[^/@]*@", r"\1***@", uri)
+
+
 def connect(job: JobConfig) -> "MlflowClient":
     """Return a client of the job's tracking store and registry; make them MLflow's current ones.
 
@@ -60,20 +70,26 @@ def connect(job: JobConfig) -> "MlflowClient":
     except (MlflowException, OSError) as error:
         reason = str(error).partition(" failed with ")[0].splitlines()[0]
         raise TrackingError(
-            f"{tracking_uri(job)}: no MLflow store answers ({reason}); start it, set tracking.uri "
-            "or MLFLOW_TRACKING_URI, or let a training keep its figures until one does with "
-            "tracking.unreachable=spool"
+            f"{without_password(tracking_uri(job))}: no MLflow store answers ({reason}); start it, "
+            "set tracking.uri or MLFLOW_TRACKING_URI, or let a training keep its figures until one "
+            "does with tracking.unreachable=spool"
         ) from error
     return client
 
 
 def client_of(job: JobConfig) -> "MlflowClient":
-    """Return the client, whether the store answers or not."""
+    """Return the client; of a server, whether it answers or not.
+
+    Raises:
+        ConnectionError: of a database, if that does not answer.
+    """
     for name, value in MLFLOW_SETTINGS.items():
         os.environ.setdefault(name, value)
     import mlflow
 
     uri = tracking_uri(job)
+    if uri.startswith(DATABASES):
+        _require_database(uri)
     storage_root(job).mkdir(parents=True, exist_ok=True)
     for chatty in ("alembic", "mlflow"):  # tell of every migration and registration
         logging.getLogger(chatty).setLevel(logging.WARNING)
@@ -87,3 +103,16 @@ def client_of(job: JobConfig) -> "MlflowClient":
         os.environ["MLFLOW_TRACKING_URI"] = chosen_by_user
     logging.getLogger("urllib3").setLevel(logging.ERROR)  # tells of every attempt
     return mlflow.MlflowClient()
+
+
+def _require_database(uri: str) -> None:
+    """Connect once: MLflow would try for two minutes."""
+    import sqlalchemy
+
+    engine = sqlalchemy.create_engine(uri, connect_args={"connect_timeout": 10})
+    try:
+        engine.connect().close()
+    except sqlalchemy.exc.SQLAlchemyError as error:
+        raise ConnectionError(str(error).splitlines()[0]) from error
+    finally:
+        engine.dispose()

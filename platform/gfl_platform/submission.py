@@ -32,8 +32,8 @@ PASSED_ON = (
 )
 """Variables that a job gets from the environment of who submits it."""
 
-GRACE_SECONDS = 30.0
-"""For a cancelled job to close its run."""
+GRACE_SECONDS = 40.0
+"""For a cancelled job to close its run; a little more than runtime-env.yaml gives it."""
 
 
 class SubmissionError(ValueError):
@@ -58,6 +58,7 @@ def submit(words: Sequence[str], address: str, root: Path, say: Callable[[str], 
     _require_sound(root, environment.get("excludes", []), words)
     environment["working_dir"] = str(root)
     environment["env_vars"] |= _variables()
+    from aiohttp import ClientError
     from ray.job_submission import JobStatus, JobSubmissionClient
 
     entrypoint = shlex.join(["python", "-m", *words])
@@ -75,6 +76,11 @@ def submit(words: Sequence[str], address: str, root: Path, say: Callable[[str], 
     except KeyboardInterrupt:
         _cancel(client, job, say)
         raise
+    except (RuntimeError, OSError, ClientError) as error:
+        raise ClusterError(
+            f"{address}: the connection is lost ({error}), but {job} goes on; follow it again with "
+            f"ray job logs --follow --address {address} {job}"
+        ) from error
     status = client.get_job_status(job)
     if status != JobStatus.SUCCEEDED:
         message = (client.get_job_info(job).message or "").strip().splitlines()
@@ -152,4 +158,6 @@ def _cancel(client: Any, job: str, say: Callable[[str], None]) -> None:
     deadline = time.monotonic() + GRACE_SECONDS
     while not client.get_job_status(job).is_terminal() and time.monotonic() < deadline:
         time.sleep(0.5)
+    for line in client.get_job_logs(job).splitlines()[-3:]:  # nobody follows any more
+        say(line)
     say(f"{job}: {client.get_job_status(job)}")

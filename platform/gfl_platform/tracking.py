@@ -5,14 +5,17 @@ where it is used.
 """
 
 import logging
+import sqlite3
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 from gfl_platform.config import JobConfig
 from gfl_platform.delivery import RESTARTS, Delivery
 from gfl_platform.description import describe
 from gfl_platform.events import Event
+from gfl_platform.status import note_killed
 from gfl_platform.store import connect
 
 logger = logging.getLogger(__name__)
@@ -71,18 +74,21 @@ class RunTracker:
     def handle(self, event: Event) -> None:
         """Note `event`, and log it with all that waits if the server answers.
 
-        Steps that were noted before an interruption are not noted again.
+        Steps that were noted before an interruption are not noted again, nor their checkpoints.
         """
-        if event["kind"] == "steps" and not self._spool.raise_to("step", event["step"]):
-            return
-        if event["kind"] == "failure" and not event["final"]:
-            event = event | {"restarts": self._spool.count(RESTARTS)}
-        self._add(event)
+        number = {"steps": "step", "stored": "stored"}.get(event["kind"])
+        with self._on_a_full_device():
+            if number and not self._spool.raise_to(number, event["step"]):
+                return
+            if event["kind"] == "failure" and not event["final"]:
+                event = event | {"restarts": self._spool.count(RESTARTS)}
+            self._add(event)
         self._delivery.deliver()
 
     def close(self, status: str) -> None:
         """End the run as FINISHED, FAILED or KILLED; never raises, lest it hide why a job ended."""
-        self._add({"kind": "end", "status": status})
+        with self._on_a_full_device():
+            self._add({"kind": "end", "status": status})
         self._delivery.deliver(at_once=True)
         if left := len(self._spool):
             logger.warning(
@@ -94,9 +100,34 @@ class RunTracker:
             )
         self._spool.close()
 
+    @contextmanager
+    def _on_a_full_device(self) -> Iterator[None]:
+        """Let nothing but a warning come of a spool that cannot be written."""
+        try:
+            yield
+        except sqlite3.Error as error:
+            logger.warning("tracking: %s: %s; not noted", self._spool.path, error)
+
     def _add(self, event: Event) -> None:
         # MLflow keeps one of two metrics that are alike to the millisecond: trying again is safe.
-        self._spool.add(event | {"time_ms": int(time.time() * 1000)})
+        self._spool.add({"time_ms": int(time.time() * 1000)} | event)
+
+
+def settle(job: JobConfig, folder: Path) -> None:
+    """Log what waits of a run that has no driver any more; what was killed is then KILLED.
+
+    Args:
+        job: Says which store.
+        folder: The run's, held by the caller.
+
+    Raises:
+        TrackingError: no store answers.
+    """
+    connect(job)
+    delivery = Delivery(job, folder)
+    if note_killed(folder):
+        delivery.spool.add({"kind": "end", "status": "KILLED", "time_ms": int(time.time() * 1000)})
+    delivery.deliver()
 
 
 def log_file(job: JobConfig, run_id: str, path: Path) -> None:

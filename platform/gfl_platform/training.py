@@ -13,7 +13,7 @@ from gfl_platform import cluster, registry, store, tracking
 from gfl_platform.card import lineage
 from gfl_platform.config import JobConfig
 from gfl_platform.description import CONFIG_FILE, require_same
-from gfl_platform.events import Event, Watcher, pumped
+from gfl_platform.events import Event, Watcher, pumped, straggler
 from gfl_platform.fitting import fetch_sources, run
 from gfl_platform.gate import promote
 from gfl_platform.status import StatusFile
@@ -77,8 +77,14 @@ def train(job: JobConfig, name: str, *, resume: bool, watch: Watcher) -> Trainin
                 logger.warning("warning: %s; jobs.inspect shows more", finding)
             if event["kind"] == "damaged":
                 logger.warning("warning: %s; going on from the one before", event["reason"])
+            if event["kind"] == "slow":
+                logger.warning("warning: %s; the others wait for it", straggler(event))
             tracker.handle(event)
+            before = status.outages
             status.handle(event)
+            if status.outages != before:
+                step = event.get("step", 0)
+                tracker.handle({"kind": "outage", "step": step, "metrics": status.outages})
             watch(event)
 
         share_state(job, folder)
@@ -90,12 +96,40 @@ def train(job: JobConfig, name: str, *, resume: bool, watch: Watcher) -> Trainin
         version = None
         if model := job.registry.name:
             facts = registry.figures_of_version(metrics["AP"], fps, measured["protocol"])
-            version = registry.register(job, model, checkpoint, tracker.require_run(), facts)
+            version = _register(job, model, checkpoint, tracker, facts)
     decision = None
     if version is not None and job.registry.alias:
         decision = _point(job, version, job.registry.alias, watch)
     seconds = time.perf_counter() - started
     return TrainingResult(tracker.run_id, checkpoint, metrics, fps, seconds, version, decision)
+
+
+def _register(
+    job: JobConfig,
+    model: str,
+    checkpoint: Path,
+    tracker: tracking.RunTracker,
+    facts: dict[str, float | str],
+) -> int:
+    """Register a training's best checkpoint, unless that was done before an interruption.
+
+    Raises:
+        TrackingError: the store does not answer, or where its artifacts lie.
+    """
+    from mlflow.exceptions import MlflowException
+
+    try:
+        run = tracker.require_run()
+        of_this_run = f"name = '{model}' and run_id = '{run}'"
+        known = store.connect(job).search_model_versions(of_this_run)
+        if known:
+            return max(int(version.version) for version in known)
+        return registry.register(job, model, checkpoint, run, facts)
+    except (MlflowException, OSError, store.TrackingError) as error:
+        raise store.TrackingError(
+            f"model {model}: not registered ({str(error).splitlines()[0]}); the training is done "
+            "and its checkpoints are kept: --resume registers it"
+        ) from error
 
 
 def _point(job: JobConfig, version: int, alias: str, watch: Watcher) -> Decision | None:

@@ -1,10 +1,12 @@
 """Training as a worker of a Ray cluster does it: `gfl.engine.fit`, its reports, its checkpoints."""
 
 import json
+import socket
 import tempfile
 import threading
+import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -41,9 +43,14 @@ class WorkerListener:
         self._storing = threading.Semaphore()
 
     def on_steps(self, report: StepReport) -> None:
-        """Tell the driver; without waiting."""
+        """Tell the driver; without waiting. A straggler tells where it is."""
+        facts = {**vars(report), "time_ms": int(time.time() * 1000)}
+        rank, stragglers = self._context.get_world_rank(), facts.pop("stragglers")
+        if rank in stragglers:
+            where = {"rank": rank, "node": socket.gethostname(), "times": stragglers[rank]}
+            self._events.tell({"kind": "slow", **where})
         if self.is_first:
-            self._since_checkpoint.append({"kind": "steps", **vars(report)})
+            self._since_checkpoint.append({"kind": "steps", **facts})
             self._events.tell(self._since_checkpoint[-1])
 
     def repeat(self, checkpoint: Path) -> None:
@@ -68,10 +75,14 @@ class WorkerListener:
         facts["config_hash"] = config_hash(report.config)
         checkpoint = store = None
         if self.is_first:
+            started = time.perf_counter()
             self._storing.acquire()
             # Ray wants a folder at once, and deletes it when `store` has filled and copied it.
             checkpoint = Checkpoint.from_directory(tempfile.mkdtemp(prefix="gfl-checkpoint-"))
-            store = self._store(report.snapshot(), json.dumps(self._since_checkpoint))
+            snapshot = report.snapshot()
+            held_up = {"checkpoint_blocked_seconds": time.perf_counter() - started}
+            told = {"kind": "stored", "step": report.step, "metrics": held_up}
+            store = self._store(snapshot, json.dumps(self._since_checkpoint), told)
             self._since_checkpoint.clear()
         ray.train.report(
             facts,
@@ -80,20 +91,32 @@ class WorkerListener:
             checkpoint_upload_fn=store,
         )
 
-    def _store(self, snapshot: Snapshot, reports: str) -> Callable[[Any, str], Any]:
+    def _store(self, snapshot: Snapshot, reports: str, told: Event) -> Callable[[Any, str], Any]:
+        """Return what stores a checkpoint, and tells the driver how long that took."""
         storage = self._context.get_storage()
 
         def store(checkpoint: Any, name: str) -> Any:
-            folder = Path(checkpoint.path)
+            folder, started = Path(checkpoint.path), time.perf_counter()
             try:
                 with space_required(storage.experiment_fs_path):
                     snapshot.write(folder)
                     (folder / REPORTS_FILE).write_text(reports)
-                    return patiently(lambda: storage.persist_current_checkpoint(checkpoint, name))
+                    stored = patiently(lambda: storage.persist_current_checkpoint(checkpoint, name))
+            except BaseException:
+                _remove(storage, name)  # a half, which on a full device would be in the way
+                raise
             finally:
                 self._storing.release()
+            seconds = {"checkpoint_seconds": time.perf_counter() - started}
+            self._events.tell(told | {"metrics": told["metrics"] | seconds})
+            return stored
 
         return store
+
+
+def _remove(storage: Any, name: str) -> None:
+    with suppress(OSError):
+        storage.storage_filesystem.delete_dir(storage.build_checkpoint_path_from_name(name))
 
 
 def train_worker(settings: dict[str, Any]) -> dict[str, Any]:

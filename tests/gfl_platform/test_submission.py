@@ -1,9 +1,11 @@
 """What is checked before a job travels."""
 
 import subprocess
+import sys
 
 import pytest
 
+import jobs.submit
 from gfl_platform import submission
 from gfl_platform.description import git_state
 from gfl_platform.submission import SubmissionError, shadows, submit, travelling
@@ -58,6 +60,23 @@ def test_what_hides_the_standard_library_is_named(repository):
 )  # fmt: skip
 def test_only_modules_on_the_path_hide_others(file, hides):
     assert (shadows({file}) == [file]) == hides
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["configs/demo.yaml"], "storage.root: 'outputs' would be in the job's own copy"),
+        (["models:/x@champion", "storage.root=runs"], "storage.root: 'runs' would be in"),
+        (["configs/demo.yaml", "loss.qfl.bta=1"], "did you mean 'beta'?"),
+        (["configs/demo.yaml", "storage.root=/tmp/x", "--address", "http://127.0.0.1:9"],
+         "http://127.0.0.1:9: Failed to connect"),
+    ],
+)  # fmt: skip
+def test_what_would_be_lost_is_said_before_it_travels(words, message, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["jobs.submit", "train", *words])
+    with pytest.raises(SystemExit):
+        jobs.submit.main()
+    assert message in capsys.readouterr().err
 
 
 def test_a_submitted_job_knows_its_commit(monkeypatch):

@@ -2,14 +2,17 @@
 
 import time
 
+import boto3
 import pytest
 import servers
 
+from gfl_platform import training
 from gfl_platform.config import load_job
 from gfl_platform.delivery import Delivery
 from gfl_platform.spool import backlog
+from gfl_platform.status import StatusFile, read_status
 from gfl_platform.store import TrackingError, client_of
-from gfl_platform.tracking import RunTracker
+from gfl_platform.tracking import RunTracker, settle
 
 
 @pytest.fixture(scope="module")
@@ -89,6 +92,25 @@ def test_a_run_may_begin_without_a_server(server, tmp_path):
     assert [metric.step for metric in history] == [1, 2]
 
 
+def test_a_run_whose_driver_was_killed_is_closed_later(tmp_path):
+    job = load_job("configs/demo.yaml", [f"storage.root={tmp_path}"])
+    tracker = RunTracker(job, "killed", tmp_path)
+    status = StatusFile(tmp_path, workers=1, nodes=1)
+    tracker.handle(steps(1))  # and here it is killed
+    for _ in range(2):
+        settle(job, tmp_path)
+        assert client_of(job).get_run(tracker.run_id).info.status == "KILLED"
+        assert read_status(tmp_path)["state"] == "stopped"
+    with status:  # as with --resume
+        again = RunTracker(job, "killed", tmp_path)
+        assert client_of(job).get_run(tracker.run_id).info.status == "RUNNING"
+        again.close("FINISHED")
+    settle(job, tmp_path)
+    run = client_of(job).get_run(tracker.run_id)
+    assert run.info.status == "FINISHED"
+    assert run.data.tags["restarts"] == "1"
+
+
 @pytest.mark.cluster
 def test_what_a_store_will_never_take_holds_up_nothing(server, tmp_path, caplog):
     server.stop()
@@ -102,6 +124,108 @@ def test_what_a_store_will_never_take_holds_up_nothing(server, tmp_path, caplog)
     assert "not logged: tags" in caplog.text
     assert backlog(folder) == 0
     tracker.close("FINISHED")
+
+
+@pytest.mark.cluster
+def test_a_database_that_dies_loses_nothing_and_stops_nothing(tmp_path_factory, tmp_path, caplog):
+    """MLflow without a server; alone, it would try for two minutes to connect."""
+    database = servers.PostgreSQL(tmp_path_factory.mktemp("dying"))
+    database.start()
+    secret = database.uri.replace("postgres@", "postgres:secret@")
+    job = load_job("configs/demo.yaml", [f"tracking.uri={secret}", f"storage.root={tmp_path}"])
+    spooling = job.model_copy(
+        update={"tracking": job.tracking.model_copy(update={"unreachable": "spool"})}
+    )
+    database.stop()
+    started = time.monotonic()
+    with pytest.raises(TrackingError, match=r"postgres:\*\*\*@.* refused") as told:
+        RunTracker(job, "database", tmp_path)
+    assert "tracking.unreachable=spool" in str(told.value)
+    tracker = RunTracker(spooling, "database", tmp_path)
+    for number in range(1, 100):
+        tracker.handle(steps(number))
+    assert time.monotonic() - started < 15
+    database.start()
+    deadline = time.monotonic() + 30
+    while tracker.run_id is None and time.monotonic() < deadline:
+        tracker.handle({"kind": "tags", "tags": {"a": "b"}})  # it waits a little after a failure
+        time.sleep(0.2)
+    assert backlog(tmp_path) == 0
+    database.stop()
+    for number in range(100, 200):
+        tracker.handle(steps(number))
+    assert backlog(tmp_path) > 0
+    database.start()
+    tracker.close("FINISHED")
+    try:
+        assert backlog(tmp_path) == 0
+        assert "not logged" not in caplog.text
+        (run,) = client_of(job).search_runs([experiment_of(job)])
+        history = client_of(job).get_metric_history(run.info.run_id, "loss")
+        assert sorted(metric.step for metric in history) == list(range(1, 200))
+        assert "secret" not in str(run.data.params)
+    finally:
+        database.stop()
+
+
+@pytest.mark.cluster
+def test_artifacts_wait_for_their_storage(s3, server, tmp_path, tmp_path_factory, caplog):
+    """The server answers, but where its artifacts lie does not: texts and folders come later."""
+    server.stop()
+    boto3.client("s3").create_bucket(Bucket="artifacts")
+    storing = servers.MLflow(tmp_path_factory.mktemp("storing"), artifacts="s3://artifacts")
+    storing.start()
+    job = job_for(storing, tmp_path)
+    folder, report = tmp_path / "run", tmp_path / "report"
+    for made in (folder, report):
+        made.mkdir()
+    (report / "index.html").write_text("figures")
+    s3.busy(True)
+    tracker = RunTracker(job, "artifacts", folder)
+    tracker.handle({"kind": "folder", "path": str(report)})
+    tracker.handle({"kind": "folder", "path": f"{tmp_path}/gone"})
+    assert backlog(folder) == 3
+    s3.busy(False)
+    tracker.close("FINISHED")
+    Delivery(job, folder).deliver()  # the server may have cut the connection
+    try:
+        assert backlog(folder) == 0
+        (run,) = client_of(job).search_runs([experiment_of(job)])
+        client = client_of(job)
+        listed = {file.path for file in client.list_artifacts(run.info.run_id)}
+        assert {"config.yaml", "packages.txt", "report"} <= listed
+        (figures,) = client.list_artifacts(run.info.run_id, "report")
+        assert figures.path == "report/index.html"
+        assert "gone is gone; not logged" in caplog.text
+    finally:
+        storing.stop()
+
+
+@pytest.mark.cluster
+@pytest.mark.ray
+@pytest.mark.timeout(240)
+@pytest.mark.usefixtures("ray_cluster")
+def test_a_model_that_could_not_be_registered_is_by_resuming(server, tiny_file, tmp_path):
+    server.stop()
+    server.start()
+    job = load_job(tiny_file, [f"tracking.uri={server.uri}", f"storage.root={tmp_path}",
+                               "schedule.epochs=1", "cluster.workers=1", "registry.name=late",
+                               "tracking.experiment=late"])  # fmt: skip
+
+    def watch(event):
+        if event["kind"] == "checkpoint":
+            server.stop()
+
+    with pytest.raises(TrackingError, match=r"late: not registered .* --resume registers it"):
+        training.train(job, "late", resume=False, watch=watch)
+    server.start()
+    for _ in range(2):  # once more registers nothing more
+        result = training.train(job, "late", resume=True, watch=print)
+        assert result.version == 1
+    (run,) = client_of(job).search_runs([experiment_of(job)])
+    assert run.info.status == "FINISHED"
+    history = client_of(job).get_metric_history(run.info.run_id, "AP")
+    assert len(history) == 1
 
 
 def experiment_of(job):

@@ -51,7 +51,9 @@ def test_the_run_holds_all_that_reproduces_it(trained):
     assert {"config.yaml", "packages.txt"} <= files
     metrics = {
         "loss", "qfl", "giou", "dfl", "lr", "images_per_second", "AP", "AP50", "AP75", "APs", "APm",
-        "APl", "AR1", "AR10", "AR100", "fps",
+        "APl", "AR1", "AR10", "AR100", "fps", "step_ms_p50", "step_ms_p99", "data_wait_share",
+        "worker0.cpu", "worker1.memory_gib", "worker1.own_ms", "checkpoint_seconds",
+        "checkpoint_blocked_seconds",
     }  # fmt: skip
     assert metrics <= set(run.data.metrics)
     history = [m.step for m in client.get_metric_history(result.run_id, "loss")]
@@ -213,9 +215,12 @@ def test_what_the_cluster_cannot_give_is_said_at_once(tiny_file, tmp_path, overr
 
 
 def test_a_tracking_server_that_is_not_there_is_named(tiny_file, tmp_path):
+    started = time.monotonic()
     job = job_of(tiny_file, tmp_path, "tracking.uri=http://127.0.0.1:9")
     with pytest.raises(TrackingError, match=r"127\.0\.0\.1:9: no MLflow store answers"):
         training.train(job, "x", resume=False, watch=lambda _: None)
+    assert time.monotonic() - started < 20
+    assert not (tmp_path / "runs").exists()
 
 
 @pytest.mark.cluster
@@ -239,6 +244,9 @@ def test_a_killed_worker_changes_no_digit(trained, tiny_file, tmp_path):
     history = [m.step for m in client.get_metric_history(again.run_id, "loss")]
     assert history == sorted(set(history))
     assert len(client.get_metric_history(again.run_id, "AP")) == 3
+    figures = client.get_run(again.run_id).data.metrics
+    assert figures["restarts"] == 1
+    assert 0 < figures["lost_minutes"] < 2
     assert len(client.search_runs([client.get_run(again.run_id).info.experiment_id])) == 1
 
 

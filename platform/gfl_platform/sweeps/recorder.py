@@ -77,7 +77,7 @@ class Recorder:
                     self._trackers[name].handle({"kind": "result", **result})
             case "ended":
                 self._end(trial, event)
-            case "steps" | "data" | "failure":
+            case "steps" | "stored" | "slow" | "data" | "failure":
                 self._trackers[name].handle(event)
         self._watch(trial, event)
 
