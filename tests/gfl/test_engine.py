@@ -185,7 +185,7 @@ def test_the_number_of_workers_does_not_change_the_mathematics(tiny):
 ELASTIC = {
     "batch norm trains": [],  # every share has its own statistics; the first share's are kept
     "images of several sizes": ["data.multi_scale=[48, 96]", "data.long_side=96"],
-    "passes": ["data.images_per_pass=1", "optim={name: sgd, lr: 0.01, clip_norm: 5.0}"],
+    "passes": ["data.images_per_pass=1", "optim.clip_norm=5.0"],
     "centerness": ["model.quality=centerness", "optim.ema=0.9"],
 }
 
@@ -196,7 +196,9 @@ def five_steps_each(rank, configs, shares):
 
 def test_missing_workers_change_nothing_but_rounding(tiny):
     """The shares of three workers on three, on two, of which one takes two, and on one."""
-    configs = [derive(type(tiny), tiny, ["data.batch=6", *options]) for options in ELASTIC.values()]
+    # Adam makes a step of the rounding in a gradient that is next to none.
+    common = ["data.batch=6", "optim={name: sgd, lr: 0.01}"]
+    configs = [derive(type(tiny), tiny, [*common, *options]) for options in ELASTIC.values()]
     threads = torch.get_num_threads()
     whole = run_workers(3, five_steps_each, configs, None)
     for found in (run_workers(2, five_steps_each, configs, 3), [five_steps_each(0, configs, 3)]):
@@ -205,10 +207,14 @@ def test_missing_workers_change_nothing_but_rounding(tiny):
                 torch.stack([of_worker[index][0] for of_worker in workers]).mean(dim=0)
                 for workers in (whole, found)
             )
-            torch.testing.assert_close(rows, expected, rtol=1e-4, atol=1e-5, msg=name)
+
+            def explain(reason, name=name):
+                return f"{name}: {reason}"
+
+            torch.testing.assert_close(rows, expected, rtol=1e-4, atol=1e-5, msg=explain)
             for key, value in whole[0][index][1].items():
                 other = found[0][index][1][key]
-                torch.testing.assert_close(other, value, rtol=1e-3, atol=1e-4, msg=f"{name} {key}")
+                torch.testing.assert_close(other, value, rtol=1e-4, atol=1e-5, msg=explain)
     torch.set_num_threads(threads)
 
 

@@ -20,6 +20,7 @@ from gfl.engine import fit
 from gfl_platform.config import load_job
 
 REPORT_STEPS = 5
+CHECKPOINT_STEPS = 12
 LOSSES = ("loss", "loss_qfl", "loss_giou", "loss_dfl")
 
 
@@ -131,7 +132,7 @@ def train_on_a_fixed_number(_rank, job, last, folder):
 def test_workers_that_come_and_go_change_no_loss(nodes, tiny_file, tmp_path, capsys):
     words = [
         str(tiny_file), "data.repeat=20", "schedule.epochs=20", f"storage.root={tmp_path}",
-        "storage.checkpoint_steps=40", f"tracking.every_steps={REPORT_STEPS}",
+        f"storage.checkpoint_steps={CHECKPOINT_STEPS}", f"tracking.every_steps={REPORT_STEPS}",
         "cluster={workers: [1, 2], resize_seconds: 2, max_failures: 1}",
     ]  # fmt: skip
     began, seen = time.monotonic(), []
@@ -140,7 +141,9 @@ def test_workers_that_come_and_go_change_no_loss(nodes, tiny_file, tmp_path, cap
         seen.append(f"{time.monotonic() - began:6.1f} s  {what}")
 
     training = Training(words, tmp_path)
-    tell(f"step {training.steps_on(2)} on 2 workers")
+    before = training.wait_for(lambda s: s.get("step", 0) > CHECKPOINT_STEPS + REPORT_STEPS)
+    assert before["workers"] == 2
+    tell(f"step {before['step']} on 2 workers")
 
     lost = node_of_a_worker(nodes)
     os.kill(lost.all_processes["raylet"][0].process.pid, signal.SIGKILL)
