@@ -89,6 +89,7 @@ class Detector(nn.Module):
         outputs: tuple[list[Tensor], ...],
         targets: Targets,
         teacher: list[Tensor] | None = None,
+        divisors: Tensor | None = None,
     ) -> dict[str, Tensor]:
         """Return the losses of what `forward` returned.
 
@@ -100,7 +101,35 @@ class Detector(nn.Module):
             outputs: Class logits, logits of edges and, where there is one, centerness per level.
             targets: The padded ground truths.
             teacher: Another detector's distribution logits of the same images: adds the loss `ld`.
+            divisors: Both divisors (2,), where these images do not tell: see `mean_amounts`.
         """
+        aim, boxes, reg_logits, of_scores, weight = self._scored(outputs, targets)
+        of_boxes = {"giou": giou_loss(boxes, aim.boxes)}
+        if self.config.model.edges == "distribution":
+            bins = aim.ltrb / self.config.model.bin_width
+            dfl = distribution_focal_loss(reg_logits.unflatten(-1, (4, -1)), bins)
+            of_boxes["dfl"] = dfl.mean(dim=-1)
+
+        if divisors is None:
+            divisors = mean_amounts(_amounts(aim, weight), world_size())
+        positives, weights = divisors.unbind()
+        losses = {name: loss.sum() / positives for name, loss in of_scores.items()}
+        losses |= {name: (loss * weight).sum() / weights for name, loss in of_boxes.items()}
+        losses = {name: loss * getattr(self.config.loss, name).weight
+                  for name, loss in losses.items()}  # fmt: skip
+        if teacher is not None:
+            losses[DISTILLATION] = self._distillation(reg_logits, _flatten(teacher), weight)
+        return losses
+
+    def amounts(self, outputs: tuple[list[Tensor], ...], targets: Targets) -> Tensor:
+        """Return the positives and the sum of box weights in what `forward` returned, (2,)."""
+        aim, *_, weight = self._scored(outputs, targets)
+        return _amounts(aim, weight)
+
+    def _scored(
+        self, outputs: tuple[list[Tensor], ...], targets: Targets
+    ) -> tuple["_Aim", Tensor, Tensor, dict[str, Tensor], Tensor]:
+        """Return aims, boxes, logits of edges, losses of scores, how much each box counts."""
         points = _points(outputs[0])
         cls_logits, reg_logits, *centerness = (_flatten(levels) for levels in outputs)
         aim = _find_aim(points, targets, self.config.assigner.topk)
@@ -109,24 +138,7 @@ class Detector(nn.Module):
             of_scores, weight = _centerness_losses(cls_logits, centerness[0], aim)
         else:
             of_scores, weight = _joint_losses(cls_logits, boxes, aim, self.config.loss.qfl.beta)
-        of_boxes = {"giou": giou_loss(boxes, aim.boxes)}
-        if self.config.model.edges == "distribution":
-            bins = aim.ltrb / self.config.model.bin_width
-            dfl = distribution_focal_loss(reg_logits.unflatten(-1, (4, -1)), bins)
-            of_boxes["dfl"] = dfl.mean(dim=-1)
-
-        positives = aim.positive.sum(dim=1).clamp(min=1).sum()
-        positives, weights = mean_over_workers(torch.stack([positives, weight.sum()])).unbind()
-        # At least 1 over all workers. (The reference: 1 on their average, so that the number of
-        # workers changes the losses while scores are small.)
-        weights = weights.clamp(min=1 / world_size())
-        losses = {name: loss.sum() / positives for name, loss in of_scores.items()}
-        losses |= {name: (loss * weight).sum() / weights for name, loss in of_boxes.items()}
-        losses = {name: loss * getattr(self.config.loss, name).weight
-                  for name, loss in losses.items()}  # fmt: skip
-        if teacher is not None:
-            losses[DISTILLATION] = self._distillation(reg_logits, _flatten(teacher), weight)
-        return losses
+        return aim, boxes, reg_logits, of_scores, weight
 
     def _distillation(self, reg_logits: Tensor, teacher: Tensor, weight: Tensor) -> Tensor:
         config = self.config.loss.distillation
@@ -181,6 +193,22 @@ def mean_over_workers(values: Tensor) -> Tensor:
     values = values / world_size()
     dist.all_reduce(values)
     return values
+
+
+def mean_amounts(amounts: Tensor, shares: int) -> Tensor:
+    """Return what losses are divided by: positives and box weights (..., 2) of an average share.
+
+    Args:
+        amounts: `Detector.amounts`, summed over this worker's shares of the batch.
+        shares: Of the batch, over all workers.
+    """
+    positives, weights = (mean_over_workers(amounts) * (world_size() / shares)).unbind(-1)
+    # At least 1 over all shares. (The reference: 1 on their average: workers change the losses.)
+    return torch.stack([positives, weights.clamp(min=1 / shares)], dim=-1)
+
+
+def _amounts(aim: "_Aim", weight: Tensor) -> Tensor:
+    return torch.stack([aim.positive.sum(dim=1).clamp(min=1).sum(), weight.sum()])
 
 
 def world_size() -> int:

@@ -8,7 +8,9 @@ from gfl.assigner import Targets
 from gfl.objective import Objective
 
 
-def first_non_finite(objective: Objective, images: Tensor, targets: Targets) -> str | None:
+def first_non_finite(
+    objective: Objective, images: Tensor, targets: Targets, divisors: Tensor | None = None
+) -> str | None:
     """Repeat one training step; return the name of its first tensor with NaN or infinity, if any.
 
     Looks at the inputs, the parameters, every module's output in the order of execution, the losses
@@ -25,7 +27,8 @@ def first_non_finite(objective: Objective, images: Tensor, targets: Targets) -> 
         if name
     ]
     try:
-        losses = objective.forward(images, targets)  # a compiled call would pass by the hooks
+        # A compiled call would pass by the hooks.
+        losses = objective.forward(images, targets, divisors)
     finally:
         for hook in hooks:
             hook.remove()

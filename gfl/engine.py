@@ -7,7 +7,7 @@ nothing of Ray or MLflow: a `Listener` hears what happens and saves what it want
 import logging
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -23,6 +23,7 @@ from gfl.config import Config
 from gfl.data.loading import Batch, DetectionDataset, EvaluationBatches, build_loader
 from gfl.data.split import Split
 from gfl.detector import Detector, mean_over_workers
+from gfl.errors import LeaveError
 from gfl.evaluation import evaluate
 from gfl.pace import Pace, of_all
 from gfl.trainer import Trainer, worker_rank
@@ -106,6 +107,8 @@ def fit(
     teacher: Path | None = None,
     report_every: int = 10,
     checkpoint_every: int | None = None,
+    shares: int | None = None,
+    leave: Callable[[], bool] | None = None,
 ) -> Trainer:
     """Train, and evaluate after every epoch.
 
@@ -121,23 +124,32 @@ def fit(
         teacher: Folder of the checkpoint that `loss.distillation` learns from.
         report_every: Steps between reports; the host waits for the device only then.
         checkpoint_every: Steps between checkpoints within an epoch; none by default.
+        shares: Into how many equal shares a global batch is cut, by default as many as there are
+            workers. Fewer workers take several each, one after the other, and train what as many
+            workers as shares would, to rounding; this costs a third more time per image, for
+            losses are normalised over all shares, which takes a forward pass more. BatchNorm may
+            not be synchronised then.
+        leave: Asked at every report: whether to stop, with a checkpoint. One worker's yes is all's.
 
     Raises:
+        LeaveError: because `leave` said so.
         NonFiniteLossError: at the first report after a loss or gradient turned NaN or infinite.
     """
     train, val = splits
-    trainer = Trainer(config, train, device, weights, resume, teacher)
+    trainer = Trainer(config, train, device, weights, resume, teacher, shares)
     processes = config.data.loader_workers
     loader = build_loader(trainer.dataset, trainer.batches, processes, pin=device.type == "cuda")
     evaluation = build_evaluation_loader(config, val, device)
-    window = _Window(trainer, report_every)
+    window = _Window(trainer, report_every, leave)
     trainer.parallel.train()
-    for batch in () if trainer.out_of_patience else window.pace.fetched(loader):
-        window.add(trainer.train_step(batch.to(device)))
+    leaving = False
+    batches = () if trainer.out_of_patience else window.pace.fetched(loader)
+    for shares_of_step in _steps(batches, trainer):
+        window.add(trainer.train_step(*(share.to(device) for share in shares_of_step)))
         end_of_epoch = trainer.step % trainer.batches.steps_per_epoch == 0
         to_keep = checkpoint_every is not None and trainer.step % checkpoint_every == 0
         if window.full or end_of_epoch or to_keep:
-            report, bad_step = window.close()
+            report, bad_step, leaving = window.close()
             if bad_step >= 0:
                 raise trainer.explain_bad_step(bad_step, failure_folder)
             listener.on_steps(report)
@@ -152,13 +164,20 @@ def fit(
             if trainer.out_of_patience:
                 break
             window.restart()
-        elif to_keep:
+        elif to_keep or leaving:
             snapshot = partial(trainer.snapshot, train, {})
             where = (trainer.epochs_done, trainer.step, trainer.config)
             listener.on_checkpoint(CheckpointReport(*where, snapshot))
             window.restart()
+        if leaving and trainer.step < trainer.batches.total_steps:
+            raise LeaveError(f"stopped after step {trainer.step}, where a checkpoint is")
     window.pace.end()
     return trainer
+
+
+def _steps(batches: Iterable[Batch], trainer: Trainer) -> Iterator[tuple[Batch, ...]]:
+    """Give this worker's shares of every step, which follow each other."""
+    yield from zip(*[iter(batches)] * len(trainer.batches.shares), strict=True)
 
 
 def build_evaluation_loader(
@@ -182,8 +201,11 @@ def _share_buffers(*detectors: Detector) -> None:
 class _Window:
     """The steps since the last report; fetching their numbers is the only time the host waits."""
 
-    def __init__(self, trainer: Trainer, steps: int) -> None:
+    def __init__(
+        self, trainer: Trainer, steps: int, leave: Callable[[], bool] | None = None
+    ) -> None:
         self._trainer = trainer
+        self._leave = leave
         self._rows: deque[Tensor] = deque(maxlen=steps)
         compiled = trainer.config.optim.compile
         self.pace = Pace(trainer.detector, trainer.device, forward=not compiled)
@@ -205,11 +227,15 @@ class _Window:
         """Whether it is time to report."""
         return len(self._rows) == self._rows.maxlen
 
-    def close(self) -> tuple[StepReport, int]:
-        """Return the report of these steps, and the first step that was not finite (-1: none)."""
+    def close(self) -> tuple[StepReport, int, bool]:
+        """Return the report, the first step that was not finite (-1: none), whether to leave."""
         trainer = self._trainer
-        means = mean_over_workers(torch.stack(list(self._rows)).mean(dim=0).double())
-        *losses, norm, bad_step = torch.cat([means, trainer.first_bad_step.view(1)]).tolist()
+        row = torch.stack(list(self._rows)).mean(dim=0).double()
+        asked = row.new_full((1,), self._leave is not None and self._leave())
+        means = mean_over_workers(torch.cat([row, asked]))
+        *losses, norm, share_leaving, bad_step = torch.cat(
+            [means, trainer.first_bad_step.view(1)]
+        ).tolist()
         seconds = time.perf_counter() - self._start
         workers = self.pace.figures()
         metrics = {
@@ -230,4 +256,4 @@ class _Window:
             stragglers=self.pace.stragglers(workers),
         )
         self.restart()
-        return report, int(bad_step)
+        return report, int(bad_step), share_leaving > 0

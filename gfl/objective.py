@@ -55,17 +55,31 @@ class Objective(nn.Module):
                 torch._dynamo.maybe_mark_dynamic(padded, 1)
         return images, targets
 
-    def forward(self, images: Tensor, targets: Targets) -> Tensor:
-        """Return the losses (L,), weighted and normalised, of normalised `images` (B, 3, H, W)."""
+    def forward(self, images: Tensor, targets: Targets, divisors: Tensor | None = None) -> Tensor:
+        """Return the losses (L,), weighted and normalised, of normalised `images` (B, 3, H, W).
+
+        They are normalised by `divisors` (2,), or by what all workers' images give.
+        """
         (teacher,) = self._teacher
-        device, dtype = images.device.type, self._precision
-        with torch.autocast(device, dtype, enabled=dtype != torch.float32):
+        with self._cast(images):
             outputs = self.detector(images)
             if teacher is not None:
                 with torch.no_grad():
                     lesson = teacher(images)[1]
-        losses = self.detector.objective(outputs, targets, None if teacher is None else lesson)
+        lessons = None if teacher is None else lesson
+        losses = self.detector.objective(outputs, targets, lessons, divisors)
         return torch.stack([losses[name] for name in self.names])
+
+    @torch.no_grad()
+    def amounts(self, images: Tensor, targets: Targets) -> Tensor:
+        """Return what `images` add to the divisors, (2,): see `Detector.amounts`."""
+        with self._cast(images):
+            outputs = self.detector(images)
+        return self.detector.amounts(outputs, targets)
+
+    def _cast(self, images: Tensor) -> torch.autocast:
+        dtype = self._precision
+        return torch.autocast(images.device.type, dtype, enabled=dtype != torch.float32)
 
 
 def _require_same_bins(teacher: Config, student: Config) -> None:

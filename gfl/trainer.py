@@ -1,7 +1,7 @@
 """A detector in training: one step, its checkpoints, and what to say of a step that failed."""
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from gfl.assigner import Targets
+from gfl.accumulation import Pass, cut, divisors, statistics_kept
 from gfl.average import Average
 from gfl.checkpoint import (
     WEIGHTS,
@@ -43,6 +43,7 @@ class Trainer:
         weights: Path | None = None,
         resume: Path | None = None,
         teacher: Path | None = None,
+        shares: int | None = None,
     ) -> None:
         """Build everything anew, or as it was in the checkpoint `resume`.
 
@@ -53,6 +54,7 @@ class Trainer:
             weights: Local file to start from: the whole detector's, or its backbone's.
             resume: Folder of a checkpoint to go on from.
             teacher: Folder of the checkpoint that `loss.distillation` learns from.
+            shares: Into which global batches are cut, as `fit` says.
         """
         torch.manual_seed(config.seed)
         self.config = config
@@ -67,7 +69,7 @@ class Trainer:
             load_weights(self.detector, weights, reset_classifier=config.model.reset_classifier)
         place(self.detector, device)
         self.step = read_about(resume).step if resume else 0
-        self.batches = TrainBatches(train.records, config, self.rank, self.world, self.step)
+        self.batches = TrainBatches(train.records, config, self.rank, self.world, self.step, shares)
         self.dataset = DetectionDataset(train, config, training=True)
         self.optimizer = build_optimizer(self.detector, config)
         self.scheduler = build_scheduler(
@@ -113,15 +115,15 @@ class Trainer:
         if ap > self.best_ap:
             self.best_ap, self.best_epoch = ap, self.epochs_done
 
-    def train_step(self, batch: Batch) -> Tensor:
-        """Train on this worker's share of a batch; return losses and gradient norm, (L + 1,).
+    def train_step(self, *shares: Batch) -> Tensor:
+        """Train on this worker's shares of a batch; return losses and gradient norm, (L + 1,).
 
         From the first gradient that is not finite on, no weight changes any more: the optimizer is
         told so on the device. Gradients are the same on all workers, hence so is the decision. In
         float16 the loss scale is lowered first, until it cannot be the reason.
         """
         self.optimizer.zero_grad()
-        losses = self._backward(batch)
+        losses = self._backward(shares)
         self.scaler.unscale_(self.optimizer)
         parameters = [p for p in self.detector.parameters() if p.grad is not None]
         norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
@@ -146,30 +148,41 @@ class Trainer:
         self.step += 1
         return torch.cat([losses, norm.detach().unsqueeze(0)])
 
-    def _backward(self, batch: Batch) -> Tensor:
-        """Add the gradient of `batch` to the parameters'; return its losses (L,).
+    def _backward(self, shares: Sequence[Batch]) -> Tensor:
+        """Add the gradients of `shares` to the parameters'; return their losses (L,).
 
-        In several passes if it does not fit into one: the loss is then the mean of theirs, each
-        normalised by its own positives, and workers share their gradients after the last.
+        A share takes several passes if it does not fit into one: its loss is then the mean of
+        theirs, each normalised by its own positives, and workers share their gradients after the
+        last. Losses and gradients are such that their mean over workers is that over all shares.
         """
-        images = self.detector.normalize(batch.pixels, batch.targets.sizes)
-        images = images.contiguous(memory_format=torch.channels_last)
-        count = len(images)
-        total = torch.zeros(len(self.objective.names), device=images.device)
-        for part in self._passes(count):
-            share = len(images[part]) / count
-            last = part.stop >= count
-            with nullcontext() if last else self._gradients_kept():
-                taken = self.objective.prepare(images[part], _select(batch.targets, part))
-                losses = self.parallel(*taken) * share
+        total = torch.zeros(len(self.objective.names), device=self.device)
+        weight = self.world / self.batches.total_shares
+        passes = self._passes(shares)
+        for number, (share, each, divisor) in enumerate(passes, start=1):
+            with (
+                nullcontext() if number == len(passes) else self._gradients_kept(),
+                nullcontext() if share == 0 else statistics_kept(self.detector),
+            ):
+                taken = self.objective.prepare(each.images, each.targets)
+                losses = self.parallel(*taken, divisor) * (each.weight * weight)
                 self.scaler.scale(losses.sum()).backward()
             total += losses.detach()
         return total
 
-    def _passes(self, count: int) -> list[slice]:
-        """Return which of `count` images go through the network together."""
-        size = min(self.config.data.images_per_pass or count, count)
-        return [slice(start, start + size) for start in range(0, count, size)]
+    def _passes(self, shares: Sequence[Batch]) -> list[tuple[int, Pass, Tensor | None]]:
+        """Return the passes of `shares`: the number of its share, itself, what normalises it.
+
+        Where every worker has one share, that is None: the pass itself finds out.
+        """
+        cut_shares = [cut(self.detector, s, self.config.data.images_per_pass) for s in shares]
+        normalisers: Sequence[Tensor | None] = [None] * len(cut_shares[0])
+        if self.batches.total_shares > self.world:
+            normalisers = divisors(self.objective, cut_shares, self.batches.total_shares)
+        return [
+            (number, each, normaliser)
+            for number, passes in enumerate(cut_shares)
+            for each, normaliser in zip(passes, normalisers, strict=True)
+        ]
 
     def _gradients_kept(self) -> AbstractContextManager[None]:
         """Return a context in which workers do not share their gradients yet."""
@@ -206,23 +219,23 @@ class Trainer:
         That is its batch and the configuration. Weights are still those of that step, and samples
         can be drawn again. To be called on every worker.
         """
-        keys = self.batches.keys(step)
-        batch = collate([self.dataset[key] for key in keys]).to(self.device)
-        names = [str(self.train_split.records[image].path) for _, image in keys]
         folder.mkdir(parents=True, exist_ok=True)
-        saved = folder / f"batch-rank{self.rank}.pt"
-        torch.save({"pixels": batch.pixels, **vars(batch.targets), "images": names}, saved)
         (folder / "config.yaml").write_text(dump_config(self.config))
-        images = self.detector.normalize(batch.pixels, batch.targets.sizes)
+        shares: list[Batch] = []
+        names: list[str] = []
+        for share in self.batches.shares:
+            keys = self.batches.keys(step, share)
+            shares.append(collate([self.dataset[key] for key in keys]).to(self.device))
+            of_share = [str(self.train_split.records[image].path) for _, image in keys]
+            targets = vars(shares[-1].targets)
+            saved = {"pixels": shares[-1].pixels, **targets, "images": of_share}
+            torch.save(saved, folder / f"batch-rank{share}.pt")
+            names += of_share
         self.parallel.train()
-        culprit = None
-        for part in self._passes(len(images)):  # all of them: other workers wait for each
-            found_now = first_non_finite(self.objective, images[part], _select(batch.targets, part))
-            culprit = culprit or found_now
-        found = [(culprit, names)]
+        found = [(self._first_non_finite(shares), names)]
         if dist.is_initialized():
-            found = [found[0]] * self.world
-            dist.all_gather_object(found, (culprit, names))
+            found = found * self.world
+            dist.all_gather_object(found, found[0])
         culprit, names = next(((c, n) for c, n in found if c is not None), found[0])
         return NonFiniteLossError(
             f"step {step}: NaN or infinity, first in "
@@ -230,6 +243,14 @@ class Trainer:
             f"batch and configuration saved in {folder}; check these images' boxes and lower "
             f"optim.lr (now {scaled_lr(self.config):g})"
         )
+
+    def _first_non_finite(self, shares: Sequence[Batch]) -> str | None:
+        """Return what `first_non_finite` finds; all passes run, for other workers wait for each."""
+        found = [
+            first_non_finite(self.objective, each.images, each.targets, divisor)
+            for _, each, divisor in self._passes(shares)
+        ]
+        return next((culprit for culprit in found if culprit), None)
 
 
 def worker_rank() -> tuple[int, int]:
@@ -243,9 +264,3 @@ def _require_device(config: Config, device: torch.device, world: int) -> None:
             "model.backbone.sync_norm: BatchNorm over several workers runs on GPUs only; use one "
             "worker, or set model.backbone.sync_norm=false"
         )
-
-
-def _select(targets: Targets, part: slice) -> Targets:
-    """Return the targets of some of the images."""
-    chosen = {name: value[part] for name, value in vars(targets).items()}
-    return replace(targets, **chosen)

@@ -111,18 +111,33 @@ class DetectionDataset(Dataset[Sample]):
 
 
 class TrainBatches(Sampler[list[Key]]):
-    """This worker's share of every global batch, from `start_step` to the end of training.
+    """This worker's shares of every global batch, from `start_step` to the end of training.
 
     Every epoch is a permutation of the images; its last batch is filled up from its beginning.
+
+    Attributes:
+        total_shares: Equal shares into which a global batch is cut.
+        shares: Those that are this worker's, each a batch to load.
     """
 
     def __init__(
-        self, records: Sequence[ImageRecord], config: Config, rank: int, world: int, start_step: int
+        self,
+        records: Sequence[ImageRecord],
+        config: Config,
+        rank: int,
+        world: int,
+        start_step: int,
+        shares: int | None = None,
     ) -> None:
-        share = share_of_batch(config, world)
+        """Cut global batches into `shares`, by default as many as there are workers (`world`).
+
+        Each worker takes every `world`-th.
+        """
+        self.total_shares = shares or world
+        self.shares = range(rank, self.total_shares, world)
+        self._size = share_of_batch(config, self.total_shares)
         self.batch = config.data.batch
         self._seed = config.seed
-        self._share = slice(rank * share, (rank + 1) * share)
         self._start_step = start_step
         repeats = repeats_per_epoch(records, config.data)
         self._draws = max(repeats)
@@ -133,17 +148,20 @@ class TrainBatches(Sampler[list[Key]]):
         self.total_steps = self.steps_per_epoch * config.schedule.epochs
 
     def __len__(self) -> int:
-        return self.total_steps - self._start_step
+        return (self.total_steps - self._start_step) * len(self.shares)
 
     def __iter__(self) -> Iterator[list[Key]]:
         for step in range(self._start_step, self.total_steps):
-            yield self.keys(step)
+            for share in self.shares:
+                yield self.keys(step, share)
 
-    def keys(self, step: int) -> list[Key]:
-        """Return the samples of this worker at global `step`."""
+    def keys(self, step: int, share: int | None = None) -> list[Key]:
+        """Return the samples of a share, by default the worker's first, at global `step`."""
         epoch, batch = divmod(step, self.steps_per_epoch)
-        order = self._order(epoch)[batch * self.batch : (batch + 1) * self.batch]
-        shown = (self._shown[index] for index in order[self._share])
+        number = self.shares[0] if share is None else share
+        start = batch * self.batch + number * self._size
+        order = self._order(epoch)[start : start + self._size]
+        shown = (self._shown[index] for index in order)
         return [(epoch * self._draws + draw, image) for draw, image in shown]
 
     def _order(self, epoch: int) -> list[int]:

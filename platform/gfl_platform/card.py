@@ -72,7 +72,8 @@ def describe(job: JobConfig, version: Version) -> dict[str, str]:
 def lineage(config: Config, workers: Workers, sources: dict[str, Path | None]) -> dict[str, str]:
     """Return what a run's model comes from, beside its data and code."""
     device = "GPU" if workers.use_gpu else "CPU"
-    tags = {"config_hash": config_hash(config), "workers": f"{workers.count} ({device})"}
+    number = f"{workers.least} to {workers.count}" if workers.elastic else workers.count
+    tags = {"config_hash": config_hash(config), "workers": f"{number} ({device})"}
     teacher = config.loss.distillation.teacher if config.loss.distillation else None
     named = {"pretrained": config.model.pretrained, "teacher": teacher}
     files = {"pretrained": sources["weights"], "teacher": sources["teacher"]}

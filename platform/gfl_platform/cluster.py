@@ -6,11 +6,13 @@ import signal
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from math import inf
 from typing import TYPE_CHECKING, Any
 
 from ray.train import UserCallback
 
-from gfl.errors import NonFiniteLossError
+from gfl.errors import LeaveError, NonFiniteLossError
+from gfl_platform.capacity import most_resources, start_timeout
 from gfl_platform.config import JobConfig
 from gfl_platform.events import Events
 from gfl_platform.trainers import trainer_class
@@ -40,7 +42,8 @@ class Workers:
     """What a job runs on.
 
     Attributes:
-        count: Training processes.
+        count: Training processes, at most.
+        least: The fewest that it starts with.
         use_gpu: Whether each takes a GPU.
         cpus: CPUs of each.
         stoppable: Whether Ray Tune may stop the training, which costs two more processes: one that
@@ -48,9 +51,15 @@ class Workers:
     """
 
     count: int
+    least: int
     use_gpu: bool
     cpus: int
     stoppable: bool = False
+
+    @property
+    def elastic(self) -> bool:
+        """Whether the number follows the nodes that there are."""
+        return self.least < self.count
 
 
 def in_cluster() -> bool:
@@ -97,22 +106,26 @@ def allot(job: JobConfig) -> Workers:
     """Return what the job runs on.
 
     Raises:
-        ClusterError: the cluster has fewer CPUs or GPUs; said at once, for Ray would wait.
+        ClusterError: the cluster has fewer CPUs or GPUs, nor can its autoscaler add them; said at
+            once, for Ray would wait.
     """
     import ray
 
-    total = ray.cluster_resources()
-    gpus = int(total.get("GPU", 0))
+    present = ray.cluster_resources()
+    most, origin = most_resources(present)
     asked = job.cluster
-    use_gpu = asked.use_gpu if asked.use_gpu is not None else gpus > 0
-    count = asked.workers or (max(gpus, 1) if use_gpu else DEFAULT_CPU_WORKERS)
-    workers = Workers(count, use_gpu, asked.cpus_per_worker)
-    needed = {"CPU": count * workers.cpus, "GPU": count if use_gpu else 0}
+    gpus = int(present.get("GPU", 0))
+    has_gpus = gpus > 0 or 0 < most.get("GPU", 0) < inf
+    use_gpu = has_gpus if asked.use_gpu is None else asked.use_gpu
+    number = asked.workers or (max(gpus, 1) if use_gpu else DEFAULT_CPU_WORKERS)
+    least, count = number if isinstance(number, tuple) else (number, number)
+    workers = Workers(count, least, use_gpu, asked.cpus_per_worker)
+    needed = {"CPU": least * workers.cpus, "GPU": least if use_gpu else 0}
     for kind, amount in needed.items():
-        if amount > total.get(kind, 0):
+        if amount > most.get(kind, 0):
             raise ClusterError(
-                f"cluster.workers: {count} workers need {amount} {kind}s, but the cluster has "
-                f"{int(total.get(kind, 0))}; lower cluster.workers or add nodes"
+                f"cluster.workers: {least} workers need {amount} {kind}s, but the cluster has "
+                f"{most.get(kind, 0):.0f}{origin}; lower cluster.workers or add nodes"
             )
     return workers
 
@@ -137,6 +150,8 @@ def run_workers(
     workers: Workers,
     events: Events,
     callbacks: Sequence[UserCallback] = (),
+    max_failures: int = 0,
+    resize_seconds: float = inf,
     **run_options: Any,
 ) -> Any:
     """Run `loop(settings)` in every worker, several in a process group; return Ray's result.
@@ -148,26 +163,40 @@ def run_workers(
         workers: What to run on.
         events: Is told of what workers and controller do.
         callbacks: Of the training controller, besides its own.
+        max_failures: How often to start them again.
+        resize_seconds: Between looks for nodes that more workers could use, if they are elastic.
         run_options: Of Ray's `RunConfig`.
 
     Raises:
         JobFailedError: a worker stopped, and going on was no use or was tried often enough; of a
             NaN a `DivergedError`.
     """
-    from ray.train import RunConfig, ScalingConfig
+    from ray.train import FailureConfig, RunConfig, ScalingConfig
 
     resources = {"CPU": workers.cpus} | ({"GPU": 1} if workers.use_gpu else {})
     trainer = trainer_class(several=workers.count > 1, stoppable=workers.stoppable)(
         loop,
         train_loop_config=settings | {"events": events},
         scaling_config=ScalingConfig(
-            num_workers=workers.count, use_gpu=workers.use_gpu, resources_per_worker=resources
+            num_workers=(workers.least, workers.count) if workers.elastic else workers.count,
+            elastic_resize_monitor_interval_s=resize_seconds,
+            use_gpu=workers.use_gpu,
+            resources_per_worker=resources,
         ),
-        run_config=RunConfig(callbacks=[ControllerCallback(events), *callbacks], **run_options),
+        run_config=RunConfig(
+            callbacks=[ControllerCallback(events, max_failures), *callbacks],
+            failure_config=FailureConfig(
+                max_failures=-1,  # `ControllerCallback` counts
+                # Each lost node can cost some starts, for Ray's picture of the cluster is old.
+                controller_failure_limit=3 * (1 + max_failures * workers.elastic),
+            ),
+            **run_options,
+        ),
     )
     on_interrupt = signal.getsignal(signal.SIGINT)
     try:
-        return trainer.fit()
+        with start_timeout(elastic=workers.elastic):
+            return trainer.fit()
     except SystemExit as error:  # Ray's answer to Ctrl-C, once the workers have stopped
         raise KeyboardInterrupt from error
     except Exception as error:
@@ -180,15 +209,21 @@ def run_workers(
 
 
 class ControllerCallback(UserCallback):
-    """Tells the driver what the training controller sees; gives up where trying again is no use."""
+    """Tells the driver what the training controller sees; gives up where trying again is no use.
 
-    def __init__(self, events: Events) -> None:
+    It counts failures in Ray's place, to which a worker that leaves a drained node is one.
+    """
+
+    def __init__(self, events: Events, max_failures: int) -> None:
         self._events = events
+        self._failures_left = max_failures
+        self._leaves = False
 
     def after_report(
         self, run_context: Any, metrics: list[dict[str, Any]], checkpoint: Any
     ) -> None:
         """Tell of a checkpoint that lies in storage, with what rank 0 says of it."""
+        self._leaves = False
         if checkpoint is not None:
             # One within an epoch has no metrics: it is there to go on from.
             kind = "checkpoint" if "metrics" in metrics[0] else "saved"
@@ -196,6 +231,14 @@ class ControllerCallback(UserCallback):
 
     def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
         """Tell of workers that stopped; raise, which ends the run, where they would stop again."""
+        leaving = [rank for rank, e in sorted(worker_exceptions.items()) if _left_its_node(e)]
+        if leaving:
+            if not self._leaves:  # Ray asks again until all of them have stopped
+                reason = "its node is drained"
+                failure = {"kind": "failure", "rank": leaving[0], "reason": reason, "final": False}
+                self._events.tell(failure)
+            self._leaves = True
+            return
         for rank, error in sorted(worker_exceptions.items()):
             cause = root_cause(error)
             final = isinstance(cause, (ValueError, NonFiniteLossError))
@@ -204,6 +247,15 @@ class ControllerCallback(UserCallback):
             if final:
                 diverged = isinstance(cause, NonFiniteLossError)
                 raise DivergedError(reason) if diverged else JobFailedError(reason)
+        self._failures_left -= 1
+        if self._failures_left < 0:
+            raise JobFailedError(one_line(root_cause(next(iter(worker_exceptions.values())))))
+
+
+def _left_its_node(error: BaseException) -> bool:
+    """Return whether a worker stopped because its node is drained, or died with a drained node."""
+    died_of = getattr(error, "health_check_failure", error)
+    return isinstance(root_cause(error), LeaveError) or getattr(died_of, "preempted", False)
 
 
 def uri_of(checkpoint: Any) -> str:

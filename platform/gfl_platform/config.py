@@ -39,6 +39,19 @@ ModelName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$", max_len
 Alias = Annotated[str, AfterValidator(require_alias)]
 
 
+def _require_workers(value: Any) -> Any:
+    """Return a number of processes, or the least and the most."""
+    ends = value if isinstance(value, list | tuple) else (value,)
+    if value is None:
+        return None
+    if all(type(end) is int and end > 0 for end in ends):
+        if value in ends:
+            return value
+        if len(ends) == 2 and ends[0] <= ends[1]:
+            return tuple(ends)
+    raise ValueError(f"cluster.workers: got {value}: expected a number of processes or [min, max]")
+
+
 class RunConfig(Section):
     """The run's identity."""
 
@@ -49,8 +62,11 @@ class RunConfig(Section):
 class ClusterConfig(Section):
     """What a job asks of the Ray cluster."""
 
-    workers: Positive | None = None
-    """Training processes; by default one for each GPU of the cluster, or 2 on a cluster without."""
+    workers: Annotated[int | tuple[int, int] | None, BeforeValidator(_require_workers)] = None
+    """Training processes; by default one for each GPU of the cluster, or 2 on a cluster without.
+    `[min, max]`: as many as there are nodes for at the time, with the same result as with max."""
+    resize_seconds: Annotated[float, Field(gt=0)] = 60.0
+    """Between looks for nodes that more workers could use, with `workers: [min, max]`."""
     use_gpu: bool | None = None
     """Whether each worker takes a GPU; by default if the cluster has one."""
     cpus_per_worker: Positive = 1
@@ -266,6 +282,19 @@ class JobConfig(Config):
     tracking: TrackingConfig = TrackingConfig()
     registry: RegistryConfig = RegistryConfig()
     sweep: SweepConfig | None = None
+
+    @model_validator(mode="after")
+    def _elastic_workers_fit(self) -> "JobConfig":
+        if isinstance(self.cluster.workers, tuple):
+            asked = f"cluster.workers: {list(self.cluster.workers)}"
+            if self.model.backbone.sync_norm:
+                raise ValueError(
+                    f"{asked}: BatchNorm cannot be synchronised over workers that come and go; set "
+                    "model.backbone.sync_norm=false, or one number"
+                )
+            if self.sweep:
+                raise ValueError(f"{asked}: trials of a sweep have a fixed number; set one number")
+        return self
 
 
 def load_job(path: str | Path, overrides: Sequence[str] = ()) -> JobConfig:

@@ -72,7 +72,7 @@ def run(
     Raises:
         JobFailedError: training stopped.
     """
-    from ray.train import CheckpointConfig, FailureConfig
+    from ray.train import CheckpointConfig
 
     config = reproducible(job)
     result = cluster.run_workers(
@@ -84,16 +84,16 @@ def run(
             "folder": str(folder),
             "report_every": job.tracking.every_steps,
             "checkpoint_every": job.storage.checkpoint_steps,
+            "shares": workers.count,
             "cache": cache_of(job),
         },
         workers,
         events,
         [HashCheck(config), *callbacks],
+        max_failures=job.cluster.max_failures,
+        resize_seconds=job.cluster.resize_seconds,
         name="ray",
         **ray_storage(job, folder),
-        failure_config=FailureConfig(
-            max_failures=job.cluster.max_failures, controller_failure_limit=3
-        ),
         checkpoint_config=CheckpointConfig(
             num_to_keep=job.storage.keep_checkpoints, checkpoint_score_attribute="AP"
         ),

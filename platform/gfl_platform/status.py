@@ -70,6 +70,8 @@ class StatusFile:
                 facts |= {key: event[key] for key in ("epoch", "step", "total_steps")}
                 facts |= {"state": "training", "seconds_left": event["seconds_left"]}
                 facts["metrics"] = event["metrics"]
+            case "workers":
+                facts |= {"workers": event["count"], "nodes": event["nodes"]}
             case "checkpoint":
                 facts["ap"] = event["metrics"]["AP"]
                 facts["best_ap"] = max(facts["best_ap"] or -1.0, facts["ap"])

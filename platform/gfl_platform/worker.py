@@ -16,11 +16,17 @@ from gfl.configfile import config_hash, parse_config
 from gfl.data import load_splits
 from gfl.data.split import Split
 from gfl.engine import CheckpointReport, EpochReport, StepReport, fit
+from gfl.errors import LeaveError
 from gfl.findings import find_cheaply
 from gfl.speed import measure_fps
+from gfl.trainer import worker_rank
 from gfl_platform import cluster
 from gfl_platform.events import Event, Events
+from gfl_platform.sameness import same_on_all_nodes
 from gfl_platform.storage import StorageError, patiently, space_required
+
+LEAVE_SECONDS = 90.0
+"""For the last checkpoint before a node goes: less than the notice of two minutes."""
 
 REPORTS_FILE = "reports.json"
 """In a checkpoint: the reports of steps since the one before."""
@@ -124,9 +130,11 @@ def train_worker(settings: dict[str, Any]) -> dict[str, Any]:
     config = parse_config(settings["config"], "job")
     events, cache = settings["events"], settings["cache"]
     device = cluster.worker_device()
-    splits = load_splits(cache.localized(config))
+    splits = same_on_all_nodes(lambda: load_splits(cache.localized(config)))
     listener = WorkerListener(events)
     if listener.is_first:
+        count = worker_rank()[1]
+        events.tell({"kind": "workers", "count": count, "nodes": cluster.node_count()})
         events.tell(_describe(config, splits))
     options = {
         "device": device,
@@ -134,6 +142,8 @@ def train_worker(settings: dict[str, Any]) -> dict[str, Any]:
         "teacher": settings["teacher"] and cache.local(settings["teacher"]),
         "report_every": settings["report_every"],
         "checkpoint_every": settings["checkpoint_every"],
+        "shares": settings["shares"],
+        "leave": _node_is_drained,
     }
     with _latest_whole_checkpoint(events) as restored:
         if restored is None:
@@ -141,11 +151,34 @@ def train_worker(settings: dict[str, Any]) -> dict[str, Any]:
         else:
             listener.repeat(restored)
             options["resume"] = restored
-        trainer = fit(config, splits, listener, **options)
+        try:
+            trainer = fit(config, splits, listener, **options)
+        except LeaveError:
+            _wait_until_stored()
+            raise
     if not listener.is_first:
         return {}
     fps, protocol = measure_fps(trainer.model, splits[1], config, device)
     return {"fps": fps, "protocol": protocol, "epochs": trainer.epochs_done}
+
+
+def _node_is_drained() -> bool:
+    """Return whether Ray has heard that a node of this training goes away.
+
+    The public `ray.train.get_preemption_info` makes workers agree on it, for which they all wait;
+    `fit` makes them agree where they wait anyway.
+    """
+    from ray.train.v2._internal.execution.context import get_train_context
+
+    return get_train_context().preemption_context.preemption_info is not None
+
+
+def _wait_until_stored() -> None:
+    """Wait until Ray has noted the last checkpoint, from which the others will go on."""
+    import ray.train
+
+    committed = ray.train.CheckpointConsistencyMode.COMMITTED
+    ray.train.get_all_reported_checkpoints(consistency_mode=committed, timeout_s=LEAVE_SECONDS)
 
 
 def _describe(config: Config, splits: tuple[Split, Split]) -> Event:

@@ -13,7 +13,7 @@ from gfl.data.loading import collate
 from gfl.detector import loss_names
 from gfl.diagnosis import first_non_finite
 from gfl.engine import fit
-from gfl.errors import NonFiniteLossError
+from gfl.errors import LeaveError, NonFiniteLossError
 from gfl.optim import build_optimizer, lr_factor, scaled_lr
 from gfl.trainer import Trainer
 
@@ -123,6 +123,27 @@ def test_resumed_within_an_epoch_equals_uninterrupted_bit_for_bit(tiny, tmp_path
     assert rest.epochs[-1].metrics == calm.epochs[-1].metrics
 
 
+def leave_at_the_third_report(rank, config, folder):
+    torch.set_num_threads(1)
+    recorder = Recorder(folder / str(rank))
+    asked = []
+
+    def leave():
+        asked.append(rank)
+        return rank == 1 and len(asked) == 3
+
+    try:
+        train(config, recorder, leave=leave)
+    except LeaveError as error:
+        return str(error), [path.name for path in recorder.folder.glob("*")]
+
+
+def test_all_workers_leave_with_a_checkpoint_if_one_is_to(tiny, tmp_path):
+    config = derive(type(tiny), tiny, ["data.repeat=3"])
+    first, second = run_workers(2, leave_at_the_third_report, config, tmp_path)
+    assert first == second == ("stopped after step 6, where a checkpoint is", ["step-6"])
+
+
 def test_a_snapshot_is_of_its_moment(tiny, tmp_path):
     trainer = Trainer(tiny, load_splits(tiny)[0], CPU)
     trainer.parallel.train()
@@ -145,14 +166,15 @@ def test_a_finished_training_resumes_to_nothing(tiny, tmp_path):
     assert trainer.epochs_done == 3
 
 
-def five_steps(rank, config):
+def five_steps(rank, config, shares=None):
     torch.set_num_threads(1)
-    trainer = Trainer(config, load_splits(config)[0], CPU)
+    trainer = Trainer(config, load_splits(config)[0], CPU, shares=shares)
     trainer.parallel.train()
     rows = []
-    for keys, _ in zip(trainer.batches, range(5), strict=False):
-        row = trainer.train_step(collate([trainer.dataset[key] for key in keys]))
-        rows.append(row)
+    for step in range(5):
+        keys = [trainer.batches.keys(step, share) for share in trainer.batches.shares]
+        batches = [collate([trainer.dataset[key] for key in of_share]) for of_share in keys]
+        rows.append(trainer.train_step(*batches))
     return torch.stack(rows), trainer.detector.state_dict()
 
 
@@ -165,6 +187,42 @@ def test_the_number_of_workers_does_not_change_the_mathematics(tiny):
     for key, value in weights.items():
         torch.testing.assert_close(weights_0[key], value, rtol=0, atol=1e-5)
         assert torch.equal(weights_0[key], weights_1[key])
+
+
+ELASTIC = {
+    "batch norm trains": [],  # every share has its own statistics; the first share's are kept
+    "images of several sizes": ["data.multi_scale=[48, 96]", "data.long_side=96"],
+    "passes": ["data.images_per_pass=1", "optim.clip_norm=5.0"],
+    "centerness": ["model.quality=centerness", "optim.ema=0.9"],
+}
+
+
+def five_steps_each(rank, configs, shares):
+    return [five_steps(rank, config, shares) for config in configs]
+
+
+def test_missing_workers_change_nothing_but_rounding(tiny):
+    """The shares of three workers on three, on two, of which one takes two, and on one."""
+    # Adam makes a step of the rounding in a gradient that is next to none.
+    common = ["data.batch=6", "optim={name: sgd, lr: 0.01}"]
+    configs = [derive(type(tiny), tiny, [*common, *options]) for options in ELASTIC.values()]
+    threads = torch.get_num_threads()
+    whole = run_workers(3, five_steps_each, configs, None)
+    for found in (run_workers(2, five_steps_each, configs, 3), [five_steps_each(0, configs, 3)]):
+        for index, name in enumerate(ELASTIC):
+            expected, rows = (
+                torch.stack([of_worker[index][0] for of_worker in workers]).mean(dim=0)
+                for workers in (whole, found)
+            )
+
+            def explain(reason, name=name):
+                return f"{name}: {reason}"
+
+            torch.testing.assert_close(rows, expected, rtol=1e-4, atol=1e-5, msg=explain)
+            for key, value in whole[0][index][1].items():
+                other = found[0][index][1][key]
+                torch.testing.assert_close(other, value, rtol=1e-4, atol=1e-5, msg=explain)
+    torch.set_num_threads(threads)
 
 
 def test_a_loss_that_turns_nan_stops_training_and_is_explained(tiny, tmp_path):

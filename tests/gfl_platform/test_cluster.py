@@ -1,14 +1,20 @@
-"""What is said of workers that stop."""
+"""What a job asks of the cluster, and what is said of workers that stop."""
 
 from pathlib import Path
 
 import pytest
+import yaml
+from ray.exceptions import ActorDiedError
 
 from gfl.configfile import derive
 from gfl.data import load_splits
 from gfl.data.errors import DataError
 from gfl.data.loading import DetectionDataset, TrainBatches, build_loader
-from gfl_platform.cluster import JobFailedError, one_line, root_cause
+from gfl.errors import LeaveError
+from gfl_platform import cluster
+from gfl_platform.capacity import of_autoscaler
+from gfl_platform.cluster import ControllerCallback, JobFailedError, one_line, root_cause
+from gfl_platform.config import load_job
 
 
 @pytest.mark.parametrize("processes", [0, 1])
@@ -38,3 +44,59 @@ def test_the_cause_is_found_inside_its_wrappings():
     assert one_line(inner) == "why"
     assert one_line(KeyError()) == "KeyError"
     assert one_line(JobFailedError("")) == "JobFailedError"
+
+
+class Heard:
+    """Stands in for the queue of events."""
+
+    def __init__(self):
+        self.events = []
+
+    def tell(self, event):
+        self.events.append(event)
+
+
+def test_a_node_that_is_drained_is_no_failure():
+    heard = Heard()
+    callback = ControllerCallback(heard, max_failures=1)
+    died_with_its_node = ActorDiedError()
+    died_with_its_node._preempted = True
+    assert died_with_its_node.preempted
+    for lost in ({0: LeaveError("step 4"), 1: LeaveError("step 4")}, {1: died_with_its_node}):
+        for _ in range(3):
+            callback.after_exception(None, {**lost})
+        callback.after_report(None, [{}], None)
+    assert [event["reason"] for event in heard.events] == ["its node is drained"] * 2
+    callback.after_exception(None, {0: RuntimeError("first")})
+    with pytest.raises(JobFailedError, match="second"):
+        callback.after_exception(None, {0: RuntimeError("second")})
+
+
+def test_the_most_that_an_autoscaler_adds_is_in_its_file():
+    definition = yaml.safe_load(Path("ray-cluster.yaml").read_text())
+    assert of_autoscaler(definition) == {"CPU": 64, "GPU": 8, "spot": 8}
+    definition["max_workers"] = 4
+    definition["available_node_types"]["gpu_spot"]["max_workers"] = 3
+    assert of_autoscaler(definition) == {"CPU": 32, "GPU": 4, "spot": 3}
+
+
+def test_an_autoscaler_may_have_what_is_not_there_yet(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    present = {"CPU": 2.0}
+    monkeypatch.delenv("KUBERAY_GEN_RAY_START_CMD", raising=False)
+    monkeypatch.setattr("ray.cluster_resources", lambda: present)
+    monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
+
+    def allot(*overrides):
+        return cluster.allot(load_job("configs/demo.yaml", overrides))
+
+    assert allot("cluster.workers=[1, 8]") == cluster.Workers(8, 1, False, 1)
+    with pytest.raises(cluster.ClusterError, match="3 workers need 3 CPUs, but the cluster has 2;"):
+        allot("cluster.workers=[3, 8]")
+    (tmp_path / "ray_bootstrap_config.yaml").write_text(Path("ray-cluster.yaml").read_text())
+    assert allot("cluster.workers=8") == cluster.Workers(8, 8, True, 1)
+    with pytest.raises(cluster.ClusterError, match=r"has 8 at most \(.*ray_bootstrap_config.yaml,"):
+        allot("cluster.workers=9")
+    (tmp_path / "ray_bootstrap_config.yaml").unlink()
+    monkeypatch.setenv("KUBERAY_GEN_RAY_START_CMD", "ray start --head  --no-monitor ")
+    assert allot("cluster={workers: 64, use_gpu: true}").count == 64

@@ -7,6 +7,7 @@ from pathlib import Path
 import boto3
 import pytest
 import torch
+import yaml
 
 from gfl.config import Config
 from gfl.configfile import (
@@ -74,6 +75,16 @@ def test_the_small_twin_of_a_sweep_tries_the_same(path):
     [
         ("cluster.wrokers=2", r"cluster\.wrokers: unknown key; did you mean 'workers'\?"),
         ("cluster.workers=0", r"cluster\.workers: got 0"),
+        ("cluster.workers=[2, 1]", r"cluster\.workers: got \[2, 1\]: expected a number .* or \["),
+        ("cluster.workers=[true, 2]", r"cluster\.workers: got \[True, 2\]"),
+        (
+            "{cluster: {workers: [1, 2]}, model: {backbone: {sync_norm: true}}}",
+            r"cluster\.workers: \[1, 2\]: BatchNorm cannot be synchronised",
+        ),
+        (
+            "{cluster: {workers: [1, 2]}, sweep: {space: {seed: {grid: [1]}}}}",
+            r"cluster\.workers: \[1, 2\]: trials of a sweep have a fixed number",
+        ),
         ("run.name=a/b", r"run\.name: got 'a/b'"),
         ("run.name=..", r"run\.name: got '\.\.'"),
         ("registry.name=gfl.v2", r"registry\.name: got 'gfl\.v2'"),
@@ -83,8 +94,15 @@ def test_the_small_twin_of_a_sweep_tries_the_same(path):
     ],
 )
 def test_a_mistake_in_a_section_of_the_job_is_named(override, message):
+    words = yaml.safe_load(override) if override.startswith("{") else {}
+    overrides = [f"{key}={json.dumps(value)}" for key, value in words.items()] or [override]
     with pytest.raises(ConfigError, match=message):
-        load_job("configs/demo.yaml", [override])
+        load_job("configs/demo.yaml", overrides)
+
+
+def test_workers_are_a_number_or_the_least_and_the_most():
+    assert load_job("configs/demo.yaml", ["cluster.workers=[1,2]"]).cluster.workers == (1, 2)
+    assert load_job("configs/demo.yaml", ["cluster.workers=null"]).cluster.workers is None
 
 
 def test_the_tracking_store_is_chosen_by_configuration_environment_and_default(monkeypatch):
