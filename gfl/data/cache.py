@@ -44,8 +44,8 @@ def _load(entry: Path) -> Tensor | None:
         return None
     try:
         pixels = np.load(entry, allow_pickle=False)
-        if (pixels.dtype, pixels.ndim, len(pixels)) == (np.uint8, 3, 3):
-            return torch.from_numpy(pixels)
+        if (pixels.dtype, pixels.ndim, pixels.shape[-1]) == (np.uint8, 3, 3):
+            return torch.from_numpy(pixels).permute(2, 0, 1)
     except Exception:  # a damaged header makes numpy raise whatever its parsers meet
         logger.debug("%s: damaged", entry, exc_info=True)
     return None
@@ -56,7 +56,7 @@ def _keep(pixels: Tensor, entry: Path, folder: Path) -> None:
         entry.parent.mkdir(parents=True, exist_ok=True)
         with TemporaryDirectory(dir=entry.parent) as scratch:
             whole = Path(scratch) / entry.name
-            np.save(whole, pixels.numpy())
+            np.save(whole, pixels.permute(1, 2, 0).numpy())
             whole.replace(entry)
     except OSError as error:
         _warn(folder, error.strerror)

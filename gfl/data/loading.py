@@ -15,7 +15,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from gfl.assigner import Targets, pad_targets
@@ -50,7 +49,7 @@ class Batch:
     """Padded images with their ground truths.
 
     Attributes:
-        pixels: RGB in 0..255, (B, 3, H, W), uint8, padded with 0.
+        pixels: RGB in 0..255, (B, 3, H, W), uint8, padded with 0; channels last in memory.
         targets: Ground truths in px of `pixels`.
         images: Index of every image in its split, (B,).
         original_sizes: (height, width) in px before any transform, (B, 2).
@@ -212,12 +211,9 @@ def collate(samples: list[Sample]) -> Batch:
     """Return `samples` as a batch, padded right and bottom to multiples of `SIZE_MULTIPLE` px."""
     height = _round_up(max(sample.pixels.shape[1] for sample in samples))
     width = _round_up(max(sample.pixels.shape[2] for sample in samples))
-    pixels = torch.stack(
-        [
-            pad(s.pixels, (0, width - s.pixels.shape[2], 0, height - s.pixels.shape[1]))
-            for s in samples
-        ]
-    )
+    pixels = torch.zeros(len(samples), height, width, 3, dtype=torch.uint8).permute(0, 3, 1, 2)
+    for image, sample in zip(pixels, samples, strict=True):
+        image[:, : sample.pixels.shape[1], : sample.pixels.shape[2]] = sample.pixels
     sizes = torch.tensor([sample.pixels.shape[1:] for sample in samples])
     return Batch(
         pixels=pixels,

@@ -33,7 +33,7 @@ def saved(tmp_path, image, suffix=".png", **options):
 def pixels_of(path):
     pixels = read_image(path)
     assert pixels.dtype == torch.uint8
-    assert pixels.is_contiguous()
+    assert pixels.permute(1, 2, 0).is_contiguous()
     assert tuple(pixels.shape) == (3, *image_size(path))
     return pixels.permute(1, 2, 0).numpy()
 
