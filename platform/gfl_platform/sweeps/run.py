@@ -112,7 +112,7 @@ def run_sweep(
     return results
 
 
-def _prepare(job: JobConfig, name: str, *, resume: bool, dashboard: bool) -> tuple[Path, Workers]:
+def _prepare(job: JobConfig, name: str, *, resume: bool) -> tuple[Path, Workers]:
     """Return the sweep's folder and what a trial runs on; nothing is written if that fails."""
     asked, first = comparable(job), trial_job(job, {}, job.seed)
     folder = find_run_folder(job, name, resume=resume, kind="sweeps")
