@@ -17,13 +17,15 @@ import torch.distributed as dist
 from gfl.data.loading import Batch
 from gfl.detector import Detector, world_size
 
-OWN = "own_ms"
+OWN, SHARES = "own_ms", "shares"
 STEP_TIMES = ("step_ms_p50", "step_ms_p90", "step_ms_p99")
-FIGURES = (*STEP_TIMES, "data_wait_share", OWN, "cpu", "memory_gib", "gpu", "gpu_memory_gib")
-"""Of a worker since the last report: percentiles of its steps; the share of the time in which its
-host waited for images; what a step takes for that and for the forward pass of the network, where it
-waits for no other worker; processor cores used, loaders apart; the most memory it has held; the
-share of the time in which its GPU was busy, if `pynvml` is there to ask; the GPU's most memory."""
+USE = ("cpu", "memory_gib", "gpu", "gpu_memory_gib")
+FIGURES = (*STEP_TIMES, "data_wait_share", OWN, SHARES, *USE)
+"""Of a worker since the last report: percentiles of its steps; the part of the time in which its
+host waited for images; what a share of a batch takes for that and for the network's forward passes,
+where it waits for no other worker; its shares of a step; processor cores used, loaders apart; the
+most memory it has held; the part of the time in which its GPU was busy, if `pynvml` is there to
+ask; the GPU's most memory."""
 
 SLOW = 1.3
 """Times the median worker's `own_ms`: a straggler, if that costs a tenth of a step, too."""
@@ -52,7 +54,7 @@ class Pace:
     def restart(self) -> None:
         """Forget what was measured."""
         self._steps, self._forward = [self._now()], list[Any]()
-        self._waited, self._used = 0.0, time.process_time()
+        self._waited, self._shares, self._used = 0.0, 0, time.process_time()
         self._started = time.perf_counter()
 
     def fetched(self, batches: Iterable[Batch]) -> Iterator[Batch]:
@@ -64,6 +66,7 @@ class Pace:
             if batch is None:
                 return
             self._waited += time.perf_counter() - started
+            self._shares += 1
             yield batch
 
     def note_step(self) -> None:
@@ -91,8 +94,8 @@ class Pace:
         usual = statistics.median_low(own)
         named = {}
         for rank, milliseconds in enumerate(own):
-            costs = (milliseconds - usual) / figures[rank][STEP_TIMES[0]]
-            slow = milliseconds > SLOW * usual and costs > 0.1
+            costs = (milliseconds - usual) * figures[rank][SHARES]
+            slow = milliseconds > SLOW * usual and costs > 0.1 * figures[rank][STEP_TIMES[0]]
             self._slow[rank] = self._slow[rank] + 1 if slow else 0
             if self._slow[rank] == SLOW_REPORTS:
                 named[rank] = milliseconds / max(usual, 1e-9)
@@ -110,9 +113,10 @@ class Pace:
         forward = sum(self._ms(*pair) for pair in zip(marks, marks, strict=True))
         times = torch.tensor(steps, dtype=torch.double)
         percentiles = torch.quantile(times, torch.tensor([0.5, 0.9, 0.99], dtype=torch.double))
-        own = (1000 * self._waited + forward) / len(steps)
+        own = (1000 * self._waited + forward) / self._shares
         cores = (time.process_time() - self._used) / passed
-        return [*percentiles.tolist(), self._waited / passed, own, cores, *self._usage()]
+        shares = self._shares / len(steps)
+        return [*percentiles.tolist(), self._waited / passed, own, shares, cores, *self._usage()]
 
     def _usage(self) -> tuple[float, float, float]:
         """Return GiB of the host's memory, the share of the GPU's time, GiB of its memory."""

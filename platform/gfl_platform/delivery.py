@@ -21,10 +21,10 @@ RUN_FILE = "run.json"
 """Beside the checkpoints: which MLflow run they belong to, for a job that resumes."""
 
 RESTARTS = "restarts"
+"""Tag: how often a run went on after it had lost a worker, a node or its driver."""
 
 DATABASES = ("sqlite", "postgresql", "mysql", "mssql")
 """Schemes of stores that are reached without a server of MLflow's."""
-"""Tag: how often a run went on after it had lost a worker, a node or its driver."""
 
 BATCH, METRICS_PER_CALL = 100, 1000
 """Events taken from the spool at once; MLflow's limit."""

@@ -69,6 +69,6 @@ def test_a_slow_network_and_a_slow_loader_are_told_from_waiting_for_them():
 def test_what_costs_less_than_a_tenth_of_a_step_names_nobody():
     pace = Pace(Sleeper(0), torch.device("cpu"))
     pace._slow = [0, 0]
-    worker = dict.fromkeys(STEP_TIMES, 100.0)
+    worker = dict.fromkeys(STEP_TIMES, 100.0) | {"shares": 1.0}
     for _ in range(2 * SLOW_REPORTS):
         assert pace.stragglers([worker | {"own_ms": 1.0}, worker | {"own_ms": 10.0}]) == {}
