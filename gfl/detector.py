@@ -5,15 +5,15 @@ all ground truths (`assigner.Matches`), R bins (`ModelConfig.bins`).
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from gfl.assigner import Targets, match, pad_targets, valid_locations
+from gfl.aim import Aim, find_aim
+from gfl.assigner import Targets, pad_targets
 from gfl.backbone import Backbone
-from gfl.boxes import box_iou, ltrb_centerness, ltrb_to_xyxy, xyxy_to_ltrb
+from gfl.boxes import box_iou, ltrb_centerness, ltrb_to_xyxy
 from gfl.config import Config, ModelConfig
 from gfl.fpn import FPN
 from gfl.head import Head
@@ -107,7 +107,7 @@ class Detector(nn.Module):
         """
         points = _points(outputs[0])
         cls_logits, reg_logits, *centerness = (_flatten(levels) for levels in outputs)
-        aim = _find_aim(points, targets, self.config.assigner.topk)
+        aim = find_aim(points, targets, self.config.assigner.topk)
         edges = aim.of(reg_logits)  # (B, N, 4 * R)
         boxes = ltrb_to_xyxy(aim.xy, self.integral(edges))
         if centerness:
@@ -195,71 +195,8 @@ def world_size() -> int:
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
-@dataclass(frozen=True)
-class _Aim:
-    """What the candidates are to learn; geometry is in units of their strides.
-
-    Attributes:
-        learns: Whether a candidate learns its object, (B, N); the others' boxes mean nothing.
-        valid: Whether a location takes part, (B, P).
-        location: Of every candidate, (B, N).
-        label: The object's class, (B, N).
-        xy: Of every candidate, (B, N, 2).
-        boxes: The object's `xyxy`, (B, N, 4).
-        ltrb: The distances to its edges, (B, N, 4).
-    """
-
-    learns: Tensor
-    valid: Tensor
-    location: Tensor
-    label: Tensor
-    xy: Tensor
-    boxes: Tensor
-    ltrb: Tensor
-
-    def of(self, values: Tensor) -> Tensor:
-        """Return the `values` (B, P, D) of the candidates, (B, N, D)."""
-        return values.gather(1, self.location.unsqueeze(-1).expand(-1, -1, values.shape[-1]))
-
-    def of_label(self, logits: Tensor) -> Tensor:
-        """Return the `logits` (B, P, C) of the candidates' classes, (B, N)."""
-        return logits.flatten(1).gather(1, self.location * logits.shape[2] + self.label)
-
-    def summed(self, background: Tensor, objects: Tensor) -> Tensor:
-        """Return a loss of scores, summed over all locations and classes.
-
-        Args:
-            background: Without any object, (B, P, C).
-            objects: What each candidate changes of it if it learns, (B, N).
-        """
-        return (background.sum(dim=-1) * self.valid).sum() + self.total(objects)
-
-    def total(self, values: Tensor) -> Tensor:
-        """Return the sum of `values` (B, N) over the candidates that learn.
-
-        In the order of locations, so that padding of the ground truths changes no digit.
-        """
-        nothing = torch.zeros_like(self.valid, dtype=values.dtype)
-        return nothing.scatter_add(1, self.location, values * self.learns).sum()
-
-
-def _find_aim(points: Points, targets: Targets, topk: int) -> _Aim:
-    found = match(points, targets, topk)
-    boxes = targets.boxes.gather(1, found.truth.unsqueeze(-1).expand(-1, -1, 4)) / found.stride
-    xy = found.xy / found.stride
-    return _Aim(
-        learns=found.learns,
-        valid=valid_locations(points, targets.sizes),
-        location=found.location,
-        label=targets.labels.gather(1, found.truth),
-        xy=xy,
-        boxes=boxes,
-        ltrb=xyxy_to_ltrb(xy, boxes),
-    )
-
-
 def _joint_losses(
-    cls_logits: Tensor, boxes: Tensor, aim: _Aim, beta: float
+    cls_logits: Tensor, boxes: Tensor, aim: Aim, beta: float
 ) -> tuple[dict[str, Tensor], Tensor]:
     """Return GFL's losses of scores, and how much each candidate's box counts, (B, N).
 
@@ -274,7 +211,7 @@ def _joint_losses(
 
 
 def _centerness_losses(
-    cls_logits: Tensor, centerness_logits: Tensor, aim: _Aim
+    cls_logits: Tensor, centerness_logits: Tensor, aim: Aim
 ) -> tuple[dict[str, Tensor], Tensor]:
     """Return ATSS's losses of scores, and how much each candidate's box counts, (B, N).
 
