@@ -42,7 +42,6 @@ imports: $(INSTALLED)
 	$(BIN)/lint-imports
 
 bench: $(INSTALLED)
-	$(BIN)/python -m benchmarks.steps
-	$(BIN)/python -m benchmarks.evaluation
+	$(BIN)/python -m benchmarks $(if $(PEER),--peer $(PEER))
 	$(BIN)/python -m benchmarks.sweep
 	$(BIN)/python -m benchmarks.tracking

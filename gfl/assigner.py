@@ -52,6 +52,28 @@ class Candidates:
     mask: Tensor
 
 
+@dataclass(frozen=True)
+class Matches:
+    """Who learns what, among the candidates of all ground truths: N = G * L * T of an image.
+
+    Nothing is learned at any other location, so losses of boxes need to look here only.
+
+    Attributes:
+        learns: Whether the location learns this ground truth; of a location, at most one does,
+            (B, N).
+        truth: Which ground truth, (B, N).
+        location: Index of the location, (B, N).
+        xy: Its position in px, (B, N, 2).
+        stride: Of its level in px, (B, N, 1).
+    """
+
+    learns: Tensor
+    truth: Tensor
+    location: Tensor
+    xy: Tensor
+    stride: Tensor
+
+
 def pad_targets(boxes: Sequence[Tensor], labels: Sequence[Tensor], sizes: Tensor) -> Targets:
     """Return ground truths padded to the largest count, and to one at least: no shape is empty.
 
@@ -96,7 +118,15 @@ def valid_locations(points: Points, sizes: Tensor) -> Tensor:
 
 
 def assign(points: Points, targets: Targets, topk: int) -> Tensor:
-    """Return the ground truth that every location learns, (B, P) int64, -1 where none.
+    """Return the ground truth that every location learns, (B, P) int64, -1 where none."""
+    matches = match(points, targets, topk)
+    nobody = matches.truth.new_full((len(matches.truth), len(points.xy)), -1)
+    truth = matches.truth.where(matches.learns, -1)
+    return nobody.scatter_reduce(1, matches.location, truth, "amax")
+
+
+def match(points: Points, targets: Targets, topk: int) -> Matches:
+    """Return which candidates learn their ground truth.
 
     Per ground truth the `topk` nearest locations of every level are candidates; those whose prior
     overlaps it by mean + standard deviation over all candidates, and which lie inside it, are
@@ -114,7 +144,16 @@ def assign(points: Points, targets: Targets, topk: int) -> Tensor:
         & (overlap >= _threshold(overlap, candidates.mask))
         & (edges.amin(dim=-1) > INSIDE_MARGIN_PX)
     )
-    return _resolve(candidates.index, overlap, positive, locations=len(points.xy))
+    truth = torch.arange(overlap.shape[1], device=overlap.device).view(1, -1, 1)
+    truth, location = truth.expand_as(overlap).flatten(1), candidates.index.flatten(1)
+    claim = overlap.where(positive, -1).flatten(1)
+    return Matches(
+        learns=_wins(location, claim, truth, locations=len(points.xy)),
+        truth=truth,
+        location=location,
+        xy=candidates.xy.flatten(1, 2),
+        stride=candidates.stride.flatten(1).unsqueeze(-1),
+    )
 
 
 def nearest_locations(points: Points, targets: Targets, topk: int) -> Candidates:
@@ -171,14 +210,12 @@ def _threshold(overlap: Tensor, mask: Tensor) -> Tensor:
     return mean + (square / (count - 1).clamp(min=1)).sqrt()
 
 
-def _resolve(index: Tensor, overlap: Tensor, positive: Tensor, locations: int) -> Tensor:
-    """Return the ground truth that wins every location, (B, P), -1 where none is positive."""
-    batch, count, _ = overlap.shape
-    claim = overlap.where(positive, -1).flatten(1)
-    index = index.flatten(1)
-    best = claim.new_full((batch, locations), -1).scatter_reduce(1, index, claim, "amax")
-    truth = torch.arange(count, device=index.device).view(1, -1, 1).expand_as(overlap).flatten(1)
-    wins = positive.flatten(1) & (claim == best.gather(1, index))
-    first = truth.where(wins, count)
-    winner = first.new_full((batch, locations), count).scatter_reduce(1, index, first, "amin")
-    return winner.where(winner < count, -1)
+def _wins(location: Tensor, claim: Tensor, truth: Tensor, locations: int) -> Tensor:
+    """Return whose claim (an overlap, -1 of who makes none) its location follows, (B, N)."""
+    nothing = claim.new_full((len(claim), locations), -1)
+    best = nothing.scatter_reduce(1, location, claim, "amax").gather(1, location)
+    highest = (claim >= 0) & (claim == best)
+    nobody = torch.iinfo(truth.dtype).max
+    last = truth.new_full((len(claim), locations), nobody)
+    first = last.scatter_reduce(1, location, truth.where(highest, nobody), "amin")
+    return highest & (truth == first.gather(1, location))

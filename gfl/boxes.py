@@ -35,13 +35,19 @@ def ltrb_centerness(ltrb: Tensor) -> Tensor:
 
 def box_area(boxes: Tensor) -> Tensor:
     """Return the signed product of width and height of `boxes` (..., 4), without any "+ 1"."""
-    return (boxes[..., 2] - boxes[..., 0]) * (boxes[..., 3] - boxes[..., 1])
+    return _product(boxes[..., 2:] - boxes[..., :2])
+
+
+def _product(sides: Tensor) -> Tensor:
+    """Return width times height, (...), of `sides` (..., 2); `prod` has a costly gradient."""
+    width, height = sides.unbind(-1)
+    return width * height
 
 
 def _intersection_and_union(boxes: Tensor, others: Tensor) -> tuple[Tensor, Tensor]:
     least = torch.maximum(boxes[..., :2], others[..., :2])
     most = torch.minimum(boxes[..., 2:], others[..., 2:])
-    intersection = (most - least).clamp(min=0).prod(dim=-1)
+    intersection = _product((most - least).clamp(min=0))
     union = box_area(boxes) + box_area(others) - intersection
     return intersection, union.clamp(min=EPSILON)
 
@@ -60,5 +66,5 @@ def box_giou(boxes: Tensor, others: Tensor) -> Tensor:
     intersection, union = _intersection_and_union(boxes, others)
     least = torch.minimum(boxes[..., :2], others[..., :2])
     most = torch.maximum(boxes[..., 2:], others[..., 2:])
-    enclosure = (most - least).clamp(min=0).prod(dim=-1).clamp(min=EPSILON)
+    enclosure = _product((most - least).clamp(min=0)).clamp(min=EPSILON)
     return intersection / union - (enclosure - union) / enclosure

@@ -1,24 +1,27 @@
 """The detector: body, pyramid and head, with its training objective and its predictions.
 
-Shapes: B images, P locations over all levels, C classes, G padded ground truths,
-R bins (`ModelConfig.bins`).
+Shapes: B images, P locations over all levels, C classes, G padded ground truths, N candidates of
+all ground truths (`assigner.Matches`), R bins (`ModelConfig.bins`).
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from gfl.assigner import Targets, assign, pad_targets, valid_locations
+from gfl.aim import Aim, find_aim
+from gfl.assigner import Targets, pad_targets
 from gfl.backbone import Backbone
-from gfl.boxes import box_iou, ltrb_centerness, ltrb_to_xyxy, xyxy_to_ltrb
+from gfl.boxes import box_iou, ltrb_centerness, ltrb_to_xyxy
 from gfl.config import Config, ModelConfig
 from gfl.fpn import FPN
 from gfl.head import Head
 from gfl.integral import build_edges
 from gfl.losses import (
+    FOCAL_ALPHA,
+    FOCAL_GAMMA,
+    background_focal_loss,
     centerness_loss,
     distribution_focal_loss,
     focal_loss,
@@ -95,7 +98,8 @@ class Detector(nn.Module):
 
         Losses of scores and of centerness are divided by the positives, losses of boxes by the sum
         of their weights; both divisors are averages over workers, by one all-reduce. Distillation
-        is divided by the images alone, as its authors do.
+        is divided by the images alone, as its authors do. Boxes cost by the candidates, of which
+        there are a fixed number per ground truth, not by the locations.
 
         Args:
             outputs: Class logits, logits of edges and, where there is one, centerness per level.
@@ -103,22 +107,23 @@ class Detector(nn.Module):
             teacher: Another detector's distribution logits of the same images: adds the loss `ld`.
             divisors: Both divisors (2,), where these images do not tell: see `mean_amounts`.
         """
-        aim, boxes, reg_logits, of_scores, weight = self._scored(outputs, targets)
+        aim, edges, boxes, of_scores, weight = self._scored(outputs, targets)
         of_boxes = {"giou": giou_loss(boxes, aim.boxes)}
         if self.config.model.edges == "distribution":
             bins = aim.ltrb / self.config.model.bin_width
-            dfl = distribution_focal_loss(reg_logits.unflatten(-1, (4, -1)), bins)
+            dfl = distribution_focal_loss(edges.unflatten(-1, (4, -1)), bins)
             of_boxes["dfl"] = dfl.mean(dim=-1)
 
         if divisors is None:
             divisors = mean_amounts(_amounts(aim, weight), world_size())
         positives, weights = divisors.unbind()
-        losses = {name: loss.sum() / positives for name, loss in of_scores.items()}
-        losses |= {name: (loss * weight).sum() / weights for name, loss in of_boxes.items()}
+        losses = {name: loss / positives for name, loss in of_scores.items()}
+        losses |= {name: aim.total(loss * weight) / weights for name, loss in of_boxes.items()}
         losses = {name: loss * getattr(self.config.loss, name).weight
                   for name, loss in losses.items()}  # fmt: skip
         if teacher is not None:
-            losses[DISTILLATION] = self._distillation(reg_logits, _flatten(teacher), weight)
+            ld = self._distillation(edges, aim.of(_flatten(teacher)))
+            losses[DISTILLATION] = aim.total(ld * weight) / len(ld)
         return losses
 
     def amounts(self, outputs: tuple[list[Tensor], ...], targets: Targets) -> Tensor:
@@ -128,25 +133,27 @@ class Detector(nn.Module):
 
     def _scored(
         self, outputs: tuple[list[Tensor], ...], targets: Targets
-    ) -> tuple["_Aim", Tensor, Tensor, dict[str, Tensor], Tensor]:
-        """Return aims, boxes, logits of edges, losses of scores, how much each box counts."""
+    ) -> tuple[Aim, Tensor, Tensor, dict[str, Tensor], Tensor]:
+        """Return aims, logits of edges, boxes, losses of scores, how much each box counts."""
         points = _points(outputs[0])
         cls_logits, reg_logits, *centerness = (_flatten(levels) for levels in outputs)
-        aim = _find_aim(points, targets, self.config.assigner.topk)
-        boxes = ltrb_to_xyxy(points.xy / points.stride, self.integral(reg_logits))
+        aim = find_aim(points, targets, self.config.assigner.topk)
+        edges = aim.of(reg_logits)  # (B, N, 4 * R)
+        boxes = ltrb_to_xyxy(aim.xy, self.integral(edges))
         if centerness:
             of_scores, weight = _centerness_losses(cls_logits, centerness[0], aim)
         else:
             of_scores, weight = _joint_losses(cls_logits, boxes, aim, self.config.loss.qfl.beta)
-        return aim, boxes, reg_logits, of_scores, weight
+        return aim, edges, boxes, of_scores, weight
 
-    def _distillation(self, reg_logits: Tensor, teacher: Tensor, weight: Tensor) -> Tensor:
+    def _distillation(self, edges: Tensor, lesson: Tensor) -> Tensor:
+        """Return how far `edges` are from a teacher's, both (B, N, 4 * R): weighted, (B, N)."""
         config = self.config.loss.distillation
         assert config is not None
         ld = localisation_distillation_loss(
-            reg_logits.unflatten(-1, (4, -1)), teacher.unflatten(-1, (4, -1)), config.temperature
+            edges.unflatten(-1, (4, -1)), lesson.unflatten(-1, (4, -1)), config.temperature
         )
-        return (ld.mean(dim=-1) * weight).sum() / len(ld) * config.weight
+        return ld.mean(dim=-1) * config.weight
 
     @torch.no_grad()
     def predict(
@@ -207,8 +214,8 @@ def mean_amounts(amounts: Tensor, shares: int) -> Tensor:
     return torch.stack([positives, weights.clamp(min=1 / shares)], dim=-1)
 
 
-def _amounts(aim: "_Aim", weight: Tensor) -> Tensor:
-    return torch.stack([aim.positive.sum(dim=1).clamp(min=1).sum(), weight.sum()])
+def _amounts(aim: Aim, weight: Tensor) -> Tensor:
+    return torch.stack([aim.learns.sum(dim=1).clamp(min=1).sum(), aim.total(weight)])
 
 
 def world_size() -> int:
@@ -216,68 +223,38 @@ def world_size() -> int:
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
-@dataclass(frozen=True)
-class _Aim:
-    """What every location is to learn; geometry is in units of its stride.
-
-    Attributes:
-        positive: Whether it learns an object, (B, P); the others' boxes mean nothing.
-        valid: Whether it takes part, (B, P).
-        label: The object's class, (B, P, 1).
-        boxes: The object's `xyxy`, (B, P, 4).
-        ltrb: The distances to its edges, (B, P, 4).
-    """
-
-    positive: Tensor
-    valid: Tensor
-    label: Tensor
-    boxes: Tensor
-    ltrb: Tensor
-
-    def at_label(self, values: Tensor, like: Tensor) -> Tensor:
-        """Return `values` (B, P) at the class of each location, 0 elsewhere: float32 (B, P, C)."""
-        return torch.zeros_like(like, dtype=torch.float32).scatter(
-            2, self.label, values.unsqueeze(-1)
-        )
-
-
-def _find_aim(points: Points, targets: Targets, topk: int) -> _Aim:
-    assigned = assign(points, targets, topk)
-    truth = assigned.clamp(min=0).unsqueeze(-1)  # (B, P, 1)
-    boxes = targets.boxes.gather(1, truth.expand(-1, -1, 4)) / points.stride
-    return _Aim(
-        positive=assigned >= 0,
-        valid=valid_locations(points, targets.sizes),
-        label=targets.labels.gather(1, truth.squeeze(-1)).unsqueeze(-1),
-        boxes=boxes,
-        ltrb=xyxy_to_ltrb(points.xy / points.stride, boxes),
-    )
-
-
 def _joint_losses(
-    cls_logits: Tensor, boxes: Tensor, aim: _Aim, beta: float
+    cls_logits: Tensor, boxes: Tensor, aim: Aim, beta: float
 ) -> tuple[dict[str, Tensor], Tensor]:
-    """Return GFL's losses of scores, and how much each location's box counts; all are (B, P).
+    """Return GFL's losses of scores, and how much each candidate's box counts, (B, N).
 
     Scores learn the IoU of the present `boxes`; a box counts by its highest class score.
     """
-    iou = box_iou(boxes.detach(), aim.boxes) * aim.positive
-    qfl = quality_focal_loss(cls_logits, aim.at_label(iou, cls_logits), beta)
-    weight = cls_logits.detach().amax(dim=-1).sigmoid() * aim.positive
-    return {"qfl": qfl.sum(dim=-1) * aim.valid}, weight
+    iou = box_iou(boxes.detach(), aim.boxes)
+    logits = aim.of_label(cls_logits)
+    change = quality_focal_loss(logits, iou, beta) - background_focal_loss(logits, beta)
+    qfl = aim.summed(background_focal_loss(cls_logits, beta), change)
+    weight = aim.of(cls_logits.detach()).amax(dim=-1).sigmoid()
+    return {"qfl": qfl}, weight
 
 
 def _centerness_losses(
-    cls_logits: Tensor, centerness_logits: Tensor, aim: _Aim
+    cls_logits: Tensor, centerness_logits: Tensor, aim: Aim
 ) -> tuple[dict[str, Tensor], Tensor]:
-    """Return ATSS's losses of scores, and how much each location's box counts; all are (B, P).
+    """Return ATSS's losses of scores, and how much each candidate's box counts, (B, N).
 
     Scores learn the class alone; a box counts by the centerness that its location is to have.
     """
-    centerness = ltrb_centerness(aim.ltrb) * aim.positive
-    focal = focal_loss(cls_logits, aim.at_label(aim.positive.float(), cls_logits))
-    of_centerness = centerness_loss(centerness_logits.squeeze(-1), centerness) * aim.positive
-    return {"focal": focal.sum(dim=-1) * aim.valid, "centerness": of_centerness}, centerness
+
+    def background(logits: Tensor) -> Tensor:
+        return background_focal_loss(logits, FOCAL_GAMMA) * (1 - FOCAL_ALPHA)
+
+    centerness = ltrb_centerness(aim.ltrb)
+    logits, present = aim.of_label(cls_logits), torch.ones_like(centerness)
+    change = focal_loss(logits, present) - background(logits)
+    focal = aim.summed(background(cls_logits), change)
+    loss = centerness_loss(aim.of(centerness_logits).squeeze(-1), centerness)
+    return {"focal": focal, "centerness": aim.total(loss)}, centerness
 
 
 def _flatten(levels: list[Tensor]) -> Tensor:

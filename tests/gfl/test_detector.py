@@ -3,9 +3,9 @@
 import pytest
 import torch
 from tests_support import learn_one_batch_by_heart
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import gfl
+from benchmarks.counting import Counts
 from gfl.assigner import pad_targets
 from gfl.configfile import derive
 from gfl.data import load_splits
@@ -32,40 +32,14 @@ def batch_of(counts, size=64, classes=3):
     return torch.randn(len(counts), 3, size, size, generator=generator), boxes, labels
 
 
-class HostWaits(TorchDispatchMode):
-    """Collects the operations whose result the host needs before it can go on."""
-
-    WAITING = (
-        "_local_scalar_dense", "nonzero", "masked_select", "unique", "_unique",
-        "is_nonzero", "equal",
-        "lift_fresh",  # a tensor of Python numbers, which the host copies to the device
-        "repeat_interleave.Tensor", "bincount", "histc", "_assert_async", "argwhere",
-    )  # fmt: skip
-
-    def __init__(self):
-        super().__init__()
-        self.found = []
-        self.operations = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        name = str(func)
-        self.operations += 1
-        indexes_by_mask = name.startswith(("aten.index.", "aten.index_put")) and any(
-            t is not None and t.dtype in (torch.bool, torch.uint8) for t in args[1]
-        )
-        if indexes_by_mask or any(f"aten.{waiting}" in name for waiting in self.WAITING):
-            self.found.append(name)
-        return func(*args, **(kwargs or {}))
-
-
 @pytest.mark.parametrize("objects", [0, 1, 100])
 def test_the_training_step_never_waits_for_the_host(small, objects):
     images, boxes, labels = batch_of([objects, objects])
-    with HostWaits() as waits:
+    with Counts() as counts:
         losses = small.losses(images, boxes, labels)
         sum(losses.values()).backward()
-    assert waits.found == []
-    assert waits.operations > 100
+    assert counts.waits == []
+    assert counts.operations > 100
 
 
 @pytest.mark.parametrize(
@@ -85,9 +59,9 @@ def test_the_whole_step_of_the_trainer_never_waits_either(tiny, options):
     trainer.objective.train()
     batches = [collate([trainer.dataset[k] for k in trainer.batches.keys(step)]) for step in (0, 1)]
     trainer.train_step(batches[0])  # the first makes the optimizer's state
-    with HostWaits() as waits:
+    with Counts() as counts:
         trainer.train_step(batches[1])
-    assert waits.found == []
+    assert counts.waits == []
 
 
 def test_the_count_of_host_waits_would_notice_them():
@@ -101,9 +75,9 @@ def test_the_count_of_host_waits_would_notice_them():
         lambda: torch.tensor([1.0]),
         lambda: values.masked_fill_(values > 0, 1.0)[values > 0].sum().item(),
     ):
-        with HostWaits() as waits:
+        with Counts() as counts:
             wait()
-        assert waits.found
+        assert counts.waits
 
 
 @pytest.mark.parametrize("counts", [[0, 0], [0, 3]])

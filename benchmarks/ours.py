@@ -1,0 +1,122 @@
+"""This project's detector at a case."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode
+
+import gfl
+from benchmarks.cases import CLASSES, EDGE_BINS, Case, images, logits, objects
+from gfl.assigner import pad_targets
+from gfl.config import Config
+from gfl.data.loading import Batch
+from gfl.data.split import ImageRecord, Split
+from gfl.detector import Detector, place
+from gfl.trainer import Trainer
+
+CONFIG = "configs/gfl_r50_1x.yaml"
+
+
+def build(case: Case, device: torch.device, weights: Path | None) -> Callable[[], Any]:
+    """Return what does the work of `case` once."""
+    precision = str(case.precision).removeprefix("torch.")
+    overrides = [f"data.batch={case.batch}", f"optim.precision={precision}", "optim.lr=1e-6"]
+    config = gfl.load_config(CONFIG, overrides)
+    if case.work == "train":
+        return _train(case, config, device)
+    detector = Detector(config)
+    if weights is not None:
+        detector.load_state_dict(torch.load(weights, weights_only=True))
+    place(detector, device)
+    return (_predict if case.work == "predict" else losses_of)(case, detector, device)
+
+
+def _train(case: Case, config: Config, device: torch.device) -> Callable[[], Any]:
+    """Return a step as `jobs.train` does it: normalisation of uint8 pixels to finite gradients."""
+    size = (case.height, case.width)
+    boxes, labels = objects(case)
+    record = ImageRecord(Path("none"), 1, size, boxes[0], labels[0])
+    split = Split(
+        [record] * case.batch,
+        [str(n) for n in range(CLASSES)],
+        list(range(CLASSES)),
+        {},
+        Path("none"),
+        "",
+        {},
+    )
+    trainer = Trainer(config, split, device)
+    trainer.parallel.train()
+    sizes = torch.tensor([size] * case.batch)
+    pixels = (images(case) * 58 + 120).clamp(0, 255).to(torch.uint8)
+    numbers = torch.arange(case.batch)
+    batch = Batch(pixels, pad_targets(boxes, labels, sizes), numbers, sizes).to(device)
+    return lambda: trainer.train_step(batch)
+
+
+def _predict(case: Case, detector: Detector, device: torch.device) -> Callable[[], Any]:
+    inputs = images(case).to(device)
+
+    def run() -> Any:
+        with torch.autocast(device.type, case.precision, enabled=case.precision != torch.float32):
+            return detector.predict(inputs)
+
+    return run
+
+
+def losses_of(case: Case, detector: Detector, device: torch.device) -> Callable[[], Any]:
+    """Return what assigns, and computes losses and their gradients, of made-up outputs."""
+    sizes = torch.tensor([(case.height, case.width)] * case.batch)
+    targets = pad_targets(*objects(case), sizes)
+    targets = type(targets)(**{k: v.to(device) for k, v in vars(targets).items()})
+    outputs = tuple(
+        [level.to(device).requires_grad_() for level in logits(case, channels, mean)]
+        for channels, mean in ((CLASSES, -4.0), (4 * EDGE_BINS, 0.0))
+    )
+
+    def run() -> Any:
+        for level in outputs[0] + outputs[1]:
+            level.grad = None
+        losses = detector.objective(outputs, targets)
+        torch.stack(list(losses.values())).sum().backward()
+        return losses
+
+    return run
+
+
+def boxes(found: Any) -> list[torch.Tensor]:
+    """Return rows of box, score and label, (N, 6), of what `predict` returned."""
+    return [
+        torch.cat([p.boxes, p.scores[:, None], p.labels[:, None].to(p.boxes)], dim=1).cpu()
+        for p in found
+    ]
+
+
+def stirred(folder: Path) -> tuple[Path, Path]:
+    """Write weights with which something is found, as ours and under MMDetection's names."""
+    torch.manual_seed(0)
+    detector = Detector(gfl.load_config(CONFIG))
+    with torch.no_grad():
+        detector.head.cls_logits.weight.normal_(std=0.05)
+        detector.head.reg_logits.weight.normal_(std=0.05)
+        for norm in detector.modules():
+            if isinstance(norm, torch.nn.BatchNorm2d) and norm.num_features >= 256:
+                norm.weight.mul_(0.5)
+    mine, theirs = folder / "ours.pt", folder / "mmdetection.pt"
+    torch.save(detector.state_dict(), mine)
+    torch.save(gfl.export_mmdet(detector), theirs)
+    return mine, theirs
+
+
+def network_flops(case: Case) -> int:
+    """Return the floating-point operations of the network at a case, backward pass included."""
+    detector = Detector(gfl.load_config(CONFIG)).train(case.work == "train")
+    with FlopCounterMode(display=False) as counter, FakeTensorMode(allow_non_fake_inputs=True):
+        inputs = torch.empty(case.batch, 3, case.height, case.width)
+        outputs = detector(inputs)
+        if case.work == "train":
+            sum(level.sum() for levels in outputs for level in levels).backward()
+    return int(counter.get_total_flops())

@@ -1,0 +1,94 @@
+"""What a step and a start cost, in counts: times jitter, these do not.
+
+Bounds are a little above what it takes today. Host waits are counted in `test_detector.py`, graphs
+and recompilations of a compiled step in `test_recipe.py`.
+"""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import gfl
+from benchmarks.cases import parse
+from benchmarks.counting import count
+from benchmarks.ours import losses_of
+from gfl.configfile import derive
+from gfl.data import load_splits
+from gfl.data.loading import collate
+from gfl.trainer import Trainer
+
+HEAVY = {
+    "torch", "torchvision", "ray", "mlflow", "pandas", "matplotlib", "scipy", "hotcoco", "boto3",
+    "optuna", "sklearn", "numpy", "pycocotools",
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def losses():
+    """Counts of the losses of two images of 256 x 320 px, by the objects of each."""
+    detector = gfl.Detector(gfl.load_config("configs/gfl_r50_1x.yaml"))
+    found = {}
+    for objects in (10, 100):
+        work = losses_of(parse(f"loss-2x256x320-{objects}"), detector, torch.device("cpu"))
+        work()
+        found[objects] = count(work)
+    return found
+
+
+def test_losses_and_their_gradients_take_few_operations(losses):
+    assert losses[10]["operations"] <= 580
+    assert losses[10]["kernels"] <= 400
+    assert losses[10]["bytes"] <= 30e6
+
+
+def test_a_hundred_objects_cost_no_more_operations_than_ten(losses):
+    for what in ("operations", "kernels"):
+        assert losses[100][what] == losses[10][what]
+
+
+def test_a_location_costs_little_memory():
+    """Boxes cost by the objects: a larger image adds to the scores' loss and copies alone."""
+    detector = gfl.Detector(gfl.load_config("configs/gfl_r50_1x.yaml"))
+    low, high = (
+        count(losses_of(parse(f"loss-1x{height}x320-3"), detector, torch.device("cpu")))["bytes"]
+        for height in (256, 512)
+    )
+    more = sum(40 * 32 // 4**level for level in range(5))
+    assert (high - low) / more <= 7000  # for 80 + 68 logits of 4 bytes
+
+
+def test_a_step_of_the_trainer_takes_few_operations(tiny):
+    config = derive(type(tiny), tiny, [])
+    trainer = Trainer(config, load_splits(config)[0], torch.device("cpu"))
+    trainer.parallel.train()
+    batch = collate([trainer.dataset[key] for key in trainer.batches.keys(0)])
+    trainer.train_step(batch)  # the first makes the optimizer's state
+    found = count(lambda: trainer.train_step(batch))
+    assert found["waits"] == 0
+    assert found["operations"] <= 1700
+
+
+@pytest.mark.parametrize(
+    ("statement", "allowed"),
+    [
+        ("import gfl", set()),
+        ("import gfl_platform", set()),
+        ("import jobs.train", set()),
+        ("from gfl import load_config", {"numpy"}),
+        ("import gfl_platform.sweeps.trial", {"ray", "pandas", "numpy"}),
+    ],
+)
+def test_starts_import_what_they_need_alone(statement, allowed):
+    names = f"import sys; {statement}; print(*({HEAVY!r} & sys.modules.keys()))"
+    run = subprocess.run([sys.executable, "-c", names], capture_output=True, text=True, check=True)
+    assert set(run.stdout.split()) <= allowed
+
+
+def test_help_needs_no_torch():
+    names = "import sys; from jobs import train; sys.argv = ['train', '--help']; train.main()"
+    script = f"import atexit, sys; atexit.register(lambda: print({HEAVY!r} & sys.modules.keys()));"
+    run = subprocess.run([sys.executable, "-c", script + names], capture_output=True, text=True)
+    assert run.returncode == 0
+    assert run.stdout.endswith("set()\n")
