@@ -142,11 +142,11 @@ def trained(ray_cluster, tiny_file, tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def postgres(tmp_path_factory):
+def postgres():
     """The URI of an empty PostgreSQL database."""
     if servers.PostgreSQL.tools is None:
         pytest.skip("PostgreSQL's initdb is not installed")
-    database = servers.PostgreSQL(tmp_path_factory.mktemp("postgres"))
+    database = servers.PostgreSQL()
     database.start()
     yield database.uri
     database.stop()

@@ -6,6 +6,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 import urllib.error
 import urllib.request
@@ -125,14 +126,13 @@ class PostgreSQL:
     _initdb = shutil.which("initdb") or (_installed[-1] if _installed else None)
     tools = Path(_initdb).parent if _initdb else None
 
-    def __init__(self, folder):
-        self.folder, self.port = Path(folder), free_port()
+    def __init__(self):
+        # Not in pytest's folder, which every pytest closes to other users.
+        self.folder, self.port = Path(tempfile.mkdtemp(prefix="gfl-postgresql-")), free_port()
         self.uri = f"postgresql+psycopg2://postgres@127.0.0.1:{self.port}/postgres"
 
     def start(self):
         if os.getuid() == 0:  # which PostgreSQL refuses to run as
-            for parent in (self.folder, *self.folder.parents[:2]):
-                parent.chmod(0o755)
             shutil.chown(self.folder, "postgres")
         if not (self.folder / "data").exists():
             self._run("initdb", "-D", self.folder / "data", "-A", "trust", "-U", "postgres")
@@ -142,6 +142,7 @@ class PostgreSQL:
 
     def stop(self):
         self._run("pg_ctl", "-D", self.folder / "data", "-m", "immediate", "-w", "stop")
+        shutil.rmtree(self.folder)
 
     def _run(self, program, *arguments):
         other = ["runuser", "-u", "postgres", "--"] if os.getuid() == 0 else []
