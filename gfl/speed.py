@@ -5,7 +5,6 @@ synchronised, after five warm-ups. Most published figures do not compare because
 they came about: here all that decides them goes with them, and its hash tells protocols apart.
 """
 
-import copy
 import gc
 import hashlib
 import json
@@ -15,7 +14,7 @@ import subprocess
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -26,6 +25,7 @@ from gfl.config import Config
 from gfl.data.loading import Batch, DetectionDataset, collate
 from gfl.data.split import Split
 from gfl.detector import Detector, place
+from gfl.folding import folded
 
 WARM_UP = 5
 
@@ -102,6 +102,8 @@ def measure_latency(
         collate([next(samples) for _ in range(variant.batch)]).to(device)
         for _ in range(count // variant.batch)
     ]
+    if not variant.channels_last:
+        batches = [replace(batch, pixels=batch.pixels.contiguous()) for batch in batches]
     with _prepared(detector, variant, device) as run:
         _time(run, batches[:WARM_UP], device)
         if variant.compiled:  # sizes that the warm-up has not seen are compiled for, too
@@ -158,8 +160,7 @@ def peak_memory(device: torch.device) -> Iterator[dict[str, int]]:
 @contextmanager
 def _prepared(detector: Detector, variant: Variant, device: torch.device) -> Iterator[Detector]:
     """Give the detector as `variant` wants it."""
-    if not (variant.channels_last and variant.compiled is False):
-        detector = copy.deepcopy(detector)
+    detector = folded(detector)
     if variant.channels_last:
         place(detector, device)
     else:
@@ -167,8 +168,6 @@ def _prepared(detector: Detector, variant: Variant, device: torch.device) -> Ite
     if variant.compiled:
         detector.compile(dynamic=True)
     dtype = getattr(torch, variant.precision)
-    was_training = detector.training
-    detector.eval()
     enabled = variant.precision != "float32"
     try:
         with torch.autocast(device.type, dtype, enabled=enabled), torch.no_grad():
@@ -176,8 +175,6 @@ def _prepared(detector: Detector, variant: Variant, device: torch.device) -> Ite
     except (RuntimeError, OSError) as error:  # no compiler, no such kernel, no memory
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UnavailableError(f"{variant.name}: cannot run here ({reason})") from error
-    finally:
-        detector.train(was_training)
 
 
 def _time(detector: Detector, batches: Sequence[Batch], device: torch.device) -> list[float]:
