@@ -15,6 +15,7 @@ from gfl.config import Config
 from gfl.data.loading import Batch
 from gfl.data.split import ImageRecord, Split
 from gfl.detector import Detector, place
+from gfl.folding import folded
 from gfl.trainer import Trainer
 
 CONFIG = "configs/gfl_r50_1x.yaml"
@@ -30,8 +31,9 @@ def build(case: Case, device: torch.device, weights: Path | None) -> Callable[[]
     detector = Detector(config)
     if weights is not None:
         detector.load_state_dict(torch.load(weights, weights_only=True))
-    place(detector, device)
-    return (_predict if case.work == "predict" else losses_of)(case, detector, device)
+    if case.work == "predict":  # as `gfl.load` does
+        return _predict(case, folded(place(detector, device)), device)
+    return losses_of(case, place(detector, device), device)
 
 
 def _train(case: Case, config: Config, device: torch.device) -> Callable[[], Any]:
@@ -58,7 +60,7 @@ def _train(case: Case, config: Config, device: torch.device) -> Callable[[], Any
 
 
 def _predict(case: Case, detector: Detector, device: torch.device) -> Callable[[], Any]:
-    inputs = images(case).to(device)
+    inputs = images(case).to(device).contiguous(memory_format=torch.channels_last)
 
     def run() -> Any:
         with torch.autocast(device.type, case.precision, enabled=case.precision != torch.float32):

@@ -52,6 +52,7 @@ class DeformableConv2d(nn.Conv2d):
                 input.float(),
                 moved[:, : self._offsets].float(),
                 self.weight,
+                self.bias,
                 stride=self.stride,
                 padding=self.padding,
                 dilation=self.dilation,

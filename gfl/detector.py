@@ -15,6 +15,7 @@ from gfl.assigner import Targets, pad_targets
 from gfl.backbone import Backbone
 from gfl.boxes import box_iou, ltrb_centerness, ltrb_to_xyxy
 from gfl.config import Config, ModelConfig
+from gfl.convolution import convert
 from gfl.fpn import FPN
 from gfl.head import Head
 from gfl.integral import build_edges
@@ -56,6 +57,7 @@ class Detector(nn.Module):
         self.fpn = FPN(self.backbone.out_channels, config.model.channels)
         self.head = Head(config.model)
         self.integral = build_edges(config.model)
+        convert(self)
         mean, std = torch.tensor(config.data.mean), torch.tensor(config.data.std)
         self.register_buffer("pixel_mean", mean.view(3, 1, 1), persistent=False)
         self.register_buffer("pixel_std", std.view(3, 1, 1), persistent=False)

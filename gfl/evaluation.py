@@ -80,6 +80,9 @@ def detect(
     tell: Callable[[int], None] | None = None,
 ) -> Rows:
     """Return the detections of this worker's share of `split`, as `coco_rows` has them."""
+    from gfl.folding import folded  # imports all of torchvision: late, for who only counts
+
+    detector = folded(detector)
     parts = [np.empty((0, 7))]
     done = 0
     for batch in loader:

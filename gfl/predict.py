@@ -18,6 +18,7 @@ from gfl.data.images import list_images, pixels_of, read_image
 from gfl.data.loading import Sample, collate
 from gfl.data.transforms import as_sample, build_transforms
 from gfl.detector import Detector, place
+from gfl.folding import folded
 from gfl.postprocess import Predictions
 from gfl.results import Detections
 
@@ -43,6 +44,7 @@ class Model:
         chosen = device or ("cuda" if torch.cuda.is_available() else "cpu")
         self.detector = place(detector.eval(), torch.device(chosen))
         self.about = about
+        self._predictor = folded(self.detector)
 
     @property
     def config(self) -> Config:
@@ -115,7 +117,7 @@ class Model:
         batch = collate(samples).to(self.detector.pixel_mean.device)
         sizes = batch.targets.sizes
         inputs = self.detector.normalize(batch.pixels, sizes)
-        return [seen.cpu() for seen in self.detector.predict(inputs, sizes, batch.original_sizes)]
+        return [seen.cpu() for seen in self._predictor.predict(inputs, sizes, batch.original_sizes)]
 
     def _merge(self, looks: Sequence[Predictions]) -> Predictions:
         """Return the detections of several looks at one image, suppressed together."""

@@ -5,7 +5,6 @@ synchronised, after five warm-ups. Most published figures do not compare because
 they came about: here all that decides them goes with them, and its hash tells protocols apart.
 """
 
-import copy
 import gc
 import hashlib
 import json
@@ -15,7 +14,7 @@ import subprocess
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
@@ -27,6 +26,7 @@ from gfl.config import Config
 from gfl.data.loading import Batch, DetectionDataset, collate
 from gfl.data.split import Split
 from gfl.detector import Detector, place
+from gfl.folding import folded
 
 WARM_UP = 5
 
@@ -102,7 +102,10 @@ def measure_latency(
     def batches() -> Iterator[Batch]:
         for first in range(0, count, variant.batch):
             samples = [dataset[0, image] for image in range(first, first + variant.batch)]
-            yield collate(samples).to(device)
+            batch = collate(samples).to(device)
+            if not variant.channels_last:
+                batch = replace(batch, pixels=batch.pixels.contiguous())
+            yield batch
 
     with _prepared(detector, variant, device) as run:
         _time(run, islice(batches(), WARM_UP), device)
@@ -162,8 +165,7 @@ def peak_memory(device: torch.device) -> Iterator[dict[str, int]]:
 @contextmanager
 def _prepared(detector: Detector, variant: Variant, device: torch.device) -> Iterator[Detector]:
     """Give the detector as `variant` wants it."""
-    if not (variant.channels_last and variant.compiled is False):
-        detector = copy.deepcopy(detector)
+    detector = folded(detector)
     if variant.channels_last:
         place(detector, device)
     else:
@@ -171,8 +173,6 @@ def _prepared(detector: Detector, variant: Variant, device: torch.device) -> Ite
     if variant.compiled:
         detector.compile(dynamic=True)
     dtype = getattr(torch, variant.precision)
-    was_training = detector.training
-    detector.eval()
     enabled = variant.precision != "float32"
     try:
         with torch.autocast(device.type, dtype, enabled=enabled), torch.no_grad():
@@ -180,8 +180,6 @@ def _prepared(detector: Detector, variant: Variant, device: torch.device) -> Ite
     except (RuntimeError, OSError) as error:  # no compiler, no such kernel, no memory
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UnavailableError(f"{variant.name}: cannot run here ({reason})") from error
-    finally:
-        detector.train(was_training)
 
 
 def _time(detector: Detector, batches: Iterable[Batch], device: torch.device) -> list[float]:

@@ -3,7 +3,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from gfl.losses import distribution_focal_loss, giou_loss, quality_focal_loss
+from gfl.losses import (
+    background_focal_loss,
+    distribution_focal_loss,
+    giou_loss,
+    quality_focal_loss,
+)
 
 BETAS = [0.0, 0.5, 1.0, 1.5, 2.0, 2.5, 4.0]
 
@@ -51,6 +56,16 @@ def test_quality_focal_loss_is_equation_3_for_any_beta(beta):
         assert found.item() == pytest.approx(
             (abs(y - sigma) ** beta * entropy).item(), rel=2e-5, abs=1e-6
         )
+
+
+@pytest.mark.parametrize("beta", BETAS)
+def test_the_background_is_quality_focal_loss_without_objects(beta):
+    logits = torch.tensor([-1e3, -60.0, -20, -3, -0.1, 0, 2, 19.9, 20.1, 60], requires_grad=True)
+    found = background_focal_loss(logits, beta)
+    expected = quality_focal_loss(logits, torch.zeros_like(logits), beta)
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-7)
+    (ours,), (theirs,) = (torch.autograd.grad(f.sum(), logits) for f in (found, expected))
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-7)
 
 
 def test_quality_focal_loss_without_modulation_is_binary_cross_entropy():

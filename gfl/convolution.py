@@ -1,0 +1,76 @@
+"""Convolutions that learn at full speed on CPUs without AVX-512.
+
+There, oneDNN's gradient of the weights takes two to three times as long where large maps are
+channels last, and is the only one of its kernels that does: so both maps are laid out plainly for
+this one product.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+LARGE = 4096
+"""Cells of a map from which the way round pays, by far; small ones are not worth two copies."""
+
+FEW = 3
+"""Input channels, of the pixels themselves, with which oneDNN deals otherwise."""
+
+_backward = torch.ops.aten.convolution_backward
+
+
+class Convolution(nn.Conv2d):
+    """`nn.Conv2d`, with the same numbers to rounding."""
+
+    def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:  # noqa: A002 (torch's name)
+        if not (weight.requires_grad and torch.is_grad_enabled() and _is_slow(input, weight)):
+            return super()._conv_forward(input, weight, bias)
+        where = (self.stride, self.padding, self.dilation, self.groups)
+        return _PlainWeightGradient.apply(input, weight, bias, *where)
+
+
+def convert(model: nn.Module) -> None:
+    """Make every `nn.Conv2d` in `model` a `Convolution`; subclasses stay what they are."""
+    for module in model.modules():
+        if type(module) is nn.Conv2d:
+            module.__class__ = Convolution
+
+
+class _PlainWeightGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, *arguments: Any) -> Tensor:
+        images, weight, bias, *where = arguments
+        ctx.save_for_backward(images, weight)
+        stride, padding, dilation, groups = where
+        ctx.geometry = stride, padding, dilation, False, (0, 0), groups
+        return nn.functional.conv2d(images, weight, bias, *where)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        images, weight = ctx.saved_tensors
+        of_images, _, of_bias = ctx.needs_input_grad[:3]
+        found = None
+        if of_images:
+            only = (True, False, False)
+            found, _, _ = _backward(gradient, images, weight, None, *ctx.geometry, only)
+        plain = (gradient.contiguous(), images.contiguous(), weight.contiguous())
+        biases = [len(weight)] if of_bias else None
+        _, weights, bias = _backward(*plain, biases, *ctx.geometry, (False, True, of_bias))
+        weights = weights.contiguous(memory_format=torch.channels_last)
+        return found, weights, bias, None, None, None, None
+
+
+def _is_slow(images: Tensor, weight: Tensor) -> bool:
+    return (
+        images.device.type == "cpu"
+        and images.dtype == weight.dtype == torch.float32
+        and not torch.is_autocast_enabled("cpu")
+        and not torch.compiler.is_compiling()
+        and "AVX512" not in torch.backends.cpu.get_cpu_capability()
+        and weight.shape[1] > FEW
+        and weight.shape[2:] != (1, 1)
+        and images.shape[2] * images.shape[3] >= LARGE
+        and images.is_contiguous(memory_format=torch.channels_last)
+    )

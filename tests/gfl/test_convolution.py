@@ -1,0 +1,44 @@
+import pytest
+import torch
+from torch import nn
+
+from gfl.convolution import Convolution, convert
+
+
+@pytest.fixture(params=[1, 2])
+def pair(request):
+    torch.manual_seed(0)
+    plain = nn.Sequential(nn.Conv2d(16, 8, 3, stride=request.param, padding=1, groups=2))
+    plain.to(memory_format=torch.channels_last)
+    ours = nn.Sequential(nn.Conv2d(16, 8, 3, stride=request.param, padding=1, groups=2))
+    ours.load_state_dict(plain.state_dict())
+    convert(ours)
+    return plain, ours.to(memory_format=torch.channels_last)
+
+
+def gradients(model, images):
+    images = images.clone(memory_format=torch.preserve_format).requires_grad_()
+    model.zero_grad()
+    model(images).square().sum().backward()
+    return [images.grad, *(parameter.grad for parameter in model.parameters())]
+
+
+def test_gradients_are_those_of_torchs_convolution(pair, monkeypatch):
+    plain, ours = pair
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
+    images = torch.randn(2, 16, 64, 80).contiguous(memory_format=torch.channels_last)
+    assert type(ours[0]) is Convolution
+    assert "PlainWeightGradient" in str(ours(images).grad_fn)
+    small = images[:, :, :50].contiguous(memory_format=torch.channels_last)
+    assert "PlainWeightGradient" not in str(ours(small).grad_fn)
+    for found, expected in zip(gradients(ours, images), gradients(plain, images), strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-3)
+        assert found.stride() == expected.stride()
+
+
+def test_other_layouts_and_processors_take_torchs_own_way(pair, monkeypatch):
+    images = torch.randn(2, 16, 64, 80)
+    assert "PlainWeightGradient" not in str(pair[1](images).grad_fn)
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
+    images = images.contiguous(memory_format=torch.channels_last)
+    assert "PlainWeightGradient" not in str(pair[1](images).grad_fn)
