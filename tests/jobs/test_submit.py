@@ -204,7 +204,7 @@ def test_every_kind_of_job_runs_from_a_clean_clone(head, clone, place, tmp_path)
     sweep = ("jobs.sweep", "configs/tiny_sweep.yaml", "run.name=swept")
     status, printed = ray_job_submit(head, clone, *sweep, "tracking.experiment=sweeps")
     assert status == 0, printed[-3000:]
-    assert (place / "outputs" / "sweeps" / "swept" / "report.html").is_file()
+    assert list((place / "outputs" / "sweeps" / "swept").rglob("report.html"))
     assert {run.info.status for run in tracked(place, "sweeps")} == {"FINISHED"}
 
 
