@@ -131,6 +131,7 @@ def train_on_a_fixed_number(_rank, job, last, folder):
 
 
 @pytest.mark.cluster
+@pytest.mark.timeout(600)
 def test_workers_that_come_and_go_change_no_loss(nodes, tiny_file, tmp_path, capsys):
     words = [
         str(tiny_file), "data.repeat=20", "schedule.epochs=20", f"storage.root={tmp_path}",
