@@ -166,12 +166,12 @@ def test_a_finished_training_resumes_to_nothing(tiny, tmp_path):
     assert trainer.epochs_done == 3
 
 
-def five_steps(rank, config, shares=None):
+def steps(rank, config, count, shares=None):
     torch.set_num_threads(1)
     trainer = Trainer(config, load_splits(config)[0], CPU, shares=shares)
     trainer.parallel.train()
     rows = []
-    for step in range(5):
+    for step in range(count):
         keys = [trainer.batches.keys(step, share) for share in trainer.batches.shares]
         batches = [collate([trainer.dataset[key] for key in of_share]) for of_share in keys]
         rows.append(trainer.train_step(*batches))
@@ -180,8 +180,8 @@ def five_steps(rank, config, shares=None):
 
 def test_the_number_of_workers_does_not_change_the_mathematics(tiny):
     config = derive(type(tiny), tiny, ["model.backbone.norm_eval=true", "optim.name=sgd"])
-    ((losses, weights),) = run_workers(1, five_steps, config)
-    (first, weights_0), (second, weights_1) = run_workers(2, five_steps, config)
+    ((losses, weights),) = run_workers(1, steps, config, 5)
+    (first, weights_0), (second, weights_1) = run_workers(2, steps, config, 5)
     torch.testing.assert_close((first + second)[:, :3] / 2, losses[:, :3], rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(first[:, 3], losses[:, 3], rtol=1e-4, atol=1e-5)
     for key, value in weights.items():
@@ -190,15 +190,16 @@ def test_the_number_of_workers_does_not_change_the_mathematics(tiny):
 
 
 ELASTIC = {
-    "batch norm trains": [],  # every share has its own statistics; the first share's are kept
-    "images of several sizes": ["data.multi_scale=[48, 96]", "data.long_side=96"],
-    "passes": ["data.images_per_pass=1", "optim.clip_norm=5.0"],
-    "centerness": ["model.quality=centerness", "optim.ema=0.9"],
-}
+    # Every share has its own statistics and padding; the statistics of the first are kept.
+    "batch norm trains, on images of several sizes": ["data.multi_scale=[48, 96]",
+                                                      "data.long_side=96"],
+    "shares in passes": ["data.images_per_pass=1", "optim.clip_norm=5.0", "optim.ema=0.9",
+                         "model.quality=centerness"],
+}  # fmt: skip
 
 
-def five_steps_each(rank, configs, shares):
-    return [five_steps(rank, config, shares) for config in configs]
+def two_steps_each(rank, configs, shares):
+    return [steps(rank, config, 2, shares) for config in configs]
 
 
 def test_missing_workers_change_nothing_but_rounding(tiny):
@@ -207,8 +208,8 @@ def test_missing_workers_change_nothing_but_rounding(tiny):
     common = ["data.batch=6", "optim={name: sgd, lr: 0.01}"]
     configs = [derive(type(tiny), tiny, [*common, *options]) for options in ELASTIC.values()]
     threads = torch.get_num_threads()
-    whole = run_workers(3, five_steps_each, configs, None)
-    for found in (run_workers(2, five_steps_each, configs, 3), [five_steps_each(0, configs, 3)]):
+    whole = run_workers(3, two_steps_each, configs, None)
+    for found in (run_workers(2, two_steps_each, configs, 3), [two_steps_each(0, configs, 3)]):
         for index, name in enumerate(ELASTIC):
             expected, rows = (
                 torch.stack([of_worker[index][0] for of_worker in workers]).mean(dim=0)
