@@ -31,11 +31,14 @@ def main() -> None:
     made.add_argument("parts", nargs="*", help="what to measure; everything by default")
     made.add_argument("--peer", metavar="PYTHON", help="a Python that has mmdet 3.3.0")
     made.add_argument("--device", type=torch.device, default=torch.device("cpu"))
+    made.add_argument("--beside", default=",".join(detectors.TORCHVISION), help="of torchvision's")
+    made.add_argument("--threads", type=int, default=torch.get_num_threads())
     made.add_argument("--rounds", type=int, default=7, help="turns of each contender")
     made.add_argument("--images", type=Path, help="folder of images, by default coco128's")
     made.add_argument("--official", action="store_true", help="run pycocotools, too (a minute)")
     made.add_argument("--out", type=Path, default=Path("outputs/benchmarks.json"))
     arguments = made.parse_args()
+    torch.set_num_threads(arguments.threads)
     found: dict[str, Any] = {
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
@@ -62,7 +65,8 @@ def measure(part: str, arguments: argparse.Namespace) -> dict[str, Any]:
             return evaluation.compare(official=arguments.official)
         case "ray":
             return ray_overhead.compare()
-    found = detectors.compare(part, arguments.device, arguments.rounds, arguments.peer)
+    others = arguments.beside.split(",") if arguments.beside else ()
+    found = detectors.compare(part, arguments.device, arguments.rounds, arguments.peer, others)
     ours = found["GFL"]
     case = parse(part)
     if case.work != "loss":
@@ -70,6 +74,7 @@ def measure(part: str, arguments: argparse.Namespace) -> dict[str, Any]:
     for name, figures in found.items():
         if name != "GFL":
             ours[f"of_{name}"] = ours["median_s"] / figures["median_s"]
+            ours[f"cpu_of_{name}"] = ours["cpu_median_s"] / figures["cpu_median_s"]
             ours[f"memory_of_{name}"] = ours["peak_bytes"] / figures["peak_bytes"]
     return found
 

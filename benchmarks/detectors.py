@@ -6,6 +6,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any, Self
 
@@ -38,6 +39,7 @@ class Contender:
             words, cwd=ROOT, env=settings, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE
         )
         self.seconds: list[float] = []
+        self.cpu_seconds: list[float] = []
 
     def __enter__(self) -> Self:
         self._read("ready")
@@ -50,7 +52,9 @@ class Contender:
 
     def run(self) -> None:
         """Do the work once, and note how long it took."""
-        self.seconds.append(self.ask("run", "seconds")["seconds"])
+        found = self.ask("run", "seconds")
+        self.seconds.append(found["seconds"])
+        self.cpu_seconds.append(found["cpu_seconds"])
 
     def ask(self, command: str, key: str = "") -> dict[str, Any]:
         """Return the answer to a command, which has `key`."""
@@ -78,7 +82,7 @@ class Contender:
 
 
 def compare(
-    case: str, device: torch.device, rounds: int, peer: str | None, *, torchvision: bool = True
+    case: str, device: torch.device, rounds: int, peer: str | None, others: Collection[str]
 ) -> dict[str, dict[str, Any]]:
     """Return seconds, counts and memory of every detector at a case, by its name.
 
@@ -87,12 +91,12 @@ def compare(
         device: Where.
         rounds: How often each runs.
         peer: A Python that has mmdet.
-        torchvision: Whether torchvision's detectors take part.
+        others: Which of `TORCHVISION` take part; they have no losses of their own to time.
     """
     work = parse(case).work
     contenders = {"GFL": (sys.executable, OURS)}
-    if work != "loss" and torchvision:
-        contenders |= {name: (sys.executable, which) for name, which in TORCHVISION.items()}
+    if work != "loss":
+        contenders |= {name: (sys.executable, TORCHVISION[name]) for name in others}
     if peer is not None:
         contenders["MMDetection"] = (peer, MMDETECTION)
     with tempfile.TemporaryDirectory() as folder:
@@ -112,6 +116,7 @@ def compare(
             for name, process in processes.items():
                 found[name] = {
                     "median_s": statistics.median(process.seconds),
+                    "cpu_median_s": statistics.median(process.cpu_seconds),
                     "seconds": process.seconds,
                     **process.ask("count", "operations"),
                 }

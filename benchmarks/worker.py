@@ -1,7 +1,8 @@
 """One contender at one case in a process of its own, which does what its standard input says.
 
-`run` runs once and answers with the seconds, `count` with what `counting` counts, `found FILE`
-keeps the boxes of a prediction, and the end of the input is answered with the peak of memory.
+`run` runs once and answers with the seconds that passed and those of the processor, `count` with
+what `counting` counts, `found FILE` keeps the boxes of a prediction, and the end of the input is
+answered with the peak of memory.
 """
 
 import argparse
@@ -40,10 +41,11 @@ def main() -> None:
         command, _, file = line.strip().partition(" ")
         if command == "run":
             _synchronize(device)
-            start = time.perf_counter()
+            start, busy = time.perf_counter(), time.process_time()
             work()
             _synchronize(device)
-            answer({"seconds": time.perf_counter() - start})
+            cpu = time.process_time() - busy
+            answer({"seconds": time.perf_counter() - start, "cpu_seconds": cpu})
         elif command == "count":
             answer(count(work))
         elif command == "found":
