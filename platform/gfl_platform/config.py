@@ -194,7 +194,7 @@ def _dotted(space: Any) -> Any:
     for key, value in space.items():
         if isinstance(value, dict) and value and all(isinstance(v, dict) for v in value.values()):
             flat |= {f"{key}.{below}": inner for below, inner in _dotted(value).items()}
-        elif not isinstance(value, dict):
+        elif not isinstance(value, dict | RangeConfig):
             raise ValueError(
                 f"sweep.space: {key}: got {value!r}: expected a range, such as {{grid: [1, 2]}}"
             )
