@@ -65,6 +65,11 @@ class WorkerListener:
             for event in json.loads((checkpoint / REPORTS_FILE).read_text()):
                 self._events.tell(event)
 
+    def on_damage(self, reason: str) -> None:
+        """Tell of a checkpoint that is damaged; all workers see the same."""
+        if self.is_first:
+            self._events.tell({"kind": "damaged", "reason": reason})
+
     def on_checkpoint(self, report: CheckpointReport) -> None:
         """Hand over a checkpoint within an epoch."""
         self._hand_over(report, {})
@@ -145,7 +150,7 @@ def train_worker(settings: dict[str, Any]) -> dict[str, Any]:
         "shares": settings["shares"],
         "leave": _node_is_drained,
     }
-    with _latest_whole_checkpoint(events) as restored:
+    with _latest_whole_checkpoint(listener.on_damage) as restored:
         if restored is None:
             options["weights"] = settings["weights"] and cache.local(settings["weights"])
         else:
@@ -192,8 +197,11 @@ def _describe(config: Config, splits: tuple[Split, Split]) -> Event:
 
 
 @contextmanager
-def _latest_whole_checkpoint(events: Events) -> Iterator[Path | None]:
+def _latest_whole_checkpoint(tell: Callable[[str], None]) -> Iterator[Path | None]:
     """Give the latest checkpoint that is as it was written, the same on all workers; None at first.
+
+    Args:
+        tell: Is told why another is passed over.
 
     Raises:
         StorageError: there are some, but all are damaged.
@@ -211,7 +219,7 @@ def _latest_whole_checkpoint(events: Events) -> Iterator[Path | None]:
                 require_whole(Path(folder))
             except ValueError as error:
                 reason = str(error)
-                events.tell({"kind": "damaged", "reason": reason})
+                tell(reason)
                 continue
             yield Path(folder)
             return
