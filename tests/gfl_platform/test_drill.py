@@ -110,6 +110,7 @@ def raylets(cluster):
     }  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.cluster
 @pytest.mark.timeout(900)
 def test_all_that_can_fail_fails_and_no_digit_changes(

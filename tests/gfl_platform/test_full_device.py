@@ -11,7 +11,12 @@ from gfl_platform.cluster import JobFailedError
 from gfl_platform.config import load_job
 from gfl_platform.status import read_status
 
-pytestmark = [pytest.mark.cluster, pytest.mark.ray, pytest.mark.usefixtures("ray_cluster")]
+pytestmark = [
+    pytest.mark.cluster,
+    pytest.mark.slow,
+    pytest.mark.ray,
+    pytest.mark.usefixtures("ray_cluster"),
+]
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ import requests
 import servers
 from mlflow import MlflowClient
 
-pytestmark = [pytest.mark.cluster, pytest.mark.ray]
+pytestmark = [pytest.mark.cluster, pytest.mark.slow, pytest.mark.ray]
 
 ROOT = Path(__file__).parents[2]
 BIN = Path(sys.executable).parent
