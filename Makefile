@@ -43,5 +43,3 @@ imports: $(INSTALLED)
 
 bench: $(INSTALLED)
 	$(BIN)/python -m benchmarks $(if $(PEER),--peer $(PEER))
-	$(BIN)/python -m benchmarks.sweep
-	$(BIN)/python -m benchmarks.tracking
