@@ -327,6 +327,7 @@ def test_two_objectives_are_searched_within_a_budget_of_epochs(tiny_file, tmp_pa
     assert results.trials[0].point == {BETA: 2.0, BINS: 8}
 
 
+@pytest.mark.slow
 @pytest.mark.cluster
 @pytest.mark.ray
 @pytest.mark.timeout(600)
