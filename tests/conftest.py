@@ -149,7 +149,7 @@ def postgres():
     database = servers.PostgreSQL()
     database.start()
     yield database.uri
-    database.stop()
+    database.remove()
 
 
 @pytest.fixture(scope="session")

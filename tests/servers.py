@@ -142,6 +142,10 @@ class PostgreSQL:
 
     def stop(self):
         self._run("pg_ctl", "-D", self.folder / "data", "-m", "immediate", "-w", "stop")
+
+    def remove(self):
+        """Stop it for good."""
+        self.stop()
         shutil.rmtree(self.folder)
 
     def _run(self, program, *arguments):

@@ -127,9 +127,9 @@ def test_what_a_store_will_never_take_holds_up_nothing(server, tmp_path, caplog)
 
 
 @pytest.mark.cluster
-def test_a_database_that_dies_loses_nothing_and_stops_nothing(tmp_path_factory, tmp_path, caplog):
+def test_a_database_that_dies_loses_nothing_and_stops_nothing(tmp_path, caplog):
     """MLflow without a server; alone, it would try for two minutes to connect."""
-    database = servers.PostgreSQL(tmp_path_factory.mktemp("dying"))
+    database = servers.PostgreSQL()
     database.start()
     secret = database.uri.replace("postgres@", "postgres:secret@")
     job = load_job("configs/demo.yaml", [f"tracking.uri={secret}", f"storage.root={tmp_path}"])
@@ -165,7 +165,7 @@ def test_a_database_that_dies_loses_nothing_and_stops_nothing(tmp_path_factory, 
         assert sorted(metric.step for metric in history) == list(range(1, 200))
         assert "secret" not in str(run.data.params)
     finally:
-        database.stop()
+        database.remove()
 
 
 @pytest.mark.cluster
