@@ -155,7 +155,8 @@ def find_run_folder(
     if resume and not folder.is_dir():
         existing = [path.name for path in folder.parent.glob("*")]
         near = difflib.get_close_matches(name, existing, n=1)
-        hint = f"did you mean '{near[0]}'?" if near else "start it without --resume"
+        other = "check its name and storage.root, or start it without --resume"
+        hint = f"did you mean '{near[0]}'?" if near else other
         raise StorageError(f"{what} '{name}': nothing to resume in {folder.parent}; {hint}")
     if folder.exists() and not resume:
         raise StorageError(
