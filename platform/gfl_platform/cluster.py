@@ -24,6 +24,9 @@ logger = logging.getLogger(__name__)
 
 DEFAULT_CPU_WORKERS = 2
 
+FINAL = (ValueError, NonFiniteLossError)
+"""What would stop every further attempt, too."""
+
 
 class ClusterError(ValueError):
     """A cluster that cannot be had, or lacks what the job asks for."""
@@ -239,17 +242,23 @@ class ControllerCallback(UserCallback):
                 self._events.tell(failure)
             self._leaves = True
             return
-        for rank, error in sorted(worker_exceptions.items()):
-            cause = root_cause(error)
-            final = isinstance(cause, (ValueError, NonFiniteLossError))
-            reason = one_line(cause)
-            self._events.tell({"kind": "failure", "rank": rank, "reason": reason, "final": final})
-            if final:
-                diverged = isinstance(cause, NonFiniteLossError)
-                raise DivergedError(reason) if diverged else JobFailedError(reason)
+        # Those whose partner died stop, too: one loss, told of by the worker that explains it.
+        rank = min(worker_exceptions, key=lambda rank: (*_explains(worker_exceptions[rank]), rank))
+        cause = root_cause(worker_exceptions[rank])
+        final = isinstance(cause, FINAL)
+        reason = one_line(cause)
+        self._events.tell({"kind": "failure", "rank": rank, "reason": reason, "final": final})
+        if final:
+            diverged = isinstance(cause, NonFiniteLossError)
+            raise DivergedError(reason) if diverged else JobFailedError(reason)
         self._failures_left -= 1
         if self._failures_left < 0:
-            raise JobFailedError(one_line(root_cause(next(iter(worker_exceptions.values())))))
+            raise JobFailedError(reason)
+
+
+def _explains(error: BaseException) -> tuple[bool, bool]:
+    """Return a key that sorts what would end any attempt first, then processes that died."""
+    return not isinstance(root_cause(error), FINAL), not hasattr(error, "health_check_failure")
 
 
 def _left_its_node(error: BaseException) -> bool:

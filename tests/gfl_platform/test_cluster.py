@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import yaml
 from ray.exceptions import ActorDiedError
+from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
 
 from gfl.configfile import derive
 from gfl.data import load_splits
@@ -70,6 +71,24 @@ def test_a_node_that_is_drained_is_no_failure():
     callback.after_exception(None, {0: RuntimeError("first")})
     with pytest.raises(JobFailedError, match="second"):
         callback.after_exception(None, {0: RuntimeError("second")})
+
+
+def test_a_worker_that_stops_its_partners_is_one_loss():
+    heard = Heard()
+    died = WorkerHealthCheckFailedError("rank 1 is gone", ActorDiedError())
+    partner = RuntimeError("Connection closed by peer")
+    ControllerCallback(heard, max_failures=1).after_exception(None, {0: partner, 1: died})
+    assert [event["rank"] for event in heard.events] == [1]
+    with pytest.raises(JobFailedError, match="bad data"):
+        ControllerCallback(heard, max_failures=9).after_exception(
+            None, {0: partner, 1: died, 2: ValueError("bad data")}
+        )
+    assert heard.events[-1] == {
+        "kind": "failure",
+        "rank": 2,
+        "reason": "bad data",
+        "final": True,
+    }
 
 
 def test_the_most_that_an_autoscaler_adds_is_in_its_file():
