@@ -10,12 +10,13 @@ from html.parser import HTMLParser
 import pytest
 from rich.console import Console
 
-from gfl_platform.config import JobConfig, PublishedConfig, RangeConfig, SweepConfig
+from gfl_platform.config import JobConfig
 from gfl_platform.sweeps.analysis import analyse, warnings_of
 from gfl_platform.sweeps.exports import results_json, trials_csv
 from gfl_platform.sweeps.report import write_report
 from gfl_platform.sweeps.results import SweepResults, Trial
 from gfl_platform.sweeps.scales import scale_of
+from gfl_platform.sweeps.schema import PublishedConfig, RangeConfig, SweepConfig
 from jobs import sweep_tables
 
 BETA = "loss.qfl.beta"

@@ -5,11 +5,12 @@ import random
 
 import pytest
 
-from gfl_platform.config import JobConfig, PublishedConfig, RangeConfig, SweepConfig
+from gfl_platform.config import JobConfig
 from gfl_platform.sweeps import values
 from gfl_platform.sweeps.importance import parameter_importance
 from gfl_platform.sweeps.published import compare_published
 from gfl_platform.sweeps.results import SweepResults, Trial
+from gfl_platform.sweeps.schema import PublishedConfig, RangeConfig, SweepConfig
 from gfl_platform.sweeps.statistics import (
     cost,
     identical_trials,

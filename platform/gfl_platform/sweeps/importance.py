@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from math import isfinite
 from typing import TYPE_CHECKING, Any
 
-from gfl_platform.config import RangeConfig
 from gfl_platform.sweeps.results import SweepResults
+from gfl_platform.sweeps.schema import RangeConfig
 from gfl_platform.sweeps.statistics import direction
 from gfl_platform.sweeps.values import distinct, identity, is_number
 

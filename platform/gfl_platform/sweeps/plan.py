@@ -12,8 +12,8 @@ from typing import Any
 
 from ray.tune.search import Searcher
 
-from gfl_platform.config import RangeConfig, SweepConfig
 from gfl_platform.sweeps.results import Point, Stage, Trial
+from gfl_platform.sweeps.schema import RangeConfig, SweepConfig
 
 MINIMISED = ("latency_ms",)
 ENDED = ("finished", "stopped early", "nan", "out of budget")

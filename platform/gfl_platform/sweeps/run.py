@@ -9,7 +9,7 @@ from typing import Any
 from gfl.configfile import derive, reproducible
 from gfl_platform import cluster, registry, remote, store, tracking
 from gfl_platform.cluster import Workers
-from gfl_platform.config import BudgetConfig, JobConfig, SweepConfig
+from gfl_platform.config import JobConfig
 from gfl_platform.description import require_same
 from gfl_platform.events import Event, pumped
 from gfl_platform.fitting import fetch_sources
@@ -33,6 +33,7 @@ from gfl_platform.sweeps.plan import (
 )
 from gfl_platform.sweeps.recorder import EndOfTrials, Recorder
 from gfl_platform.sweeps.results import Point, SweepResults, Trial
+from gfl_platform.sweeps.schema import BudgetConfig, SweepConfig
 from gfl_platform.sweeps.space import (
     check_sweep,
     default_point,

@@ -9,7 +9,7 @@ from typing import Any, Literal
 from matplotlib.axes import Axes
 from matplotlib.ticker import LogLocator
 
-from gfl_platform.config import RangeConfig
+from gfl_platform.sweeps.schema import RangeConfig
 from gfl_platform.sweeps.values import distinct, identity, is_number, label
 
 LOG_RATIO = 50

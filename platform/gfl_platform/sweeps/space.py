@@ -7,8 +7,9 @@ import math
 from typing import Any
 
 from gfl.configfile import JOB_SECTIONS, ConfigError, derive
-from gfl_platform.config import JobConfig, RangeConfig, SweepConfig
+from gfl_platform.config import JobConfig
 from gfl_platform.sweeps.results import AT_THE_END, Point
+from gfl_platform.sweeps.schema import RangeConfig, SweepConfig
 
 logger = logging.getLogger(__name__)
 
