@@ -14,7 +14,7 @@ from gfl.data import shapes
 
 ROOT = Path(__file__).parents[1]
 GOLDEN = Path(__file__).parent / "golden"
-sys.path[:0] = [str(GOLDEN), str(Path(__file__).parent)]  # recipe.py, servers.py, tests_support.py
+sys.path[:0] = [str(GOLDEN), str(Path(__file__).parent)]  # recipe.py, servers.py and others
 
 import servers  # noqa: E402
 

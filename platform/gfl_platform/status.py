@@ -71,7 +71,7 @@ class StatusFile:
                 facts |= {"state": "training", "seconds_left": event["seconds_left"]}
                 facts["metrics"] = event["metrics"]
             case "workers":
-                facts |= {"workers": event["count"], "nodes": event["nodes"]}
+                facts |= {"workers": event["count"], "nodes": event["nodes"], "state": "starting"}
             case "checkpoint":
                 facts["ap"] = event["metrics"]["AP"]
                 facts["best_ap"] = max(facts["best_ap"] or -1.0, facts["ap"])

@@ -1,17 +1,16 @@
 """The drill: everything fails, and no digit changes. `make drill` shows its timeline."""
 
 import contextlib
-import json
 import os
 import signal
-import subprocess
 import sys
 import time
-from pathlib import Path
 
+import drivers
 import pytest
 import servers
 import torch
+from drivers import training_processes
 from mlflow import MlflowClient
 
 from gfl.checkpoint import load_checkpoint, read_about
@@ -25,75 +24,12 @@ BUSY = 20.0
 """Seconds in which S3 answers 503."""
 
 
-class Fit:
-    """A driver that trains, in a process of its own."""
-
-    def __init__(self, overrides, folder, name):
-        self.words = [*overrides, f"run.name={name}"]
-        self.folder, self.name, self.process = folder, name, None
-        # Where the driver keeps what it knows of a run on S3.
-        self._status = folder / "cache" / "roots" / "gfl" / "drill" / "runs" / name / "status.json"
-
-    def start(self, *more):
-        command = [sys.executable, "-m", "jobs.train", *self.words, *more]
-        with (self.folder / f"{self.name}.log").open("a") as log:
-            self.process = subprocess.Popen(command, stdout=log, stderr=log)
-
-    def status(self):
-        with contextlib.suppress(OSError, json.JSONDecodeError):
-            return json.loads(self._status.read_text())
-        return {}
-
-    def wait_for(self, condition, seconds=120):
-        """Return what the status says once `condition` holds of it."""
-        deadline = time.monotonic() + seconds
-        while time.monotonic() < deadline:
-            if condition(found := self.status()):
-                return found
-            assert self.process.poll() is None, self.log()
-            time.sleep(0.1)
-        raise AssertionError(f"{self.status()}\n{self.log()}")
-
-    def steps_again(self):
-        """Wait until training has gone on by a report; return the seconds and the step."""
-        started, since = time.monotonic(), self.status()["time"]
-        found = self.wait_for(lambda s: s.get("state") == "training" and s["time"] > since)
-        return time.monotonic() - started, found["step"]
-
-    def finish(self):
-        assert self.process.wait(600) == 0, self.log()
-
-    def log(self):
-        return (self.folder / f"{self.name}.log").read_text()[-3000:]
-
-
-def workers_of(cluster_processes):
-    """Return pid and raylet's pid of the training processes below these."""
-    found = []
-    for folder in Path("/proc").glob("[0-9]*"):
-        with contextlib.suppress(OSError):
-            if b"RayTrainWorker" in (folder / "cmdline").read_bytes():
-                parent = int((folder / "stat").read_text().rsplit(")", 1)[1].split()[1])
-                if parent in cluster_processes:
-                    found.append((int(folder.name), parent))
-    return sorted(found)
-
-
 @pytest.fixture
 def cluster(s3, monkeypatch):
-    """A head without CPUs and three nodes of one."""
-    from ray.cluster_utils import Cluster
-
     monkeypatch.setenv("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
-    # A dead node is noticed within seconds; by default it takes half a minute.
-    system = {"health_check_initial_delay_ms": 0, "health_check_period_ms": 1000,
-              "health_check_failure_threshold": 3}  # fmt: skip
-    made = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "_system_config": system})
-    for _ in range(3):
-        made.add_node(num_cpus=1)
-    monkeypatch.setenv("RAY_ADDRESS", made.address)
-    yield made
-    made.shutdown()
+    with drivers.cluster_of(3) as made:
+        monkeypatch.setenv("RAY_ADDRESS", made.address)
+        yield made
 
 
 @pytest.fixture
@@ -102,12 +38,6 @@ def mlflow_server(tmp_path, postgres, s3):
     server.start()
     yield server
     server.stop()
-
-
-def raylets(cluster):
-    return {
-        node.all_processes["raylet"][0].process.pid: node for node in cluster.worker_nodes
-    }  # fmt: skip
 
 
 @pytest.mark.slow
@@ -131,18 +61,23 @@ def test_all_that_can_fail_fails_and_no_digit_changes(
     ]  # fmt: skip
     began = time.monotonic()
 
+    def driver(name):
+        # Where a driver keeps what it knows of a run on S3.
+        status = tmp_path / "cache" / "roots" / "gfl" / "drill" / "runs" / name / "status.json"
+        return drivers.Driver(overrides, name, tmp_path, status)
+
     def tell(what):
         with capsys.disabled():
             sys.stdout.write(f"{time.monotonic() - began:6.1f} s  {what}\n")
             sys.stdout.flush()
 
     tell("the undisturbed run starts")
-    calm = Fit(overrides, tmp_path, "calm")
+    calm = driver("calm")
     calm.start()
-    calm.finish()
+    assert calm.process.wait(600) == 0, calm.log()
 
     tell("the disturbed run starts")
-    fit = Fit(overrides, tmp_path, "disturbed")
+    fit = driver("disturbed")
     fit.start()
     fit.wait_for(lambda s: s.get("step", 0) > STEPS_BETWEEN_CHECKPOINTS)
     mlflow_server.stop()
@@ -150,15 +85,15 @@ def test_all_that_can_fail_fails_and_no_digit_changes(
     tell("the MLflow server is killed")
 
     before = fit.status()["step"]
-    os.kill(workers_of(raylets(cluster))[0][0], signal.SIGKILL)
+    os.kill(training_processes(cluster)[0][0], signal.SIGKILL)
     tell(f"a worker is killed after step {before}")
     seconds, step = fit.steps_again()
     tell(f"step {step}, {seconds:.1f} s later")
     assert seconds < 20
     assert step > before - STEPS_BETWEEN_CHECKPOINTS - 5
 
-    pid, raylet = workers_of(raylets(cluster))[0]
-    os.kill(raylet, signal.SIGKILL)
+    pid, node = training_processes(cluster)[0]
+    os.kill(node.all_processes["raylet"][0].process.pid, signal.SIGKILL)
     with contextlib.suppress(ProcessLookupError):
         os.kill(pid, signal.SIGKILL)  # it dies with its node
     tell("a node is killed")
@@ -180,7 +115,7 @@ def test_all_that_can_fail_fails_and_no_digit_changes(
     fit.process.wait()
     tell(f"the driver is killed after step {fit.status()['step']}")
     fit.start("--resume")
-    fit.finish()
+    assert fit.process.wait(600) == 0, fit.log()
     tell("the resumed run is done")
 
     cache = Cache(tmp_path / "verdict", 10**9)

@@ -1,14 +1,13 @@
 """Workers that come and go, by death and by notice: the losses stay those of a fixed number."""
 
 import contextlib
-import json
 import os
 import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
+import drivers
 import mlflow
 import pytest
 import torch
@@ -26,64 +25,16 @@ LOSSES = ("loss", "loss_qfl", "loss_giou", "loss_dfl")
 
 @pytest.fixture
 def nodes(monkeypatch):
-    """A cluster whose head has no CPU, and two nodes of one."""
-    from ray.cluster_utils import Cluster
-
     monkeypatch.setenv("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
     monkeypatch.setenv("RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S", "0.5")
     monkeypatch.setenv("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "6")
-    system = {"health_check_initial_delay_ms": 0, "health_check_period_ms": 1000,
-              "health_check_failure_threshold": 3}  # fmt: skip
-    made = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "_system_config": system})
-    for _ in range(2):
-        made.add_node(num_cpus=1)
-    monkeypatch.setenv("RAY_ADDRESS", made.address)
-    yield made
-    made.shutdown()
+    with drivers.cluster_of(2) as made:
+        monkeypatch.setenv("RAY_ADDRESS", made.address)
+        yield made
 
 
-class Training:
-    """A driver that trains, in a process of its own."""
-
-    def __init__(self, words, folder):
-        self._folder = folder
-        with (folder / "log").open("w") as log:
-            command = [sys.executable, "-m", "jobs.train", *words, "run.name=elastic"]
-            self.process = subprocess.Popen(command, stdout=log, stderr=log)
-
-    def wait_for(self, condition, seconds=90):
-        """Return the status once `condition` holds of it."""
-        deadline = time.monotonic() + seconds
-        while time.monotonic() < deadline:
-            with contextlib.suppress(OSError, json.JSONDecodeError):
-                status = json.loads((self._folder / "runs/elastic/status.json").read_text())
-                if condition(status):
-                    return status
-            assert self.process.poll() is None, self.log()
-            time.sleep(0.1)
-        raise AssertionError(f"{status}\n{self.log()}")
-
-    def steps_on(self, workers):
-        """Wait until `workers` train; return the first step that they reported."""
-        since = time.time()
-        self.wait_for(lambda s: s["workers"] == workers and s["time"] > since)
-        known = self.wait_for(lambda s: s["state"] == "training" and s["workers"] == workers)
-        return self.wait_for(lambda s: s["step"] != known["step"])["step"]
-
-    def log(self):
-        return (self._folder / "log").read_text()[-3000:]
-
-
-def node_of_a_worker(cluster):
-    """Return a node on which a training process runs."""
-    raylets = {n.all_processes["raylet"][0].process.pid: n for n in cluster.worker_nodes}
-    for folder in Path("/proc").glob("[0-9]*"):
-        with contextlib.suppress(OSError):
-            if b"RayTrainWorker" in (folder / "cmdline").read_bytes():
-                parent = int((folder / "stat").read_text().rsplit(")", 1)[1].split()[1])
-                if parent in raylets:
-                    return raylets[parent]
-    raise AssertionError("no training process")
+def node_of_a_worker(nodes):
+    return drivers.training_processes(nodes)[0][1]
 
 
 def drain(cluster, node):
@@ -144,7 +95,9 @@ def test_workers_that_come_and_go_change_no_loss(nodes, tiny_file, tmp_path, cap
     def tell(what):
         seen.append(f"{time.monotonic() - began:6.1f} s  {what}")
 
-    training = Training(words, tmp_path)
+    status = tmp_path / "runs" / "elastic" / "status.json"
+    training = drivers.Driver(words, "elastic", tmp_path, status)
+    training.start()
     before = training.wait_for(lambda s: s.get("step", 0) > CHECKPOINT_STEPS + REPORT_STEPS)
     assert before["workers"] == 2
     tell(f"step {before['step']} on 2 workers")
@@ -152,12 +105,12 @@ def test_workers_that_come_and_go_change_no_loss(nodes, tiny_file, tmp_path, cap
     lost = node_of_a_worker(nodes)
     os.kill(lost.all_processes["raylet"][0].process.pid, signal.SIGKILL)
     tell("a node is killed")
-    tell(f"step {training.steps_on(1)} on 1 worker")
+    tell(f"step {training.steps_again(1)[1]} on 1 worker")
 
     nodes.remove_node(lost)
     nodes.add_node(num_cpus=1)
     tell("there is another node")
-    tell(f"step {training.steps_on(2)} on 2 workers")
+    tell(f"step {training.steps_again(2)[1]} on 2 workers")
 
     nodes.add_node(num_cpus=1)
     drain(nodes, node_of_a_worker(nodes))
@@ -166,7 +119,7 @@ def test_workers_that_come_and_go_change_no_loss(nodes, tiny_file, tmp_path, cap
     noted = training.wait_for(lambda s: "drained" in s["state"])
     checkpoints = (tmp_path / "runs" / "elastic" / "ray").glob("*/about.json")
     assert noted["step"] == max(read_about(path.parent).step for path in checkpoints)
-    tell(f"left after step {noted['step']}; step {training.steps_on(2)} on 2 workers")
+    tell(f"left after step {noted['step']}; step {training.steps_again(2)[1]} on 2 workers")
 
     training.process.send_signal(signal.SIGINT)
     training.process.wait(60)
