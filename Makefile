@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: install demo test test-cluster drill test-all check lint types imports bench
+.PHONY: install demo test test-cluster test-most drill test-all check lint types imports bench
 
 install: $(INSTALLED)
 
@@ -21,6 +21,9 @@ test: $(INSTALLED)
 
 test-cluster: $(INSTALLED)
 	$(BIN)/python -m pytest -m "cluster and not slow"
+
+test-most: $(INSTALLED)
+	$(BIN)/python -m pytest -m "not slow"
 
 drill: $(INSTALLED)
 	$(BIN)/python -m pytest -s -m cluster tests/gfl_platform/test_drill.py
