@@ -7,6 +7,7 @@ from rich.text import Text
 
 from gfl_platform.sweeps.analysis import Analysis, analyse, cost_line, figure_of, warnings_of
 from gfl_platform.sweeps.results import SweepResults
+from gfl_platform.sweeps.statistics import seeds_of
 from gfl_platform.sweeps.values import axis_name, point_label
 from jobs.console import console
 
@@ -53,7 +54,7 @@ def _points(found: Analysis, metrics: Sequence[str]) -> Iterable[tuple[str, ...]
     for point in found.points[:POINTS_SHOWN]:
         name = point_label(point.point) + (" (default)" if point.default else "")
         figures = [figure_of(point, metric) for metric in metrics]
-        yield name, *figures, ", ".join(map(str, point.seeds))
+        yield name, *figures, seeds_of(point)
 
 
 def _verdicts(found: Analysis) -> Iterable[tuple[str, ...]]:

@@ -55,7 +55,7 @@ def run(
     folder: Path,
     events: Events,
     callbacks: Sequence[UserCallback] = (),
-) -> tuple[dict[str, Any], Path, dict[str, float]]:
+) -> tuple[dict[str, Any], str, dict[str, float]]:
     """Train in `folder`, from the latest checkpoint there if there is one.
 
     Args:
@@ -67,7 +67,7 @@ def run(
         callbacks: Of Ray's training controller.
 
     Returns:
-        What rank 0 measured at the end, and the best checkpoint with its metrics.
+        What rank 0 measured at the end, and where the best checkpoint lies, with its metrics.
 
     Raises:
         JobFailedError: training stopped.
@@ -105,9 +105,7 @@ def run(
     measured = [pair for pair in result.best_checkpoints if "AP" in pair[1]]
     # Of two that are alike the later: the first may be damaged, and its epoch trained again.
     best, facts = max(measured, key=lambda pair: (pair[1]["AP"], pair[0].path))
-    # What lies on S3 comes here, to be looked at and registered.
-    local = cache_of(job).local(cluster.uri_of(best))
-    return result.return_value, local, facts["metrics"]
+    return result.return_value, cluster.uri_of(best), facts["metrics"]
 
 
 def _for_workers(job: JobConfig, path: Path | None, origin: str | None) -> str | None:

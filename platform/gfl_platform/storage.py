@@ -12,7 +12,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any, Literal, TypeVar
 
 from gfl_platform.config import JobConfig
@@ -39,8 +39,8 @@ class StorageError(ValueError):
     """Something that is not where it should be, or is where it should not."""
 
 
-STATE_FILES = ("config.yaml", "run.json")
-"""Of a run's folder: what a driver on another machine has to know to go on with the run."""
+STATE_FILES = ("config.yaml", "sweep.yaml", "run.json", "trial.json")
+"""What a driver on another machine has to know to go on with a run, or a sweep and its trials."""
 
 
 def cache_of(job: JobConfig) -> Cache:
@@ -140,6 +140,13 @@ def share_state(job: JobConfig, folder: Path) -> None:
                 upload(folder / name, f"{location_of(job, folder)}/{name}")
 
 
+def discard(job: JobConfig, folder: Path) -> None:
+    """Delete a folder below `storage_root`, here and where all nodes see it."""
+    shutil.rmtree(folder, ignore_errors=True)
+    if is_remote(job.storage.root):
+        remove(location_of(job, folder))
+
+
 def find_run_folder(
     job: JobConfig, name: str, *, resume: bool, kind: Literal["runs", "sweeps"] = "runs"
 ) -> Path:
@@ -183,7 +190,7 @@ def _join_remote(job: JobConfig, folder: Path, *, resume: bool) -> None:
     """Fetch the state of a run that is on S3, begun on another machine; refuse to begin it anew."""
     location = location_of(job, folder)
     require_bucket(location)
-    known = [name for name in STATE_FILES if list_objects(f"{location}/{name}")]
+    known = [key for key in list_objects(location) if PurePath(key).name in STATE_FILES]
     if known and not resume:
         raise StorageError(
             f"run '{folder.name}' exists in {location}; continue it with --resume, or choose "
@@ -191,7 +198,7 @@ def _join_remote(job: JobConfig, folder: Path, *, resume: bool) -> None:
         )
     for name in known:
         if not (folder / name).exists():
-            folder.mkdir(parents=True, exist_ok=True)
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(cache_of(job).local(f"{location}/{name}"), folder / name)
 
 

@@ -25,7 +25,13 @@ class RunTracker:
     """One MLflow run from its opening to its end, through a spool: a dead server loses nothing."""
 
     def __init__(
-        self, job: JobConfig, name: str, folder: Path, tags: Mapping[str, str] | None = None
+        self,
+        job: JobConfig,
+        name: str,
+        folder: Path,
+        tags: Mapping[str, str] | None = None,
+        *,
+        patient: bool = False,
     ) -> None:
         """Open a run called `name`, or go on in the one that `folder` belongs to.
 
@@ -34,12 +40,13 @@ class RunTracker:
             name: Of a new run.
             folder: The run's folder; remembers the MLflow run and what waits for it.
             tags: Of a new run.
+            patient: Whether a store may answer later, as with `tracking.unreachable: spool`.
 
         Raises:
-            TrackingError: no store answers, and `tracking.unreachable` is not `spool`.
+            TrackingError: no store answers, and none may later.
         """
         self._folder = folder
-        if job.tracking.unreachable == "fail":
+        if job.tracking.unreachable == "fail" and not patient:
             connect(job)
         self._delivery = Delivery(job, folder)
         self._spool = self._delivery.spool

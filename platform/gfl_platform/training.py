@@ -90,7 +90,8 @@ def train(job: JobConfig, name: str, *, resume: bool, watch: Watcher) -> Trainin
         share_state(job, folder)
         tracker.handle({"kind": "tags", "tags": lineage(config, workers, sources)})
         with pumped(handle) as events:
-            measured, checkpoint, metrics = run(job, sources, workers, folder, events)
+            measured, best, metrics = run(job, sources, workers, folder, events)
+        checkpoint = cache_of(job).local(best)  # comes here if it lies on S3
         fps = measured["fps"]
         tracker.handle({"kind": "result", **measured})
         version = None

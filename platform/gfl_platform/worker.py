@@ -76,7 +76,8 @@ class WorkerListener:
 
     def on_epoch(self, report: EpochReport) -> None:
         """Hand over the checkpoint of an epoch; Ray keeps those of the best AP."""
-        self._hand_over(report, {"metrics": report.metrics, "AP": report.metrics["AP"]})
+        # Ray Train and Ray Tune look at what is not nested.
+        self._hand_over(report, {"metrics": report.metrics, **report.metrics})
 
     def _hand_over(self, report: CheckpointReport, facts: dict[str, Any]) -> None:
         import ray.train

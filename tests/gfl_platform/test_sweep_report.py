@@ -154,7 +154,7 @@ def test_the_first_screen_answers(tmp_path):
     assert "better than the default: 1 by +10.00" in first
     assert "7 trials: 6 finished; 1 stopped early." in first
     assert "1 GPU-hours; the search trained 13 of 84 epochs, stopping early saved 13%" in first
-    assert f"python -m jobs.train CONFIG {BETA}=1 seed=0" in page.text
+    assert f"python -m jobs.train CONFIG {BETA}=1 cluster.workers=1 seed=0" in page.text
 
 
 def test_names_are_text(tmp_path):

@@ -142,7 +142,7 @@ def test_the_interval_of_three_differences_has_a_closed_form():
     assert t_interval(differences)[1] == pytest.approx(1 + quantile / math.sqrt(3))
 
 
-def test_differences_are_paired_over_seeds_and_averaged_over_settings():
+def test_differences_are_paired_over_seeds_and_averaged_over_the_same_settings():
     figures = {  # (beta, reg_max, seed): AP
         (2, 8, 0): 0.30,
         (2, 16, 0): 0.32,
@@ -150,15 +150,15 @@ def test_differences_are_paired_over_seeds_and_averaged_over_settings():
         (1, 8, 0): 0.31,
         (1, 16, 0): 0.36,
         (1, 8, 1): 0.42,
-        (1, 16, 1): 0.99,  # has no partner
+        (1, 16, 1): 0.99,  # has no partner: this setting counts for neither seed
     }
     trials = [trial({BETA: b, REG_MAX: r}, seed, ap) for (b, r, seed), ap in figures.items()]
     space = {BETA: [1, 2], REG_MAX: [8, 16]}
     verdict = judge(sweep_of(space, trials, {BETA: 2, REG_MAX: 16}))[0]
     (comparison,) = verdict.comparisons
     assert comparison.value == 1
-    assert comparison.differences == pytest.approx({0: (0.01 + 0.04) / 2, 1: 0.02})
-    assert comparison.interval == pytest.approx(t_interval([0.025, 0.02]))
+    assert comparison.differences == pytest.approx({0: 0.01, 1: 0.02})
+    assert comparison.interval == pytest.approx(t_interval([0.01, 0.02]))
 
 
 @pytest.mark.parametrize(
@@ -168,6 +168,8 @@ def test_differences_are_paired_over_seeds_and_averaged_over_settings():
         ({2: [0.30, 0.31, 0.32], 1: [0.20, 0.211, 0.219]}, "best"),
         ({2: [0.30, 0.31, 0.32], 1: [0.33, 0.29, 0.32]}, "within noise of the default"),
         ({2: [0.30, 0.31, 0.32], 1: [0.2, 0.211, 0.219], 4: [0.1]}, "too few seeds to say"),
+        ({2: [0.3, 0.31, 0.32], 1: [0.33, 0.29, 0.32], 4: [0.9]}, "too few seeds to say"),
+        ({2: [0.3, 0.31, 0.32], 1: [0.33, 0.29, 0.32], 4: [0.1]}, "within noise of the default"),
         ({2: [0.30], 1: [0.40]}, "too few seeds to say"),
         ({2: [0.30, 0.31]}, "nothing to compare with"),
         ({1: [0.30, 0.31]}, "the default was not tried"),
@@ -178,6 +180,15 @@ def test_the_verdict_on_a_key(aps, kind):
     (verdict,) = judge(sweep_of({BETA: [1, 2, 4]}, seeds_of(aps)))
     assert verdict.kind == kind
     assert verdict.text.startswith(kind)
+
+
+def test_a_verdict_says_what_it_leaves_out():
+    aps = {2: [0.3, 0.31, 0.32], 1: [0.33, 0.29, 0.32], 4: [0.1]}
+    (verdict,) = judge(sweep_of({BETA: [1, 2, 4]}, seeds_of(aps)))
+    assert verdict.text.endswith("; 1 of 2 others have too few seeds")
+    trials = [*seeds_of(aps), trial(1, 3, state="nan")]
+    lost = {p.point[BETA]: p.lost for p in summarize(sweep_of({BETA: [1, 2, 4]}, trials))}
+    assert lost == {2: 0, 1: 1, 4: 0}
 
 
 def test_a_default_that_failed_was_tried():

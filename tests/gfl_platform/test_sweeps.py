@@ -4,6 +4,7 @@ import json
 import math
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import tests_support
@@ -13,13 +14,15 @@ from tests_support import dry_training
 from gfl.configfile import ConfigError, config_hash, dump_config, reproducible
 from gfl_platform import cluster, fitting
 from gfl_platform.config import load_job
+from gfl_platform.spool import backlog
 from gfl_platform.store import connect
 from gfl_platform.sweeps.plan import DrawnTrials, trial_name
 from gfl_platform.sweeps.recorder import Recorder
 from gfl_platform.sweeps.results import Trial, read_trial, write_trial
-from gfl_platform.sweeps.run import CONFIG_FILE, comparable, run_sweep
+from gfl_platform.sweeps.run import CONFIG_FILE, comparable, concurrency, run_sweep
 from gfl_platform.sweeps.space import check_sweep, default_point, trial_job
 from gfl_platform.sweeps.stopping import BudgetStopper, EarlyStopping
+from gfl_platform.worker import WorkerListener
 
 BETA, BINS = "loss.qfl.beta", "model.reg_max"
 GRID = f"sweep.space={{{BETA}: {{grid: [0.5, 2, 3]}}, {BINS}: {{choice: [4, 8]}}}}"
@@ -163,8 +166,10 @@ def test_early_stopping_decides_after_a_restart_as_if_there_had_been_none(name):
 def test_the_searcher_keeps_its_history_and_takes_up_what_was_running():
     sweep = job_of(DRAWN, "sweep.search.name=tpe", "sweep.budget.trials=6").sweep
     default = {BETA: 2.0, BINS: 8}
-    searcher = DrawnTrials(sweep, default, 5, [])
+    noted = []
+    searcher = DrawnTrials(sweep, default, 5, [], lambda point: None, noted.append)
     asked = [searcher.suggest(f"tune-{n}") for n in range(4)]
+    assert [vars(planned) for planned in noted] == asked
     assert asked[0] == {"id": "000", "point": default, "seed": 5, "stage": "search"}
     assert all(1 <= a["point"][BETA] <= 2.9 and 4 <= a["point"][BINS] <= 16 for a in asked)
     searcher.on_trial_result("tune-0", {"AP": 0.5, "epoch": 1})
@@ -175,7 +180,7 @@ def test_the_searcher_keeps_its_history_and_takes_up_what_was_running():
     known[0].state, known[0].figures, known[0].curve = "finished", {"AP": 0.5}, [(1, 0.5)]
     known[1].state, known[1].curve = "stopped early", [(1, 0.1)]
     known[2].state = "nan"
-    again = DrawnTrials(sweep, default, 5, known)
+    again = DrawnTrials(sweep, default, 5, known, lambda point: None, noted.append)
     states = [trial.state.name for trial in again._study.trials]
     assert states == ["COMPLETE", "PRUNED", "FAIL", "WAITING"]
     assert again._study.best_trial.value == 0.5
@@ -187,12 +192,49 @@ def test_the_searcher_keeps_its_history_and_takes_up_what_was_running():
 
 def test_the_budget_counts_what_sessions_before_have_used():
     sweep = job_of(GRID, "sweep.budget={epochs: 10, hours: 1}").sweep
-    stopper = BudgetStopper(sweep.budget, 8, 0.0)
-    assert not stopper("x", {"epoch": 1})
+    stopper = BudgetStopper(sweep.budget, 8, 0.0, last_epoch=3)
+    assert not stopper("x", {"epoch": 1, "AP": 0.1})
+    assert not stopper("x", {"epoch": 1})  # of a node that was drained
+    assert not stopper.used_up()
+    assert stopper("x", {"epoch": 2, "AP": 0.1})
+    assert stopper.used_up()
+    assert not stopper("y", {"epoch": 3, "AP": 0.1})  # all that it had to do is done
     assert not stopper.stop_all()
-    stopper("x", {"epoch": 2})
-    assert stopper.stop_all()
-    assert BudgetStopper(sweep.budget, 0, 3601).stop_all()
+    assert BudgetStopper(sweep.budget, 0, 3601, 3).stop_all()
+
+
+def test_a_point_that_the_schema_refuses_is_drawn_again():
+    job = job_of("sweep={space: {model.channels: {int_uniform: [32, 64]}}, search: {name: random}, "
+                 "budget: {trials: 4}}")  # fmt: skip
+    noted = []
+
+    def check(point):
+        trial_job(job, point, 0)
+
+    searcher = DrawnTrials(job.sweep, default_point(job), 0, [], check, noted.append)
+    while searcher.suggest(str(len(noted))) != "FINISHED":
+        pass
+    assert [planned.id for planned in noted] == ["000", "001", "002", "003"]
+    assert all(planned.point["model.channels"] % 8 == 0 for planned in noted)
+
+
+def test_figures_of_an_epoch_are_where_ray_tune_looks(tiny, monkeypatch):
+    said = []
+    monkeypatch.setattr("ray.train.report", lambda facts, **_: said.append(facts))
+    monkeypatch.setattr("ray.train.get_context", lambda: SimpleNamespace(get_world_rank=lambda: 1))
+    metrics = {"AP": 0.1, "AP50": 0.2}
+    WorkerListener(None).on_epoch(SimpleNamespace(epoch=1, step=2, metrics=metrics, config=tiny))
+    assert said[0].items() >= {"AP": 0.1, "AP50": 0.2, "epoch": 1, "metrics": metrics}.items()
+
+
+def test_a_cluster_that_grows_has_room_for_all_that_fit_at_most(monkeypatch):
+    workers = cluster.Workers(count=2, least=2, use_gpu=True, cpus=1)
+    job = job_of(GRID)
+    sweep = SimpleNamespace(workers=workers, job=job)
+    monkeypatch.setattr("ray.cluster_resources", dict)
+    for most, fits in (({"CPU": 64, "GPU": 8}, 4), ({"CPU": math.inf, "GPU": math.inf}, 16)):
+        monkeypatch.setattr("gfl_platform.sweeps.run.most_resources", lambda _, m=most: (m, ""))
+        assert concurrency(sweep) == fits
 
 
 def test_a_trial_is_read_as_it_was_written(tmp_path):
@@ -242,6 +284,7 @@ def test_a_sweep_trains_its_grid_stops_trials_and_repeats_the_finalists(dry_job,
     assert {t.point[BETA] for t in by_state["failed"]} == {3}
     assert by_state["failed"][0].cause == "3 is no good"
     finalists = results.trials[6:]
+    assert [trial.id for trial in finalists] == ["f000"]
     assert [(t.point, t.seed, t.state) for t in finalists] == [({BETA: 2, BINS: 8}, 1, "finished")]
     best = max(by_state["finished"], key=lambda t: t.figures["AP"])
     assert best.point == {BETA: 2, BINS: 8}
@@ -325,6 +368,37 @@ def test_two_objectives_are_searched_within_a_budget_of_epochs(tiny_file, tmp_pa
     assert {trial.state for trial in results.trials} == {"finished", "out of budget"}
     assert 14 <= sum(trial.epochs for trial in results.trials) <= 16
     assert results.trials[0].point == {BETA: 2.0, BINS: 8}
+    before = {trial.id: trial for trial in results.trials}
+
+    more = load_job(tiny_file, [DRAWN, f"storage.root={tmp_path}", "schedule.epochs=4",
+                                "sweep={search: {name: tpe}, objectives: [AP, fps], "
+                                "budget: {trials: 8, epochs: 99}}"])  # fmt: skip
+    results = run_sweep(more, "two", resume=True, watch=lambda *_: None, train=dry_training)
+    assert [(trial.id, trial.state) for trial in results.trials] == [
+        (trial_name(number), "finished") for number in range(8)
+    ]
+    for trial in results.trials:
+        if trial.id in before:
+            assert (trial.point, trial.run_id) == (before[trial.id].point, before[trial.id].run_id)
+
+
+@pytest.mark.cluster
+@pytest.mark.ray
+@pytest.mark.usefixtures("ray_cluster", "s3")
+def test_a_sweep_on_s3_goes_on_from_another_machine(tiny_file, tmp_path):
+    def run_on(machine, **options):
+        job = load_job(tiny_file, [GRID, "storage.root=s3://gfl/swept", "schedule.epochs=2",
+                                   f"storage.cache={tmp_path / machine}", "cluster.max_failures=0",
+                                   f"tracking.uri=sqlite:///{tmp_path}/mlflow.db"])  # fmt: skip
+        return run_dry(job, "s", **options)
+
+    first, _ = run_on("one")
+    with pytest.raises(ValueError, match=r"'s' exists in s3://gfl/swept"):
+        run_on("two")
+    again, events = run_on("two", resume=True)
+    assert {name for name, _ in events} == {t.id for t in first.trials if t.state == "failed"}
+    known = [(trial.id, trial.run_id, trial.curve) for trial in first.trials]
+    assert [(trial.id, trial.run_id, trial.curve) for trial in again.trials] == known
 
 
 @pytest.mark.slow
@@ -344,6 +418,19 @@ def test_two_hundred_trials_are_little_to_their_driver(tiny_file, tmp_path):
     assert int(re.search(r"RssAnon:\s+(\d+) kB", status)[1]) < 1 << 20
     page = tmp_path / "sweeps" / "many" / "report" / "report.html"
     assert page.stat().st_size < 5e6
+
+
+def test_a_trial_may_begin_while_the_store_is_away(tmp_path):
+    away = "tracking.uri=http://127.0.0.1:9"
+    job = job_of(GRID, f"storage.root={tmp_path}", away)
+    recorder = Recorder(job, "s", tmp_path / "trials", "0" * 32, 1, lambda *_: None)
+    planned = {"id": "000", "point": {BETA: 2, BINS: 4}, "seed": 0, "stage": "search"}
+    recorder.handle({"kind": "started", "trial": "000", "planned": planned})
+    outcome = {"state": "finished", "figures": {"AP": 0.5, "fps": 9.0}, "protocol": {}}
+    recorder.handle({"kind": "outcome", "trial": "000", **outcome})
+    recorder.handle({"kind": "ended", "trial": "000", "planned": planned, "state": "stopped early"})
+    assert read_trial(tmp_path / "trials" / "000").state == "finished"
+    assert backlog(tmp_path / "trials" / "000") > 2
 
 
 def test_what_a_stopped_training_still_says_is_not_noted(tmp_path):

@@ -53,7 +53,7 @@ def draw_all(found: Analysis) -> list[Picture]:
 
 
 def draw_curves(found: Analysis) -> Picture | None:
-    """Draw the AP of each trial over its epochs."""
+    """Draw the watched metric of each trial over its epochs."""
     trials = [trial for trial in found.results.trials if trial.curve]
     if not trials:
         return None
@@ -67,12 +67,13 @@ def draw_curves(found: Analysis) -> Picture | None:
             _draw_curve(axes, trial, "default", color=BLACK, linestyle="-.", linewidth=1.8)
     if best and best.curve:
         _draw_curve(axes, best, "best", color=ORANGE, linestyle="-", linewidth=2.8)
-    axes.set(xlabel="epoch", ylabel="AP, %")
+    watched = found.results.watched
+    axes.set(xlabel="epoch", ylabel=f"{watched}, %")
     axes.set_xlim(left=0)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     legend_above(axes, columns=4)
     without = len(found.results.trials) - len(trials)
-    caption = "AP of each trial after each evaluated epoch; grey ones were stopped early."
+    caption = f"{watched} of each trial after each evaluated epoch; grey ones were stopped early."
     if without:
         caption += f" {without} trials ended before their first evaluation."
     return Picture("learning-curves", "Learning curves", caption, figure)

@@ -6,18 +6,26 @@ remembers: all that a sweep knows is in its trials' own files (`results.py`).
 """
 
 import json
-from collections.abc import Sequence
+import logging
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from ray.tune.search import Searcher
 
+from gfl.configfile import ConfigError
 from gfl_platform.sweeps.results import Point, Stage, Trial
 from gfl_platform.sweeps.schema import RangeConfig, SweepConfig
 
+logger = logging.getLogger(__name__)
+
 MINIMISED = ("latency_ms",)
-ENDED = ("finished", "stopped early", "nan", "out of budget")
-"""States in which a resumed sweep leaves a trial; `failed` ones it tries again."""
+ENDED = ("finished", "stopped early", "nan")
+"""States in which a resumed sweep leaves a trial; it goes on with all others if the budget lets it,
+and tries `failed` ones again."""
+
+REFUSALS = 1000
+"""Points in a row that may be drawn and not be allowed by the schema."""
 
 
 @dataclass(frozen=True)
@@ -30,16 +38,44 @@ class Planned:
     stage: Stage
 
 
-class ListedTrials(Searcher):
-    """Gives Tune the trials of a list, in its order."""
+class Trials(Searcher):
+    """Gives Tune trials until there are no more, or no budget for them; tells of each one first."""
 
-    def __init__(self, trials: Sequence[Planned]) -> None:
+    def __init__(
+        self, plan: Callable[[Planned], None], used_up: Callable[[], bool] = lambda: False
+    ) -> None:
+        """Give trials.
+
+        Args:
+            plan: Notes a trial before any of its processes starts: its identity is taken then.
+            used_up: Whether the budget is.
+        """
         super().__init__()
-        self._left = list(trials)
+        self._plan, self._used_up = plan, used_up
 
     def suggest(self, trial_id: str) -> Any:
         """Return the next trial's configuration."""
-        return vars(self._left.pop(0)) if self._left else Searcher.FINISHED
+        planned = None if self._used_up() else self.next_trial(trial_id)
+        if planned is None:
+            return Searcher.FINISHED
+        self._plan(planned)
+        return vars(planned)
+
+    def next_trial(self, trial_id: str) -> Planned | None:
+        """Return the next trial, which Tune calls `trial_id`, if there is one."""
+        raise NotImplementedError
+
+
+class ListedTrials(Trials):
+    """The trials of a list, in its order."""
+
+    def __init__(self, trials: Sequence[Planned], *noted: Any) -> None:
+        super().__init__(*noted)
+        self._left = list(trials)
+
+    def next_trial(self, trial_id: str) -> Planned | None:
+        """Return the first that is left."""
+        return self._left.pop(0) if self._left else None
 
     def on_trial_complete(
         self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False
@@ -47,17 +83,36 @@ class ListedTrials(Searcher):
         """Nothing depends on it."""
 
 
-class DrawnTrials(Searcher):
-    """Gives Tune points that Optuna draws, from what it knows of those before.
+class DrawnTrials(Trials):
+    """Points that Optuna draws, from what it knows of those before.
 
     A resumed study is made from the trials' records: the finished ones with their figures, the
     stopped ones as pruned; those that were running come first. A new one starts with the default.
     """
 
-    def __init__(self, sweep: SweepConfig, default: Point, seed: int, known: list[Trial]) -> None:
+    def __init__(
+        self,
+        sweep: SweepConfig,
+        default: Point,
+        seed: int,
+        known: Sequence[Trial],
+        check: Callable[[Point], object],
+        *noted: Any,
+    ) -> None:
+        """Draw points.
+
+        Args:
+            sweep: Its section.
+            default: What the configuration says.
+            seed: Of the trainings.
+            known: Trials of sessions before.
+            check: Raises `ConfigError` of a point that the schema does not allow.
+            noted: As of `Trials`.
+        """
         import optuna
 
-        super().__init__()
+        super().__init__(*noted)
+        self._check, self._states = check, optuna.trial.TrialState
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         self._sweep, self._seed = sweep, seed
         self._ranges = {key: _distribution(values) for key, values in sweep.space.items()}
@@ -81,35 +136,45 @@ class DrawnTrials(Searcher):
         self._numbers = iter(range(len(known), sweep.budget.trials or 0))
         self._asked: dict[str, Any] = {}
 
-    def suggest(self, trial_id: str) -> Any:
+    def next_trial(self, trial_id: str) -> Planned | None:
         """Draw a point."""
         name = self._unfinished.pop(0) if self._unfinished else self._next_name()
         if name is None:
-            return Searcher.FINISHED
-        asked = self._study.ask(self._ranges)
-        self._asked[trial_id] = asked
-        point = {key: _value(self._sweep.space[key], asked.params[key]) for key in self._ranges}
-        return vars(Planned(name, point, self._seed, "search"))
+            return None
+        for _ in range(REFUSALS):
+            asked = self._study.ask(self._ranges)
+            point = {key: _value(self._sweep.space[key], asked.params[key]) for key in self._ranges}
+            try:
+                self._check(point)
+            except ConfigError as error:  # a width between the multiples of 8, say
+                refused = error
+                self._study.tell(asked, state=self._states.FAIL)
+                continue
+            self._asked[trial_id] = asked
+            return Planned(name, point, self._seed, "search")
+        logger.warning(
+            "warning: of %d points drawn in a row none is allowed: %s", REFUSALS, refused
+        )
+        return None
 
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
         """Note an epoch, which counts if the trial is stopped after it."""
-        if len(self._sweep.objectives) == 1 and "final" not in result:
-            self._asked[trial_id].report(result[self._sweep.objectives[0]], result["epoch"])
+        objective = self._sweep.objectives[0]
+        if len(self._sweep.objectives) == 1 and "final" not in result and objective in result:
+            self._asked[trial_id].report(result[objective], result["epoch"])
 
     def on_trial_complete(
         self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False
     ) -> None:
         """Note how a trial ended."""
-        from optuna.trial import TrialState
-
         asked = self._asked.pop(trial_id)
         result = result or {}
         if result.get("final") == "finished":
             self._study.tell(asked, [result[name] for name in self._sweep.objectives])
         elif error or "final" in result:
-            self._study.tell(asked, state=TrialState.FAIL)
+            self._study.tell(asked, state=self._states.FAIL)
         else:
-            self._study.tell(asked, state=TrialState.PRUNED)
+            self._study.tell(asked, state=self._states.PRUNED)
 
     def _next_name(self) -> str | None:
         number = next(self._numbers, None)
@@ -118,12 +183,11 @@ class DrawnTrials(Searcher):
     def _as_optuna(self, trial: Trial) -> Any:
         import optuna
 
-        state = optuna.trial.TrialState
-        states = {"finished": state.COMPLETE, "nan": state.FAIL}
+        states = {"finished": self._states.COMPLETE, "nan": self._states.FAIL}
         done = trial.state == "finished"
         single = len(self._sweep.objectives) == 1
         return optuna.trial.create_trial(
-            state=states.get(trial.state, state.PRUNED),
+            state=states.get(trial.state, self._states.PRUNED),
             params=_params(self._sweep, trial.point),
             distributions=self._ranges,
             values=[trial.figures[name] for name in self._sweep.objectives] if done else None,
@@ -134,6 +198,11 @@ class DrawnTrials(Searcher):
 def trial_name(number: int) -> str:
     """Return the identity of the trial with this number."""
     return f"{number:03d}"
+
+
+def finalist_name(number: int) -> str:
+    """Return the identity of the finalists' trial with this number."""
+    return f"f{number:03d}"
 
 
 def _distribution(values: RangeConfig) -> Any:

@@ -1,7 +1,6 @@
 """What the driver of a sweep notes: every trial in its folder and in its own MLflow run."""
 
 import logging
-import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +11,9 @@ from ray.tune import Callback
 from gfl.configfile import config_hash
 from gfl_platform.config import JobConfig
 from gfl_platform.events import Event, Events
+from gfl_platform.s3 import S3Error
+from gfl_platform.storage import discard, share_state
+from gfl_platform.sweeps.plan import Planned
 from gfl_platform.sweeps.results import State, Trial, read_trial, write_trial
 from gfl_platform.sweeps.space import trial_job
 from gfl_platform.sweeps.values import point_label
@@ -23,7 +25,7 @@ RUN_STATUS = {"finished": "FINISHED", "failed": "FAILED", "nan": "FAILED"}
 """How MLflow calls a trial's end; one that was stopped is KILLED, as in Optuna's integration."""
 
 
-DISCARDED = ("stopped early", "nan", "out of budget")
+DISCARDED = ("stopped early", "nan")
 """Ends of trials whose checkpoints nobody will want."""
 
 
@@ -57,6 +59,11 @@ class Recorder:
         self._since: dict[str, float] = {}
         self._watched = job.sweep.objectives[0] if job.sweep else "AP"
 
+    def plan(self, planned: Planned) -> None:
+        """Note a trial before it starts: from then on its identity is taken."""
+        trial = self.trials.setdefault(planned.id, Trial(**vars(planned)))
+        self._write(trial)
+
     def handle(self, event: Event) -> None:
         """Note an event of a trial."""
         name = event["trial"]
@@ -73,7 +80,8 @@ class Recorder:
                 trial.figures = event.get("figures", trial.figures)
                 trial.checkpoint = event.get("checkpoint", trial.checkpoint)
                 if trial.state == "finished":
-                    result = {"fps": trial.figures["fps"], "protocol": event["protocol"]}
+                    trial.protocol = event["protocol"]
+                    result = {"fps": trial.figures["fps"], "protocol": trial.protocol}
                     self._trackers[name].handle({"kind": "result", **result})
             case "ended":
                 self._end(trial, event)
@@ -85,21 +93,25 @@ class Recorder:
         """Close the runs of trials that an interruption left running."""
         for name in list(self._trackers):
             self._tick(self.trials[name])
-            write_trial(self._folder / name, self.trials[name])
+            self._write(self.trials[name])
             self._trackers.pop(name).close("KILLED")
 
     def end_running(self, state: State) -> None:
         """Note that the search is over for trials that Ray Tune stopped without a word."""
         for name in list(self._trackers):
             self.handle({"kind": "ended", "trial": name, "state": state})
+        for trial in self.trials.values():
+            if trial.state == "running":  # planned, and never started
+                trial.state = state
+                self._write(trial)
 
     def discard_checkpoints(self) -> None:
         """Delete the checkpoints of trials that were stopped."""
         for trial in self.trials.values():
             if trial.state in DISCARDED and trial.checkpoint:
-                shutil.rmtree(self._folder / trial.id / "ray", ignore_errors=True)
+                discard(self._job, self._folder / trial.id / "ray")
                 trial.checkpoint = None
-                write_trial(self._folder / trial.id, trial)
+                self._write(trial)
 
     def _start(self, event: Event) -> None:
         planned = event["planned"]
@@ -117,10 +129,11 @@ class Recorder:
             }
             called = f"{self._name}-{name} {point_label(trial.point)} seed={trial.seed}"
             folder.mkdir(parents=True, exist_ok=True)
-            self._trackers[name] = RunTracker(job, called, folder, tags)
+            # The sweep's own run was opened: a store that is away by now will be back.
+            self._trackers[name] = RunTracker(job, called, folder, tags, patient=True)
         trial.run_id = self._trackers[name].run_id
         self._since[name] = time.monotonic()
-        write_trial(folder, trial)
+        self._write(trial)
 
     def _note_epoch(self, trial: Trial, event: Event) -> None:
         metrics = event["metrics"]
@@ -130,7 +143,7 @@ class Recorder:
         if metrics["AP"] >= trial.figures.get("AP", -1.0):
             trial.figures, trial.checkpoint = dict(metrics), event["uri"]
         self._tick(trial)
-        write_trial(self._folder / trial.id, trial)
+        self._write(trial)
         self._trackers[trial.id].handle(event)
 
     def _end(self, trial: Trial, event: Event) -> None:
@@ -138,13 +151,23 @@ class Recorder:
             trial.state, trial.cause = event["state"], event.get("cause")
         self._tick(trial)
         self._since.pop(trial.id, None)
-        write_trial(self._folder / trial.id, trial)
         tracker = self._trackers.pop(trial.id)
+        trial.run_id = tracker.run_id
+        self._write(trial)
         tags = {"sweep.state": trial.state, "sweep.cause": trial.cause or ""}
         tracker.handle({"kind": "tags", "tags": tags})
         if trial.state in DISCARDED:
             tracker.handle({"kind": "discarded"})
         tracker.close(RUN_STATUS.get(trial.state, "KILLED"))
+
+    def _write(self, trial: Trial) -> None:
+        """Note a trial here, and where another driver would look."""
+        folder = self._folder / trial.id
+        write_trial(folder, trial)
+        try:
+            share_state(self._job, folder)
+        except S3Error as error:  # the next time it is noted, S3 may be back
+            logger.warning("%s", error)
 
     def _tick(self, trial: Trial) -> None:
         """Add the time since the last event to what the trial has taken."""

@@ -12,6 +12,7 @@ from gfl_platform.sweeps.analysis import Analysis, analyse, cost_line, figure_of
 from gfl_platform.sweeps.exports import results_json, trials_csv
 from gfl_platform.sweeps.figures import draw_all
 from gfl_platform.sweeps.results import SweepResults
+from gfl_platform.sweeps.statistics import seeds_of
 from gfl_platform.sweeps.style import Picture, style
 from gfl_platform.sweeps.values import (
     axis_name,
@@ -69,7 +70,9 @@ def render_html(found: Analysis, pictures: Sequence[Picture], sources: Sequence[
     )
     environment.filters.update(label=label, point=point_label)
     environment.globals.update(shown=shown, axis_name=axis_name, figure_of=figure_of)
-    environment.globals.update(unit_of_difference=unit_of_difference)
+    environment.globals.update(unit_of_difference=unit_of_difference, seeds_of=seeds_of)
+    # As the trials did: BatchNorm that trains depends on how many share a batch.
+    where = {"cluster.workers": found.results.job.cluster.workers or 1}
     metrics = dict.fromkeys((*found.results.sweep.objectives, "AP", "AP50", "AP75", "fps"))
     return environment.get_template(TEMPLATE).render(
         found=found,
@@ -78,7 +81,7 @@ def render_html(found: Analysis, pictures: Sequence[Picture], sources: Sequence[
         keys=list(found.results.sweep.space),
         metrics=[m for m in metrics if any(m in point.figures for point in found.points)],
         warnings=warnings_of(found),
-        reproduce=[overrides(found.best.point, seed) for seed in found.best.seeds[:1]]
+        reproduce=[overrides(found.best.point | where, seed) for seed in found.best.seeds[:1]]
         if found.best
         else [],
         figures=list(zip(pictures, sources, strict=True)),

@@ -32,7 +32,7 @@ class Trial:
     """A training of a sweep.
 
     Attributes:
-        id: Ray Tune's, the same after any restart.
+        id: The same after any restart.
         point: Values of the swept keys.
         seed: Of the training.
         stage: `search`, or `finalists`: other seeds of the best points and of the default.
@@ -45,7 +45,8 @@ class Trial:
         devices: GPUs, or CPUs of a cluster without, that it held.
         config_hash: Of its effective configuration.
         run_id: Its MLflow run.
-        checkpoint: Folder of the checkpoint with the best AP.
+        checkpoint: Folder of the checkpoint with the best AP, where all nodes see it.
+        protocol: How FPS was measured.
     """
 
     id: str
@@ -61,6 +62,7 @@ class Trial:
     config_hash: str = ""
     run_id: str | None = None
     checkpoint: str | None = None
+    protocol: dict[str, Any] = field(default_factory=dict)
 
     @property
     def epochs(self) -> int:

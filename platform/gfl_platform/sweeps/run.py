@@ -3,11 +3,14 @@
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from itertools import count
+from math import inf
 from pathlib import Path
 from typing import Any
 
 from gfl.configfile import derive, reproducible
-from gfl_platform import cluster, registry, remote, store, tracking
+from gfl_platform import cluster, remote, store, tracking
+from gfl_platform.capacity import most_resources, start_timeout
 from gfl_platform.cluster import Workers
 from gfl_platform.config import JobConfig
 from gfl_platform.description import require_same
@@ -18,17 +21,16 @@ from gfl_platform.storage import (
     held,
     open_run_folder,
     ray_storage,
-    read_json,
     scratch_folder,
-    storage_root,
+    share_state,
 )
-from gfl_platform.sweeps.analysis import analyse
 from gfl_platform.sweeps.plan import (
     ENDED,
     MINIMISED,
     DrawnTrials,
     ListedTrials,
     Planned,
+    finalist_name,
     trial_name,
 )
 from gfl_platform.sweeps.recorder import EndOfTrials, Recorder
@@ -41,16 +43,18 @@ from gfl_platform.sweeps.space import (
     sweep_of,
     trial_job,
 )
-from gfl_platform.sweeps.statistics import direction
+from gfl_platform.sweeps.statistics import EPOCHS_KEY
 from gfl_platform.sweeps.stopping import BudgetStopper, EarlyStopping
-from gfl_platform.sweeps.trial import OUTCOME_FILE, Train, TrialSettings, run_trial, train_with_ray
+from gfl_platform.sweeps.trial import Train, TrialSettings, run_trial, train_with_ray
 from gfl_platform.sweeps.values import identity
 
 CONFIG_FILE = "sweep.yaml"
 REPORT_FOLDER = "report"
-CHALLENGER = "challenger"
 MAY_CHANGE = ("sweep.budget.", "sweep.concurrency")
 """Keys that a resumed sweep may change."""
+
+UNKNOWN_SIZE = 16
+"""Trials at once on a cluster of which nothing says how large it may grow."""
 
 DRIVER_RESOURCES = {"memory": float(1 << 20)}
 """Of a trial's driver: no CPU, which its workers need. (Tune refuses to reserve nothing.)"""
@@ -98,6 +102,7 @@ def run_sweep(
         parent, devices = tracker.require_run(), _devices(workers)
         recorder = Recorder(job, name, folder / "trials", parent, devices, watch)
         sweep = _Sweep(job, folder / "trials", workers, recorder, train)
+        share_state(job, folder)
         try:
             _search(sweep)
             _train_finalists(sweep)
@@ -138,31 +143,6 @@ def comparable(job: JobConfig) -> JobConfig:
     return derive(JobConfig, reproducible(job), []).model_copy(update={"sweep": job.sweep})
 
 
-def register_best(results: SweepResults, model: str) -> int:
-    """Register the best point's best trial as a new version of `model`, and return the version.
-
-    The version gets the alias `challenger`.
-
-    Raises:
-        ValueError: no trial finished.
-    """
-    best = analyse(results).best
-    objective = results.sweep.objectives[0]
-    trials = [t for t in results.trials if t.checkpoint and best and t.point == best.point]
-    trials = [t for t in trials if t.state == "finished"]
-    if not trials:
-        raise ValueError(f"--register {model}: no trial of sweep '{results.name}' finished")
-    trial = max(trials, key=lambda t: direction(objective) * t.figures[objective])
-    assert trial.run_id
-    assert trial.checkpoint
-    outcome = storage_root(results.job) / "sweeps" / results.name / "trials" / trial.id
-    protocol = read_json(outcome / OUTCOME_FILE)["protocol"]
-    facts = registry.figures_of_version(trial.figures["AP"], trial.figures["fps"], protocol)
-    version = registry.register(results.job, model, Path(trial.checkpoint), trial.run_id, facts)
-    registry.set_alias(results.job, model, version, CHALLENGER)
-    return version
-
-
 def _check_data(job: JobConfig, workers: int, objectives: tuple[str, ...]) -> None:
     from gfl_platform.sweeps.checks import check_data
 
@@ -185,7 +165,12 @@ def _search(sweep: _Sweep) -> None:
     """Run the trials of the search that have not ended."""
     asked, job = sweep_of(sweep.job), sweep.job
     known = [trial for trial in sweep.known if trial.stage == "search"]
-    searcher: Any
+    epochs = sum(trial.epochs for trial in known)
+    seconds = sum(trial.seconds for trial in known) / concurrency(sweep)
+    last = inf if EPOCHS_KEY in asked.space else job.schedule.epochs
+    budget = BudgetStopper(asked.budget, epochs, seconds, last)
+    noted = (sweep.recorder.plan, budget.used_up)
+    searcher: ListedTrials | DrawnTrials
     if asked.search.name == "grid":
         points = grid_points(asked)
         seeds = 1 if asked.finalists else asked.seeds
@@ -194,12 +179,13 @@ def _search(sweep: _Sweep) -> None:
             Planned(trial_name(number), point, seed, "search")
             for number, (point, seed) in enumerate(order)
         ]
-        searcher = ListedTrials([p for p in planned if not _has_ended(sweep, p.id)])
+        searcher = ListedTrials([p for p in planned if not _has_ended(sweep, p.id)], *noted)
     else:
-        searcher = DrawnTrials(asked, default_point(job), job.seed, known)
-    epochs = sum(trial.epochs for trial in known)
-    seconds = sum(trial.seconds for trial in known) / _concurrency(sweep)
-    budget = BudgetStopper(asked.budget, epochs, seconds)
+
+        def check(point: Point) -> None:
+            trial_job(job, point, job.seed)
+
+        searcher = DrawnTrials(asked, default_point(job), job.seed, known, check, *noted)
     scheduler = (
         None if asked.scheduler.name == "none" else EarlyStopping(asked, job.schedule.epochs, known)
     )
@@ -210,7 +196,8 @@ def _train_finalists(sweep: _Sweep) -> None:
     """Train the best points, and the default, with all seeds."""
     planned = [p for p in _finalists(sweep) if not _has_ended(sweep, p.id)]
     if planned:
-        _run(sweep, ListedTrials(planned), None, BudgetStopper(BudgetConfig(), 0, 0.0))
+        trials = ListedTrials(planned, sweep.recorder.plan)
+        _run(sweep, trials, None, BudgetStopper(BudgetConfig(), 0, 0.0, inf))
 
 
 def _finalists(sweep: _Sweep) -> list[Planned]:
@@ -230,11 +217,9 @@ def _finalists(sweep: _Sweep) -> list[Planned]:
         for trial in sweep.known
         if trial.stage == "finalists" or trial.state == "finished"
     }
-    fresh = iter(range(len(sweep.known), 10**9))
+    free = (name for name in map(finalist_name, count()) if name not in sweep.recorder.trials)
     return [
-        Planned(
-            known.get((identity(point), seed)) or trial_name(next(fresh)), point, seed, "finalists"
-        )
+        Planned(known.get((identity(point), seed)) or next(free), point, seed, "finalists")
         for point in points
         for seed in range(job.seed, job.seed + asked.seeds)
     ]
@@ -249,14 +234,15 @@ def _has_ended(sweep: _Sweep, name: str) -> bool:
     return known is not None and known.state in ENDED
 
 
-def _concurrency(sweep: _Sweep) -> int:
+def concurrency(sweep: _Sweep) -> int:
     """Return how many trials run at once: as many as fit, unless fewer are wanted."""
     import ray
 
-    total, workers = ray.cluster_resources(), sweep.workers
-    fits = int(total["CPU"] // (workers.count * workers.cpus))
+    most, workers = most_resources(ray.cluster_resources())[0], sweep.workers
+    fits = most["CPU"] / (workers.count * workers.cpus)
     if workers.use_gpu:
-        fits = min(fits, int(total["GPU"] // workers.count))
+        fits = min(fits, most["GPU"] / workers.count)
+    fits = UNKNOWN_SIZE if fits == inf else max(1, int(fits))
     return min(fits, sweep_of(sweep.job).concurrency or fits)
 
 
@@ -270,11 +256,15 @@ def _run(sweep: _Sweep, searcher: Any, scheduler: Any, budget: BudgetStopper) ->
     )
     from ray import tune
 
-    for outcome in sweep.trials.glob(f"*/{OUTCOME_FILE}"):  # failed trials are tried again
-        if read_json(outcome)["state"] == "failed":
-            outcome.unlink()
-    with scratch_folder(sweep.job) as scratch, pumped(sweep.recorder.handle) as events:
-        settings = TrialSettings(sweep.job, sweep.trials, sweep.workers, events, sweep.train)
+    with (
+        start_timeout(elastic=False),  # here, for a trial's driver knows nothing of an autoscaler
+        scratch_folder(sweep.job) as scratch,
+        pumped(sweep.recorder.handle) as events,
+    ):
+        environment = {k: v for k, v in os.environ.items() if k.startswith("RAY_TRAIN_")}
+        settings = TrialSettings(
+            sweep.job, sweep.trials, sweep.workers, events, sweep.train, environment
+        )
         tune.run(
             tune.with_parameters(run_trial, settings=settings),
             name="tune",
@@ -284,8 +274,8 @@ def _run(sweep: _Sweep, searcher: Any, scheduler: Any, budget: BudgetStopper) ->
             search_alg=searcher,
             scheduler=scheduler,
             stop=budget,
-            callbacks=[EndOfTrials(events, budget.stop_all)],
-            max_concurrent_trials=_concurrency(sweep),
+            callbacks=[EndOfTrials(events, budget.used_up)],
+            max_concurrent_trials=concurrency(sweep),
             max_failures=sweep.job.cluster.max_failures,
             raise_on_failed_trial=False,
             reuse_actors=not sweep.workers.stoppable,  # a stopped training runs on for a moment

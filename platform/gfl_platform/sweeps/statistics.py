@@ -36,12 +36,14 @@ class PointSummary:
         default: Whether they are those of the configuration itself.
         trials: All of its finished trials.
         figures: By metric; one that no trial has is missing.
+        lost: Trials of it that diverged or failed, and are in no figure.
     """
 
     point: Point
     default: bool
     trials: tuple[Trial, ...]
     figures: dict[str, Spread]
+    lost: int = 0
 
     @property
     def seeds(self) -> tuple[int, ...]:
@@ -74,17 +76,27 @@ def by_seed(trials: Iterable[Trial], metric: str) -> dict[int, float]:
 def summarize(results: SweepResults) -> list[PointSummary]:
     """Return the points with a finished trial, in the order of their start."""
     groups: dict[str, list[Trial]] = defaultdict(list)
+    lost: Counter[str] = Counter()
     for trial in results.trials:
         if trial.state == "finished":
             groups[identity(trial.point)].append(trial)
+        lost[identity(trial.point)] += trial.state in ("nan", "failed")
     default = identity(results.defaults)
     metrics = dict.fromkeys((*results.sweep.objectives, *METRICS))
     summaries = []
     for name, trials in groups.items():
         spreads = {metric: spread(by_seed(trials, metric).values()) for metric in metrics}
         figures = {metric: found for metric, found in spreads.items() if found}
-        summaries.append(PointSummary(trials[0].point, name == default, tuple(trials), figures))
+        summaries.append(
+            PointSummary(trials[0].point, name == default, tuple(trials), figures, lost[name])
+        )
     return summaries
+
+
+def seeds_of(point: PointSummary) -> str:
+    """Return the seeds of a point for a reader, and how many of its trials are in no figure."""
+    lost = f"; {point.lost} diverged or failed" if point.lost else ""
+    return ", ".join(map(str, point.seeds)) + lost
 
 
 def unfinished(results: SweepResults) -> list[Trial]:

@@ -69,7 +69,8 @@ class EarlyStopping(FIFOScheduler):
 
     def on_trial_result(self, controller: Any, trial: Any, result: dict[str, Any]) -> str:
         """Return whether a trial goes on after an epoch."""
-        if "final" in result or result["epoch"] >= self._epochs:
+        # A checkpoint within an epoch, of a drained node, has no figures.
+        if "final" in result or self._objective not in result or result["epoch"] >= self._epochs:
             return TrialScheduler.CONTINUE
         return str(self._inner.on_trial_result(controller, _Known(trial.config["id"]), result))
 
@@ -91,19 +92,35 @@ def _scheduler(sweep: SweepConfig, epochs: int) -> TrialScheduler:
 class BudgetStopper(Stopper):
     """Ends the search when its epochs or hours are used up."""
 
-    def __init__(self, budget: BudgetConfig, epochs_used: int, seconds_used: float) -> None:
+    def __init__(
+        self, budget: BudgetConfig, epochs_used: int, seconds_used: float, last_epoch: float
+    ) -> None:
+        """Stop trials as `budget` says.
+
+        Args:
+            budget: The section.
+            epochs_used: By sessions before.
+            seconds_used: Of wall time.
+            last_epoch: Of a whole training; one that has come so far is not stopped.
+        """
         self._budget = budget
         self._epochs = epochs_used
         self._started = time.monotonic() - seconds_used
+        self._last_epoch = last_epoch
 
     def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
-        """Count an epoch; no single trial is stopped."""
-        self._epochs += "final" not in result
-        return False
+        """Count an epoch; return whether its trial stops there."""
+        if "final" in result or "AP" not in result:
+            return False
+        self._epochs += 1
+        return self.used_up() and result["epoch"] < self._last_epoch
+
+    def used_up(self) -> bool:
+        """Return whether nothing is left."""
+        epochs = self._budget.epochs
+        return (epochs is not None and self._epochs >= epochs) or self.stop_all()
 
     def stop_all(self) -> bool:
-        """Return whether the budget is used up."""
-        epochs, hours = self._budget.epochs, self._budget.hours
-        return (epochs is not None and self._epochs >= epochs) or (
-            hours is not None and time.monotonic() - self._started >= hours * 3600
-        )
+        """Return whether time is up: that ends trials in the middle of an epoch."""
+        hours = self._budget.hours
+        return hours is not None and time.monotonic() - self._started >= hours * 3600

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +18,7 @@ from gfl_platform.sweeps.space import trial_job
 logger = logging.getLogger(__name__)
 
 OUTCOME_FILE = "outcome.json"
-"""In a trial's folder once it has ended: a trial that is started again repeats what it says."""
+"""In a trial's folder once it has ended: one that is started again repeats it, unless it failed."""
 
 Outcome = dict[str, Any]
 """`state`; if finished `figures`, `epochs`, `checkpoint` and `protocol`, if not the `cause`."""
@@ -36,6 +37,7 @@ class TrialSettings:
         workers: What each runs on.
         events: The way to the sweep's driver.
         train: What trains.
+        environment: Variables of the sweep's driver that its trials' have, too.
     """
 
     job: JobConfig
@@ -43,6 +45,7 @@ class TrialSettings:
     workers: Workers
     events: Events
     train: Train
+    environment: dict[str, str]
 
 
 def run_trial(planned: dict[str, Any], settings: TrialSettings) -> None:
@@ -52,12 +55,13 @@ def run_trial(planned: dict[str, Any], settings: TrialSettings) -> None:
     """
     from ray import tune
 
+    os.environ.update(settings.environment)
     folder = settings.folder / planned["id"]
     job = trial_job(settings.job, planned["point"], planned["seed"])
     events = Events(settings.events.queue, {"trial": planned["id"]})
     events.tell({"kind": "started", "planned": planned})
     outcome = read_json(folder / OUTCOME_FILE)
-    if not outcome:
+    if outcome.get("state", "failed") == "failed":
         folder.mkdir(parents=True, exist_ok=True)
         outcome = _train(settings, job, folder, events)
         write_atomically(folder / OUTCOME_FILE, json.dumps(outcome) + "\n")
@@ -90,6 +94,6 @@ def train_with_ray(job: JobConfig, folder: Path, workers: Workers, events: Event
         "state": "finished",
         "figures": {**metrics, **speed},
         "epochs": measured["epochs"],
-        "checkpoint": str(checkpoint),
+        "checkpoint": checkpoint,
         "protocol": measured["protocol"],
     }

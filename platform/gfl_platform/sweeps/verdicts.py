@@ -162,8 +162,7 @@ def _judge_best(results: SweepResults) -> Verdict:
     if not pairs:
         return Verdict(*verdict, ALONE, f"{ALONE}: no other point finished")
     if points[0] is default:
-        known = sum(each.interval is not None for each in found)
-        return Verdict(*verdict, *_conclude(results, found, known or len(pairs)), found)
+        return Verdict(*verdict, *_conclude(results, found, len(pairs)), found)
     best = [each for each in found if each.value is points[0].point]
     if not best:
         return Verdict(*verdict, TOO_FEW, f"{TOO_FEW}: the best point shares none", found)
@@ -192,10 +191,21 @@ def _cells(results: SweepResults, key: str) -> dict[str, dict[tuple[str, int], f
 def _differences(
     cell: Mapping[tuple[str, int], float], default: Mapping[tuple[str, int], float]
 ) -> dict[int, float]:
-    seeds = defaultdict(list)
+    """Return the mean difference by seed, each over the same settings of the other keys.
+
+    Of settings with different seeds those count that have the most: a seed that is averaged over
+    other settings than the next would add their difference to that of the seeds.
+    """
+    settings: dict[str, dict[int, float]] = defaultdict(dict)
     for setting, seed in cell.keys() & default.keys():
-        seeds[seed].append(cell[setting, seed] - default[setting, seed])
-    return {seed: fsum(each) / len(each) for seed, each in sorted(seeds.items())}
+        settings[setting][seed] = cell[setting, seed] - default[setting, seed]
+    groups = defaultdict(list)
+    for pairs in settings.values():
+        groups[tuple(sorted(pairs))].append(pairs)
+    seeds = max(groups, key=lambda each: (len(each), len(groups[each])), default=())
+    return {
+        seed: fsum(pairs[seed] for pairs in groups[seeds]) / len(groups[seeds]) for seed in seeds
+    }
 
 
 def _minus(figures: Mapping[int, float], default: Mapping[int, float]) -> dict[int, float]:
@@ -223,17 +233,20 @@ def _compare(
 def _conclude(results: SweepResults, found: Sequence[Comparison], others: int) -> tuple[Kind, str]:
     """Return the verdict of comparisons, the best first, of `others` values."""
     objective = results.sweep.objectives[0]
-    kinds: tuple[Kind, Kind] = (BETTER, NOISE)
-    for kind in kinds:
-        for each in found:
-            if each.kind == kind:
-                return kind, f"{kind}: {describe(each, objective)}"
+    if not found:
+        return TOO_FEW, f"{TOO_FEW}: no two trainings with one seed differ in this alone"
     known = [each for each in found if each.interval]
-    if known and len(known) == others:
-        return BEST, f"{BEST}: no other is near; the nearest, {describe(known[0], objective)}"
-    if found:
-        return TOO_FEW, f"{TOO_FEW}: {describe(found[0], objective)}"
-    return TOO_FEW, f"{TOO_FEW}: no two trainings with one seed differ in this alone"
+    rest = f"; {others - len(known)} of {others} others have too few seeds" * (len(known) < others)
+    for each in found:
+        if each.kind == BETTER:
+            return BETTER, f"{BETTER}: {describe(each, objective)}"
+    # What is ahead of all that can be told from the default decides.
+    nearest = next((each for each in found if each.kind in (NOISE, TOO_FEW)), found[0])
+    if nearest.kind == WORSE and not rest:
+        return BEST, f"{BEST}: no other is near; the nearest, {describe(nearest, objective)}"
+    if nearest.kind == NOISE:
+        return NOISE, f"{NOISE}: {describe(nearest, objective)}{rest}"
+    return TOO_FEW, f"{TOO_FEW}: {describe(nearest, objective)}{rest}"
 
 
 def describe(found: Comparison, objective: str) -> str:

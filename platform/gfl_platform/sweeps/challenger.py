@@ -1,0 +1,39 @@
+"""The best trial of a sweep as a registered model, which the gate may make champion."""
+
+from gfl_platform import registry, store
+from gfl_platform.storage import cache_of
+from gfl_platform.sweeps.analysis import analyse
+from gfl_platform.sweeps.results import SweepResults
+from gfl_platform.sweeps.statistics import direction
+
+CHALLENGER = "challenger"
+
+
+def register_best(results: SweepResults, model: str) -> int:
+    """Register the best point's best trial as a version of `model`, once; return the version.
+
+    It gets the alias `challenger`.
+
+    Raises:
+        ValueError: no trial finished.
+    """
+    best = analyse(results).best
+    objective = results.sweep.objectives[0]
+    trials = [t for t in results.trials if t.checkpoint and best and t.point == best.point]
+    trials = [t for t in trials if t.state == "finished"]
+    if not trials:
+        raise ValueError(f"--register {model}: no trial of sweep '{results.name}' finished")
+    trial = max(trials, key=lambda t: direction(objective) * t.figures[objective])
+    assert trial.run_id
+    assert trial.checkpoint
+    ap, fps = trial.figures["AP"], trial.figures["fps"]
+    facts = registry.figures_of_version(ap, fps, trial.protocol)
+    of_this_run = f"name = '{model}' and run_id = '{trial.run_id}'"
+    known = store.connect(results.job).search_model_versions(of_this_run)
+    if known:  # by the same command before
+        version = max(int(each.version) for each in known)
+    else:
+        checkpoint = cache_of(results.job).local(trial.checkpoint)
+        version = registry.register(results.job, model, checkpoint, trial.run_id, facts)
+    registry.set_alias(results.job, model, version, CHALLENGER)
+    return version
