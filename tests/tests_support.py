@@ -3,7 +3,6 @@
 import math
 import os
 import socket
-import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -98,34 +97,3 @@ def average_precision(split: Split, detections: list[dict[str, Any]]) -> float:
     rows = [[d["image_id"], *d["bbox"], d["score"], d["category_id"]] for d in detections]
     measured = evaluate_split(split, np.array(rows, dtype=float), Config())
     return measured.metrics["AP"]
-
-
-def dry_training(job: Any, folder: Path, _workers: Any, events: Any) -> dict[str, Any]:
-    """Stand in for a training: AP is a formula of beta, reg_max, seed and epoch.
-
-    Beta 0.5 diverges and beta 3 is refused. What is done is kept in `folder`, as by checkpoints.
-    """
-    from ray import tune
-
-    from gfl_platform.cluster import DivergedError
-
-    beta, bins = job.loss.qfl.beta, job.model.reg_max
-    if beta == 0.5:
-        raise DivergedError("step 3: NaN or infinity")
-    if beta == 3:
-        raise ValueError("3 is no good")
-    done = folder / "epochs"
-    for epoch in range(1, job.schedule.epochs + 1):
-        ap = (1 - 0.1 * abs(beta - 2) - 0.01 * abs(bins - 8)) * epoch / (epoch + 1)
-        ap += 0.001 * job.seed
-        metrics = {"AP": ap, "AP50": ap, "AP75": ap, "APs": 0.0}
-        if done.exists() and epoch <= int(done.read_text()):
-            continue
-        time.sleep(float(os.environ.get("DRY_EPOCH_S", "0.05")))
-        done.write_text(str(epoch))
-        event = {"epoch": epoch, "step": 10 * epoch, "metrics": metrics, "uri": str(folder / "ray")}
-        events.tell({"kind": "checkpoint", **event})
-        tune.report({**metrics, "epoch": epoch})
-    figures = {**metrics, "fps": 10.0 + bins, "latency_ms": 1000 / (10 + bins)}
-    outcome = {"state": "finished", "figures": figures, "epochs": job.schedule.epochs}
-    return {**outcome, "checkpoint": None, "protocol": {}}

@@ -2,14 +2,14 @@
 
 import json
 import math
-import re
-from pathlib import Path
+import os
+import subprocess
+import sys
 from types import SimpleNamespace
 
+import dry_sweep
 import pytest
-import tests_support
-from ray import cloudpickle
-from tests_support import dry_training
+from dry_sweep import dry_training
 
 from gfl.configfile import ConfigError, config_hash, dump_config, reproducible
 from gfl_platform import cluster, fitting
@@ -244,11 +244,6 @@ def test_a_trial_is_read_as_it_was_written(tmp_path):
     assert read_trial(tmp_path / "absent") is None
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _workers_find_the_dry_training():
-    cloudpickle.register_pickle_by_value(tests_support)
-
-
 @pytest.fixture(scope="module")
 def dry_job(tiny_file, tmp_path_factory):
     root = tmp_path_factory.mktemp("sweeps")
@@ -268,13 +263,13 @@ def run_dry(job, name, resume=False):
 
 
 @pytest.fixture(scope="module")
-def dry_sweep(dry_job, ray_cluster):
+def swept(dry_job, ray_cluster):
     return run_dry(dry_job, "dry")
 
 
 @pytest.mark.ray
-def test_a_sweep_trains_its_grid_stops_trials_and_repeats_the_finalists(dry_job, dry_sweep):
-    results, events = dry_sweep
+def test_a_sweep_trains_its_grid_stops_trials_and_repeats_the_finalists(dry_job, swept):
+    results, events = swept
     trials = {trial.id: trial for trial in results.trials}
     assert [trial.id for trial in results.trials][:6] == [trial_name(n) for n in range(6)]
     by_state = {}
@@ -312,7 +307,7 @@ def test_a_sweep_trains_its_grid_stops_trials_and_repeats_the_finalists(dry_job,
 
 
 @pytest.mark.ray
-@pytest.mark.usefixtures("dry_sweep")
+@pytest.mark.usefixtures("swept")
 def test_a_finished_sweep_that_is_resumed_tries_only_what_failed_again(dry_job):
     before = {p.parent.name: p.read_text() for p in trial_files(dry_job)}
     results, events = run_dry(dry_job, "dry", resume=True)
@@ -403,20 +398,18 @@ def test_a_sweep_on_s3_goes_on_from_another_machine(tiny_file, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.cluster
-@pytest.mark.ray
 @pytest.mark.timeout(600)
-@pytest.mark.usefixtures("ray_cluster")
 def test_two_hundred_trials_are_little_to_their_driver(tiny_file, tmp_path):
-    values = list(range(1, 101))
-    job = load_job(tiny_file, [f"storage.root={tmp_path}", "schedule.epochs=2",
-                               f"sweep.space={{{BETA}: {{grid: [1, 2]}}, "
-                               f"{BINS}: {{grid: {values}}}}}"])  # fmt: skip
-    results = run_sweep(job, "many", resume=False, watch=lambda *_: None, train=dry_training)
-    assert [trial.state for trial in results.trials] == ["finished"] * 200
-    status = Path("/proc/self/status").read_text()
-    # Its own memory; beside it lie the libraries' files, 0.45 GiB, which all processes share.
-    assert int(re.search(r"RssAnon:\s+(\d+) kB", status)[1]) < 1 << 20
-    page = tmp_path / "sweeps" / "many" / "report" / "report.html"
+    space = f"sweep.space={{{BETA}: {{grid: [1, 2]}}, {BINS}: {{grid: {list(range(1, 101))}}}}}"
+    words = [tiny_file, f"storage.root={tmp_path}", "schedule.epochs=2", space]
+    command = [sys.executable, dry_sweep.__file__, *words]
+    alone = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"}
+    ran = subprocess.run(command, env=alone, capture_output=True, text=True, check=False)
+    assert ran.returncode == 0, ran.stderr[-3000:]
+    states, peak = ran.stdout.splitlines()[-2:]
+    assert states == "200 {'finished'}"
+    assert int(peak) < 1024  # MiB
+    page = tmp_path / "sweeps" / "dry" / "report" / "report.html"
     assert page.stat().st_size < 5e6
 
 

@@ -56,9 +56,6 @@ MAY_CHANGE = ("sweep.budget.", "sweep.concurrency")
 UNKNOWN_SIZE = 16
 """Trials at once on a cluster of which nothing says how large it may grow."""
 
-DRIVER_RESOURCES = {"memory": float(1 << 20)}
-"""Of a trial's driver: no CPU, which its workers need. (Tune refuses to reserve nothing.)"""
-
 
 @dataclass(frozen=True)
 class _Sweep:
@@ -246,6 +243,18 @@ def concurrency(sweep: _Sweep) -> int:
     return min(fits, sweep_of(sweep.job).concurrency or fits)
 
 
+def _of_a_driver(trials: int) -> dict[str, float]:
+    """Return the resources of a trial's driver: no CPU, which its workers need.
+
+    Tune refuses to reserve nothing. On one node there is room for as many as run at once and no
+    more, else Tune starts a process for each trial that then takes over the one before's.
+    """
+    import ray
+
+    alone = sum(node["Alive"] for node in ray.nodes()) == 1
+    return {"memory": ray.cluster_resources()["memory"] // trials if alone else float(1 << 20)}
+
+
 def _run(sweep: _Sweep, searcher: Any, scheduler: Any, budget: BudgetStopper) -> None:
     """Let Ray Tune run the trials that `searcher` gives."""
     os.environ.update(
@@ -269,7 +278,7 @@ def _run(sweep: _Sweep, searcher: Any, scheduler: Any, budget: BudgetStopper) ->
             tune.with_parameters(run_trial, settings=settings),
             name="tune",
             **ray_storage(sweep.job, scratch),
-            resources_per_trial=tune.PlacementGroupFactory([DRIVER_RESOURCES]),
+            resources_per_trial=tune.PlacementGroupFactory([_of_a_driver(concurrency(sweep))]),
             num_samples=-1,
             search_alg=searcher,
             scheduler=scheduler,

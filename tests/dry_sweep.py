@@ -1,0 +1,60 @@
+"""A sweep whose trainings are a formula, without torch: `python dry_sweep.py CONFIG key=value`."""
+
+import os
+import re
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from ray import cloudpickle
+
+cloudpickle.register_pickle_by_value(sys.modules[__name__])  # where trials run this is no module
+
+
+def dry_training(job: Any, folder: Path, _workers: Any, events: Any) -> dict[str, Any]:
+    """Stand in for a training: AP is a formula of beta, reg_max, seed and epoch.
+
+    Beta 0.5 diverges and beta 3 is refused. What is done is kept in `folder`, as by checkpoints.
+    """
+    from ray import tune
+
+    from gfl_platform.cluster import DivergedError
+
+    beta, bins = job.loss.qfl.beta, job.model.reg_max
+    if beta == 0.5:
+        raise DivergedError("step 3: NaN or infinity")
+    if beta == 3:
+        raise ValueError("3 is no good")
+    done = folder / "epochs"
+    for epoch in range(1, job.schedule.epochs + 1):
+        ap = (1 - 0.1 * abs(beta - 2) - 0.01 * abs(bins - 8)) * epoch / (epoch + 1)
+        ap += 0.001 * job.seed
+        metrics = {"AP": ap, "AP50": ap, "AP75": ap, "APs": 0.0}
+        if done.exists() and epoch <= int(done.read_text()):
+            continue
+        time.sleep(float(os.environ.get("DRY_EPOCH_S", "0.05")))
+        done.write_text(str(epoch))
+        event = {"epoch": epoch, "step": 10 * epoch, "metrics": metrics, "uri": str(folder / "ray")}
+        events.tell({"kind": "checkpoint", **event})
+        tune.report({**metrics, "epoch": epoch})
+    figures = {**metrics, "fps": 10.0 + bins, "latency_ms": 1000 / (10 + bins)}
+    outcome = {"state": "finished", "figures": figures, "epochs": job.schedule.epochs}
+    return {**outcome, "checkpoint": None, "protocol": {}}
+
+
+def main() -> None:
+    """Run the sweep; print the states of its trials, and the most MiB that this process had."""
+    from gfl_platform.config import load_job
+    from gfl_platform.sweeps.run import run_sweep
+
+    job = load_job(sys.argv[1], sys.argv[2:])
+    results = run_sweep(job, "dry", resume=False, watch=lambda *_: None, train=dry_training)
+    peak = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    assert peak
+    sys.stdout.write(f"{len(results.trials)} { ({t.state for t in results.trials}) }\n")
+    sys.stdout.write(f"{int(peak[1]) / 1024:.0f}\n")
+
+
+if __name__ == "__main__":
+    main()
