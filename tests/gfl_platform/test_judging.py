@@ -1,0 +1,90 @@
+"""The gate's verdict on real registered versions; what workers would measure is made up."""
+
+import pytest
+import torch
+from tests_support import as_rows
+
+from gfl.checkpoint import About, read_config, take_snapshot
+from gfl.configfile import derive, reproducible
+from gfl.detector import Detector
+from gfl.evaluation import evaluate_split
+from gfl_platform import gate, measuring, registry
+from gfl_platform.config import JobConfig
+from gfl_platform.store import connect
+
+CLASSES = ["rectangle", "ellipse", "triangle"]
+
+
+@pytest.fixture
+def job(tiny, tmp_path, monkeypatch):
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    draws = "registry.gate.draws=20"
+    return derive(JobConfig, tiny, [f"storage.root={tmp_path / 'outputs'}", draws])
+
+
+@pytest.fixture
+def register(job, tmp_path):
+    """Return a function that registers an untrained detector as the next version of `m`."""
+
+    def make(ap, *overrides):
+        config = reproducible(derive(type(job), job, overrides))
+        torch.manual_seed(0)
+        (checkpoint := tmp_path / f"checkpoint-{ap}-{len(overrides)}").mkdir()
+        about = About(CLASSES, [1, 2, 3], 0, 0, {})
+        take_snapshot(Detector(config), config, about, {}).write(checkpoint)
+        client = connect(job)
+        run = client.create_run("0").info.run_id
+        client.set_terminated(run)
+        return registry.register(job, "m", checkpoint, run, {"AP": ap, "fps": 30.0})
+
+    return make
+
+
+@pytest.fixture
+def measures(monkeypatch):
+    """Return a function that makes `share(trained, job)` of all objects what a version finds."""
+
+    def make(share):
+        def evaluate(checkpoint, job, watch):
+            trained = read_config(checkpoint)
+            split = measuring.images_of(job, CLASSES)
+            records = [
+                {"image_id": record.image_id, "score": 0.9,
+                 "bbox": [x1, y1, x2 - x1, y2 - y1], "category_id": split.category_ids[label]}
+                for record in split.records
+                for (x1, y1, x2, y2), label in zip(
+                    record.boxes.tolist(), record.labels.tolist(), strict=True
+                )
+            ]  # fmt: skip
+            rows = as_rows(records[: round(len(records) * share(trained, job))])
+            protocol = {"short_side": job.data.short_side, "long_side": job.data.long_side}
+            protocol["postprocess"] = job.postprocess.model_dump(mode="json")
+            figures = {"fps": 30.0, "protocol": protocol, "digest": split.digest}
+            return vars(evaluate_split(split, rows, job)) | figures | {"detections": rows}
+
+        monkeypatch.setattr(measuring, "evaluate_checkpoint", evaluate)
+
+    return make
+
+
+def promote(job, number, *overrides):
+    return gate.promote(derive(type(job), job, overrides), "m", number, lambda _: None)
+
+
+TOLERANT = "registry.gate.ap_tolerance=1"
+
+
+def test_a_champion_is_not_beaten_at_settings_that_do_not_suit_it(job, register, measures):
+    measures(lambda trained, job: (
+        0.7 if trained.data.short_side == 96 else 1.0 if job.data.short_side == 64 else 0.4
+    ))  # fmt: skip
+    register(1.0)
+    register(0.7, "data.short_side=96", "data.long_side=96")
+    first = promote(job, 1, TOLERANT)
+    assert first.action == "promoted", first.reasons
+    decision = promote(job, 2, TOLERANT)
+    assert decision.action == "refused"
+    assert decision.figures["gain"]["ap"] > 0
+    said = " ".join(decision.reasons)
+    assert "the champion (version 1, at its own settings) 1.0000: -" in said
+    assert promote(job, 2, TOLERANT, "registry.gate.ap_margin=-1").action == "promoted"
