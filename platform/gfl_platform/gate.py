@@ -12,7 +12,7 @@ from gfl_platform.events import Watcher
 from gfl_platform.judging import Judge
 from gfl_platform.registry import RegistryError
 from gfl_platform.store import connect
-from gfl_platform.trail import Decision, OvertakenError, append, settle
+from gfl_platform.trail import Decision, OvertakenError, append, read_trail, settle
 
 ATTEMPTS = 10
 """How often a decision is made anew because another came first."""
@@ -21,6 +21,8 @@ ATTEMPTS = 10
 def promote(job: JobConfig, name: str, number: int, watch: Watcher) -> Decision:
     """Make a version champion if it passes the gate; return what was decided, also a refusal.
 
+    If it is the champion already, as after a crash, that is the decision that made it so.
+
     Args:
         job: Says where to measure and which registry; `job.registry.gate` is the gate.
         name: Of the model.
@@ -28,8 +30,8 @@ def promote(job: JobConfig, name: str, number: int, watch: Watcher) -> Decision:
         watch: Is told how far the measurements are.
 
     Raises:
-        ValueError: no such version, or the champion already; a dataset or cluster that cannot be
-            used. Nothing is decided then.
+        ValueError: no such version; a dataset or cluster that cannot be used. Nothing is decided
+            then.
         JobFailedError: a worker stopped.
     """
     candidate = registry.find(job, name, str(number))
@@ -38,8 +40,8 @@ def promote(job: JobConfig, name: str, number: int, watch: Watcher) -> Decision:
     def decide(last: Decision | None) -> Decision:
         aliases = last.aliases if last else {}
         champion = aliases.get("champion")
-        if champion == number:
-            raise RegistryError(f"{name} version {number}: is the champion already")
+        if last and champion == number:
+            return _crowning(job, name, last)
         verdict = judge.weigh(champion)
         if verdict.passes:
             aliases = _crowned(number, champion)
@@ -79,12 +81,26 @@ def _decide(job: JobConfig, name: str, decide: Callable[[Decision | None], Decis
     client = connect(job)
     for _ in range(ATTEMPTS):
         try:
-            written = append(client, name, decide(settle(client, name)))
+            decision = decide(settle(client, name))
+            if decision.number:  # it was made before
+                return decision
+            written = append(client, name, decision)
         except OvertakenError:
             continue
         settle(client, name)
         return written
     raise RegistryError(f"{name}: others kept deciding in between; try again when they are done")
+
+
+def _crowning(job: JobConfig, name: str, last: Decision) -> Decision:
+    """Return the decision that made the champion of `last` champion."""
+    champion, crowning = last.aliases["champion"], last
+    for decision in reversed(read_trail(connect(job), name)):
+        if not decision.void and decision.number <= last.number:
+            if decision.aliases.get("champion") != champion:
+                break
+            crowning = decision
+    return crowning
 
 
 def _crowned(number: int, champion: int | None) -> dict[str, int]:

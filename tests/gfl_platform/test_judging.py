@@ -8,7 +8,7 @@ from gfl.checkpoint import About, read_config, take_snapshot
 from gfl.configfile import derive, reproducible
 from gfl.detector import Detector
 from gfl.evaluation import evaluate_split
-from gfl_platform import gate, measuring, registry
+from gfl_platform import gate, measuring, registry, trail
 from gfl_platform.config import JobConfig
 from gfl_platform.store import connect
 
@@ -88,3 +88,26 @@ def test_a_champion_is_not_beaten_at_settings_that_do_not_suit_it(job, register,
     said = " ".join(decision.reasons)
     assert "the champion (version 1, at its own settings) 1.0000: -" in said
     assert promote(job, 2, TOLERANT, "registry.gate.ap_margin=-1").action == "promoted"
+
+
+def test_a_promotion_that_a_crash_interrupted_is_finished_by_another(
+    job, register, measures, monkeypatch
+):
+    measures(lambda trained, job: trained.seed)
+    register(1.0, "seed=1")
+    register(0.0, "seed=0", "data.flip=0.5")
+
+    def crash(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(trail, "_move", crash)
+        with pytest.raises(KeyboardInterrupt):
+            promote(job, 1)
+    assert registry.find(job, "m", "1").aliases == []
+    first = promote(job, 1)
+    assert (first.action, first.number, first.applied) == ("promoted", 1, True)
+    assert registry.find(job, "m", "champion").version == 1
+    assert promote(job, 2).action == "refused"
+    assert promote(job, 1) == first  # not the refusal, which came later
+    assert len(trail.read_trail(connect(job), "m")) == 2
