@@ -11,7 +11,7 @@ interrupted, and writes down what somebody has moved by hand.
 import getpass
 import json
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
@@ -31,6 +31,9 @@ DECISION, APPLIED = "decision", "applied"
 
 SECOND_LOOK_S = 1.0
 """What has been moved by hand stays moved; another's promotion is through by then."""
+
+LATE_S = 30.0
+"""For so long what a slow promoter wrote over a later decision is taken back, not noted."""
 
 Action = Literal["promoted", "refused", "rolled back", "moved by hand"]
 
@@ -129,7 +132,7 @@ def settle(client: "MlflowClient", model: str) -> Decision | None:
     moved_to = 0
     seen: dict[str, int] | None = None
     while True:
-        valid = {each.number: each for each in read_trail(client, model) if not each.void}
+        valid = _valid(client, model)
         last = valid[max(valid)] if valid else None
         actual = _followed(client, model)
         wanted = last.aliases if last else {}
@@ -138,15 +141,29 @@ def settle(client: "MlflowClient", model: str) -> Decision | None:
                 entry = (trail_of(model), str(last.number))
                 _firmly(partial(client.set_model_version_tag, *entry, APPLIED, "yes"))
             return replace(last, applied=True) if last else None
-        before = valid[last.based_on].aliases if last and last.based_on else {}
-        if last and (_is_between(actual, before, last) or 0 < moved_to != last.number):
-            _move(client, model, actual, wanted)  # what a crash, or a slower promoter, left behind
+        before = valid[last.based_on].aliases if last and last.based_on in valid else {}
+        left_behind = 0 < moved_to != (last.number if last else 0)
+        if last and (
+            left_behind or _is_between(actual, before, last) or _is_late(actual, valid.values())
+        ):
+            _move(client, model, actual, last)  # what a crash, or a slower promoter, left behind
             moved_to = last.number
         elif seen != actual:
             seen = actual
             time.sleep(SECOND_LOOK_S)
         else:
             _note_hand(client, model, last, actual)
+
+
+def _valid(client: "MlflowClient", model: str) -> dict[int, Decision]:
+    """Return the decisions that are not void, by number."""
+    return {each.number: each for each in read_trail(client, model) if not each.void}
+
+
+def _is_late(actual: Mapping[str, int], valid: Iterable[Decision]) -> bool:
+    """Whether aliases are as a decision of just now wanted them, which another has replaced."""
+    since = time.time() - LATE_S
+    return any(each.time_s > since and actual == each.aliases for each in valid)
 
 
 def _is_between(actual: Mapping[str, int], before: Mapping[str, int], last: Decision) -> bool:
@@ -157,13 +174,19 @@ def _is_between(actual: Mapping[str, int], before: Mapping[str, int], last: Deci
 
 
 def _move(
-    client: "MlflowClient", model: str, actual: Mapping[str, int], wanted: Mapping[str, int]
+    client: "MlflowClient", model: str, actual: Mapping[str, int], decision: Decision
 ) -> None:
+    """Point the aliases as decided, unless another decision comes first."""
     for alias in FOLLOWED:
-        if alias not in wanted:
+        wanted = decision.aliases.get(alias)
+        if actual.get(alias) == wanted:
+            continue
+        if max(_valid(client, model)) != decision.number:
+            return
+        if wanted is None:
             _firmly(partial(client.delete_registered_model_alias, model, alias))
-        elif actual.get(alias) != wanted[alias]:
-            _firmly(partial(client.set_registered_model_alias, model, alias, str(wanted[alias])))
+        else:
+            _firmly(partial(client.set_registered_model_alias, model, alias, str(wanted)))
 
 
 def _firmly(write: Callable[[], None]) -> None:

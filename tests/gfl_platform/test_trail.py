@@ -138,6 +138,26 @@ def test_what_a_hand_moves_is_written_down(client, monkeypatch):
     assert len(read_trail(client, "m")) == 3
 
 
+def test_a_slow_promoter_does_not_undo_a_later_promotion(client, monkeypatch):
+    """One is overtaken before its first write, another between its look and its writes."""
+    first = append(client, "m", promoted(1, 0))
+    settle(client, "m")
+    append(client, "m", promoted(2, 1, previous=1))
+    settle(client, "m")
+    trail._move(client, "m", {}, first)
+    assert aliases_of(client) == {"champion": 2, "previous": 1}
+    client.delete_registered_model_alias("m", "previous")
+    client.set_registered_model_alias("m", "champion", "1")
+    assert settle(client, "m").number == 2
+    assert aliases_of(client) == {"champion": 2, "previous": 1}
+    assert len(read_trail(client, "m")) == 2
+    monkeypatch.setattr(trail, "LATE_S", 0)  # later it is somebody's will
+    monkeypatch.setattr(trail, "SECOND_LOOK_S", 0.01)
+    client.delete_registered_model_alias("m", "previous")
+    client.set_registered_model_alias("m", "champion", "1")
+    assert settle(client, "m").action == "moved by hand"
+
+
 def test_a_model_that_has_the_trails_name_is_left_alone(client):
     client.create_registered_model("m-decisions")
     with pytest.raises(trail.TrailError, match="m-decisions: is a model of its own"):
