@@ -10,6 +10,7 @@ interrupted, and writes down what somebody has moved by hand.
 
 import getpass
 import json
+import logging
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
@@ -20,6 +21,8 @@ from gfl_platform.description import git_state
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
+
+logger = logging.getLogger(__name__)
 
 FOLLOWED = ("previous", "champion")
 """The aliases that the trail decides on, in the order in which they are moved."""
@@ -85,17 +88,25 @@ def trail_of(model: str) -> str:
 
 
 def read_trail(client: "MlflowClient", model: str) -> list[Decision]:
-    """Return all decisions on `model`, the first first, also those that are void."""
+    """Return all decisions on `model`, the first first, also those that are void.
+
+    A version that is no decision is passed over; one may have been, before somebody changed its
+    tags, so that the next may be based on it.
+    """
     found = client.search_model_versions(f"name = '{trail_of(model)}'", max_results=10_000)
     decisions: list[Decision] = []
-    last = 0
+    bases = {0}
     for entry in sorted(found, key=lambda entry: int(entry.version)):
-        told = json.loads(entry.tags[DECISION])
         number = int(entry.version)
-        void = told["based_on"] != last
-        last = last if void else number
-        applied = APPLIED in entry.tags
-        decisions.append(Decision(**told, number=number, applied=applied, void=void))
+        try:
+            decision = Decision(**json.loads(entry.tags[DECISION]), number=number)
+        except (KeyError, ValueError, TypeError):
+            logger.warning("%s version %d: is no decision; passed over", trail_of(model), number)
+            bases.add(number)
+            continue
+        void = decision.based_on not in bases
+        bases = bases if void else {number}
+        decisions.append(replace(decision, applied=APPLIED in entry.tags, void=void))
     return decisions
 
 

@@ -158,6 +158,18 @@ def test_a_slow_promoter_does_not_undo_a_later_promotion(client, monkeypatch):
     assert settle(client, "m").action == "moved by hand"
 
 
+def test_what_is_no_decision_is_passed_over(client, caplog):
+    for number in (1, 2):
+        append(client, "m", promoted(number, number - 1))
+        settle(client, "m")
+    client.create_model_version("m-decisions", "file:///somebody's")
+    client.delete_model_version_tag("m-decisions", "2", "decision")
+    append(client, "m", promoted(3, 2))
+    assert [(d.number, d.void) for d in read_trail(client, "m")] == [(1, False), (4, False)]
+    assert "m-decisions version 2: is no decision; passed over" in caplog.text
+    assert "m-decisions version 3: is no decision; passed over" in caplog.text
+
+
 def test_a_model_that_has_the_trails_name_is_left_alone(client):
     client.create_registered_model("m-decisions")
     with pytest.raises(trail.TrailError, match="m-decisions: is a model of its own"):
