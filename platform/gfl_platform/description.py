@@ -1,5 +1,6 @@
 """What an MLflow run says of itself: configuration, code and packages."""
 
+import getpass
 import importlib.metadata
 import os
 import subprocess
@@ -22,6 +23,9 @@ COMMIT = "git.commit"
 
 GIT_VARIABLES = ("GFL_GIT_COMMIT", "GFL_GIT_CHANGED", "GFL_GIT_DIFF")
 """In the environment of a submitted job: what `git_state` returned where it was submitted."""
+
+USER = "GFL_USER"
+"""In the environment of a submitted job: who submitted it."""
 
 IDENTITY = "identity"
 """Tag: given to a run before its store could be reached."""
@@ -67,6 +71,16 @@ def git_state() -> tuple[str, str, str]:
         return git("rev-parse", "HEAD").strip(), changed, git("diff", "HEAD")
     except (OSError, subprocess.CalledProcessError):
         return "unknown", "", ""
+
+
+def acting_user() -> str:
+    """Return who runs this, or submitted it; the number of a user without a name."""
+    if submitted_by := os.environ.get(USER):
+        return submitted_by
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):  # a container's user may have no entry in its passwd
+        return f"uid {os.getuid()}"
 
 
 def require_same(path: Path, config: ConfigT, what: str, free: Sequence[str] = ()) -> None:

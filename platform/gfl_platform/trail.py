@@ -8,7 +8,6 @@ The aliases `champion` and `previous` follow the trail. Whoever comes next finis
 interrupted, and writes down what somebody has moved by hand.
 """
 
-import getpass
 import json
 import logging
 import time
@@ -17,7 +16,7 @@ from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
-from gfl_platform.description import git_state
+from gfl_platform.description import acting_user, git_state
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -60,7 +59,7 @@ class Decision:
         based_on: Number of the decision that was the last when this one was made; 0 of the first.
         reasons: Why, a sentence each.
         figures: What was measured of the candidate and the champion.
-        user: Who decided.
+        user: Who decided; of a hand, who noticed.
         commit: Of the code that decided.
         time_s: When, in seconds since 1970.
         number: Its place in the trail, from 1.
@@ -74,7 +73,7 @@ class Decision:
     based_on: int
     reasons: list[str]
     figures: dict[str, Any] = field(default_factory=dict)
-    user: str = field(default_factory=lambda: getpass.getuser())
+    user: str = field(default_factory=acting_user)
     commit: str = field(default_factory=lambda: git_state()[0])
     time_s: float = field(default_factory=time.time)
     number: int = 0
@@ -223,7 +222,8 @@ def _note_hand(
         if was.get(alias) != actual.get(alias)
     ]
     based_on = last.number if last else 0
-    noted = Decision("moved by hand", actual.get("champion"), actual, based_on, reasons)
+    user = f"unknown, noticed by {acting_user()}"
+    noted = Decision("moved by hand", actual.get("champion"), actual, based_on, reasons, user=user)
     try:
         append(client, model, noted)
     except OvertakenError:

@@ -8,6 +8,7 @@ from itertools import pairwise
 import pytest
 
 from gfl_platform import trail
+from gfl_platform.description import acting_user
 from gfl_platform.trail import Decision, OvertakenError, append, read_trail, settle
 
 PROMOTER = """
@@ -129,6 +130,7 @@ def test_what_a_hand_moves_is_written_down(client, monkeypatch):
     client.set_registered_model_alias("m", "champion", "4")
     noted = settle(client, "m")
     assert (noted.action, noted.version, noted.aliases) == ("moved by hand", 4, {"champion": 4})
+    assert noted.user == f"unknown, noticed by {acting_user()}"
     assert noted.reasons == ["champion was version 1 and is version 4, by no decision."]
     client.delete_registered_model_alias("m", "champion")
     noted = settle(client, "m")
