@@ -24,7 +24,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from gfl.config import Config
 from gfl.data.loading import Batch, DetectionDataset, collate
-from gfl.data.split import Split
+from gfl.data.split import Split, digest_images
 from gfl.detector import Detector, place
 from gfl.folding import folded
 
@@ -119,6 +119,11 @@ def protocol_hash(protocol: Mapping[str, Any]) -> str:
     """Return what tells protocols apart: 12 hexadecimal digits."""
     counted = {key: value for key, value in protocol.items() if key != STATE}
     return hashlib.sha256(json.dumps(counted, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def data_digest(protocol: Mapping[str, Any]) -> str:
+    """Return what tells apart the images and annotations that protocols are of."""
+    return hashlib.sha256((protocol["annotations"] + protocol["pictures"]).encode()).hexdigest()
 
 
 def differences(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
@@ -217,6 +222,7 @@ def _protocol(
         "warm_up": WARM_UP,
         "images": images,
         "annotations": split.digest,
+        "pictures": digest_images(split),
         "short_side": config.data.short_side,
         "long_side": config.data.long_side,
         "postprocess": config.postprocess.model_dump(mode="json"),

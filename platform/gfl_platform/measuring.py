@@ -44,7 +44,7 @@ class Measurement:
         ap_by_class: AP of each class, by name, in the order of labels.
         fps: Frames per second.
         protocol: How they were measured.
-        digest: SHA-256 of the annotations.
+        digest: Of the images and their annotations.
         rows: The detections, (N, 7), as `gfl.postprocess.coco_rows` has them.
     """
 

@@ -87,9 +87,9 @@ def register(
 
 def figures_of_version(ap: float, fps: float, protocol: dict[str, Any]) -> dict[str, Any]:
     """Return what a registered version is listed with."""
-    from gfl.speed import protocol_hash
+    from gfl.speed import data_digest, protocol_hash
 
-    data = protocol["annotations"][:12]
+    data = data_digest(protocol)[:12]
     return {"AP": ap, "fps": fps, "protocol": protocol_hash(protocol), "data": data}
 
 

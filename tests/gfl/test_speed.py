@@ -1,7 +1,10 @@
 """Latency under a protocol that says all that decides it."""
 
+import shutil
+
 import pytest
 import torch
+from PIL import Image
 
 import gfl
 from gfl.configfile import derive
@@ -11,6 +14,7 @@ from gfl.speed import (
     Variant,
     count_flops,
     count_parameters,
+    data_digest,
     differences,
     measure_fps,
     measure_latency,
@@ -65,6 +69,21 @@ def test_what_changes_the_figure_changes_the_protocol(
     assert protocol_hash(protocol) != protocol_hash(plain)
     (difference,) = differences(plain, protocol)
     assert difference.startswith(f"{changed} ")
+
+
+def test_another_picture_is_another_protocol(tiny, detector, shapes_folder, tmp_path):
+    val = shutil.copytree(shapes_folder / "val", tmp_path / "val")
+    section = f"data.val={{images: {val}/images, annotations: {val}/annotations.json}}"
+    config = derive(type(tiny), tiny, [section])
+    protocols = []
+    for _ in range(2):
+        copied = load_splits(config)[1]
+        protocols.append(measure_fps(detector, copied, config, CPU, images=1)[1])
+        last = copied.records[-1].path  # also one that no time is taken of
+        Image.open(last).transpose(Image.Transpose.ROTATE_180).save(last)
+    assert len(set(map(data_digest, protocols))) == 2
+    (difference,) = differences(*protocols)
+    assert difference.startswith("pictures ")
 
 
 def test_a_variant_leaves_the_detector_as_it_was(tiny, detector, split):
