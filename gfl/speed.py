@@ -36,6 +36,8 @@ PRECISIONS: tuple[Precision, ...] = ("float32", "bfloat16", "float16")
 STATE = "state"
 """Part of a protocol that is recorded but tells none apart: what changes by itself."""
 
+CLOCKS = ("clocks.sm", "pstate")
+
 
 @dataclass(frozen=True)
 class Variant:
@@ -211,7 +213,8 @@ def _protocol(
     on_gpu = device.type == "cuda"
     return {
         "device": torch.cuda.get_device_name(device) if on_gpu else _cpu_name(),
-        "driver": _nvidia_smi("driver_version") if on_gpu else platform.release(),
+        "driver": _nvidia_smi("driver_version", device) if on_gpu else platform.release(),
+        "power": _power(device),
         "cuda": torch.version.cuda if on_gpu else None,
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
@@ -226,7 +229,7 @@ def _protocol(
         "short_side": config.data.short_side,
         "long_side": config.data.long_side,
         "postprocess": config.postprocess.model_dump(mode="json"),
-        STATE: _power_state(on_gpu),
+        STATE: {what: _nvidia_smi(what, device) for what in CLOCKS} if on_gpu else {},
     }
 
 
@@ -237,17 +240,17 @@ def _cpu_name() -> str:
     return f"cpu: {names[0] if names else platform.machine()}"
 
 
-def _power_state(on_gpu: bool) -> dict[str, str]:
-    """Return clocks and power limits as far as they can be read."""
-    if on_gpu:
-        asked = ("power.limit", "clocks.sm", "pstate")
-        return dict(zip(asked, map(_nvidia_smi, asked), strict=True))
+def _power(device: torch.device) -> str:
+    """Return what bounds the clocks: the power limit of a GPU, a CPU's governor."""
+    if device.type == "cuda":
+        return _nvidia_smi("power.limit", device)
     governor = Path("/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor")
-    return {"governor": governor.read_text().strip() if governor.exists() else "unknown"}
+    return governor.read_text().strip() if governor.exists() else "unknown"
 
 
-def _nvidia_smi(what: str) -> str:
-    command = ["nvidia-smi", f"--query-gpu={what}", "--format=csv,noheader"]
+def _nvidia_smi(what: str, device: torch.device) -> str:
+    uuid = torch.cuda.get_device_properties(device).uuid
+    command = ["nvidia-smi", f"--id=GPU-{uuid}", f"--query-gpu={what}", "--format=csv,noheader"]
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):

@@ -7,6 +7,7 @@ import torch
 from PIL import Image
 
 import gfl
+from gfl import speed
 from gfl.configfile import derive
 from gfl.data import load_splits
 from gfl.speed import (
@@ -69,6 +70,20 @@ def test_what_changes_the_figure_changes_the_protocol(
     assert protocol_hash(protocol) != protocol_hash(plain)
     (difference,) = differences(plain, protocol)
     assert difference.startswith(f"{changed} ")
+
+
+def test_another_power_limit_is_another_protocol(tiny, detector, split, monkeypatch):
+    _, plain = measure_fps(detector, split, tiny, CPU, images=1)
+    assert plain["power"]
+    monkeypatch.setattr(speed, "_power", lambda _: "300.00 W")
+    _, other = measure_fps(detector, split, tiny, CPU, images=1)
+    assert differences(plain, other) == [f"power {plain['power']} -> 300.00 W"]
+    assert protocol_hash(plain) != protocol_hash(other)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_the_power_limit_of_a_gpu_is_read():
+    assert speed._power(torch.device("cuda", 0)).endswith(" W")
 
 
 def test_another_picture_is_another_protocol(tiny, detector, shapes_folder, tmp_path):
