@@ -30,6 +30,9 @@ from gfl.folding import folded
 
 WARM_UP = 5
 
+IMAGES = 2000
+"""How many are measured at most, as GFocal did."""
+
 Precision = Literal["float32", "bfloat16", "float16"]
 PRECISIONS: tuple[Precision, ...] = ("float32", "bfloat16", "float16")
 
@@ -68,7 +71,7 @@ class UnavailableError(ValueError):
 
 
 def measure_fps(
-    detector: Detector, split: Split, config: Config, device: torch.device, images: int = 200
+    detector: Detector, split: Split, config: Config, device: torch.device, images: int = IMAGES
 ) -> tuple[float, dict[str, Any]]:
     """Return frames per second over the first `images` of `split`, and the protocol."""
     seconds, protocol = measure_latency(detector, split, config, device, Variant(), images)

@@ -207,11 +207,18 @@ def as_json(found: Benchmark) -> dict[str, Any]:
     return vars(found) | {"timings": timings}
 
 
-def _last(job: JobConfig, run_id: str, scratch: Path) -> dict[str, Any]:
-    """Return the run's latest benchmark; empty if it has none."""
+def recall_fps(job: JobConfig, run_id: str, protocol: str) -> float | None:
+    """Return the FPS of a run's latest benchmark under the protocol of this hash, if any."""
+    with tempfile.TemporaryDirectory(prefix="gfl-benchmark-") as scratch:
+        found = _last(job, run_id, Path(scratch), protocol)
+    return found["timings"][0]["fps"] if found else None
+
+
+def _last(job: JobConfig, run_id: str, scratch: Path, protocol: str = "") -> dict[str, Any]:
+    """Return the run's latest benchmark, maybe of one protocol; empty if it has none."""
     client = connect(job)
     names = [entry.path for entry in client.list_artifacts(run_id, FOLDER)]
-    kept = sorted(name for name in names if name.endswith(".json"))
+    kept = sorted(name for name in names if name.endswith(f"{protocol}.json"))
     return (
         read_json(Path(client.download_artifacts(run_id, kept[-1], str(scratch)))) if kept else {}
     )

@@ -13,6 +13,7 @@ from gfl.bootstrap import Gain, measure_gain
 from gfl.configfile import config_hash, flatten
 from gfl.speed import differences, protocol_hash
 from gfl_platform import registry
+from gfl_platform.benchmarking import recall_fps
 from gfl_platform.config import GateConfig, JobConfig
 from gfl_platform.events import Watcher
 from gfl_platform.measuring import (
@@ -79,9 +80,7 @@ class Judge:
         }
         if champion is not None:
             self._require_gains(verdict, here, mine, champion)
-        verdict.require(
-            mine.fps >= gate.fps_floor, f"FPS {mine.fps:.1f}, the floor is {gate.fps_floor:g}."
-        )
+        self._require_fps(verdict, mine)
         return verdict
 
     def _require_gains(
@@ -103,6 +102,16 @@ class Judge:
             theirs = self._measure(itself, rival, _expected_key(mine, itself))
             verdict.figures["champion at its own settings"] = _figures(champion, theirs)
             _require_gain(verdict, here, mine, theirs, f"version {champion}, at its own settings")
+
+    def _require_fps(self, verdict: Verdict, mine: Measurement) -> None:
+        """Require the floor, of the latest benchmark where there is one under this protocol."""
+        floor = self._job.registry.gate.fps_floor
+        fps, where = mine.fps, ""
+        benchmark = recall_fps(self._job, self._candidate.run_id, protocol_hash(mine.protocol))
+        if benchmark is not None:
+            fps, where = benchmark, " in its benchmark"
+            verdict.figures["candidate"]["benchmark_fps"] = benchmark
+        verdict.require(fps >= floor, f"FPS {fps:.1f}{where}, the floor is {floor:g}.")
 
     def _measure(self, job: JobConfig, version: Version, key: str | None = None) -> Measurement:
         """Return what is measured of a version; with `key`, what is kept of it will do."""

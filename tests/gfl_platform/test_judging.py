@@ -1,5 +1,7 @@
 """The gate's verdict on real registered versions; what workers would measure is made up."""
 
+import time
+
 import pytest
 import torch
 from tests_support import as_rows
@@ -9,6 +11,7 @@ from gfl.configfile import derive, reproducible
 from gfl.detector import Detector
 from gfl.evaluation import evaluate_split
 from gfl_platform import gate, measuring, registry, trail
+from gfl_platform.benchmarking import Benchmark, Timing, keep
 from gfl_platform.config import JobConfig
 from gfl_platform.store import connect
 
@@ -57,14 +60,17 @@ def measures(monkeypatch):
                 )
             ]  # fmt: skip
             rows = as_rows(records[: round(len(records) * share(trained, job))])
-            protocol = {"short_side": job.data.short_side, "long_side": job.data.long_side}
-            protocol["postprocess"] = job.postprocess.model_dump(mode="json")
-            figures = {"fps": 30.0, "protocol": protocol, "digest": split.digest}
+            figures = {"fps": 30.0, "protocol": protocol_of(job), "digest": split.digest}
             return vars(evaluate_split(split, rows, job)) | figures | {"detections": rows}
 
         monkeypatch.setattr(measuring, "evaluate_checkpoint", evaluate)
 
     return make
+
+
+def protocol_of(job):
+    sides = {"short_side": job.data.short_side, "long_side": job.data.long_side}
+    return sides | {"postprocess": job.postprocess.model_dump(mode="json")}
 
 
 def promote(job, number, *overrides):
@@ -111,3 +117,22 @@ def test_a_promotion_that_a_crash_interrupted_is_finished_by_another(
     assert promote(job, 2).action == "refused"
     assert promote(job, 1) == first  # not the refusal, which came later
     assert len(trail.read_trail(connect(job), "m")) == 2
+
+
+def test_a_benchmark_under_the_same_protocol_counts(job, register, measures, tmp_path):
+    measures(lambda trained, job: 1.0)
+    register(1.0)
+    (picture := tmp_path / "latency.png").write_bytes(b"")
+
+    def benchmark(fps, **changed):
+        timing = Timing("float32", fps, {"p50": 1.0}, 0, protocol_of(job) | changed, [1.0])
+        run_id = registry.find(job, "m", "1").run_id
+        keep(job, "m", run_id, Benchmark([timing], 1, 1, (64, 64), time.time()), picture)
+
+    benchmark(50.0, images=7)
+    decision = promote(job, 1, "registry.gate.fps_floor=40")
+    assert (decision.action, decision.reasons[-1]) == ("refused", "FPS 30.0, the floor is 40.")
+    benchmark(50.0)
+    decision = promote(job, 1, "registry.gate.fps_floor=40")
+    assert decision.action == "promoted"
+    assert decision.reasons[-1] == "FPS 50.0 in its benchmark, the floor is 40."
