@@ -14,6 +14,7 @@ from gfl.configfile import config_hash, flatten
 from gfl.speed import differences, protocol_hash
 from gfl_platform import registry
 from gfl_platform.benchmarking import recall_fps
+from gfl_platform.cluster import ClusterError, JobFailedError
 from gfl_platform.config import GateConfig, JobConfig
 from gfl_platform.events import Watcher
 from gfl_platform.measuring import (
@@ -78,10 +79,27 @@ class Judge:
             "protocol": protocol_hash(mine.protocol),
             "candidate": _figures(candidate.version, mine),
         }
-        if champion is not None:
-            self._require_gains(verdict, here, mine, champion)
+        if champion is not None and gate.compare:
+            self._try_gains(verdict, here, mine, champion)
+        elif champion is not None:
+            verdict.reasons.append(f"Not compared with the champion (version {champion}), as told.")
         self._require_fps(verdict, mine)
         return verdict
+
+    def _try_gains(
+        self, verdict: Verdict, here: JobConfig, mine: Measurement, champion: int
+    ) -> None:
+        """Require the margin; a champion that cannot be measured on these images is a reason."""
+        try:
+            self._require_gains(verdict, here, mine, champion)
+        except ClusterError:  # which says nothing of the champion
+            raise
+        except (ValueError, JobFailedError) as error:
+            verdict.require(
+                False,
+                f"The champion (version {champion}) cannot be measured: {error}. To promote "
+                "without a comparison: registry.gate.compare=false.",
+            )
 
     def _require_gains(
         self, verdict: Verdict, here: JobConfig, mine: Measurement, champion: int

@@ -1,6 +1,9 @@
 """The gate's verdict on real registered versions; what workers would measure is made up."""
 
+import shutil
 import time
+from pathlib import Path
+from urllib.parse import urlparse
 
 import pytest
 import torch
@@ -12,6 +15,7 @@ from gfl.detector import Detector
 from gfl.evaluation import evaluate_split
 from gfl_platform import gate, measuring, registry, trail
 from gfl_platform.benchmarking import Benchmark, Timing, keep
+from gfl_platform.cluster import JobFailedError
 from gfl_platform.config import JobConfig
 from gfl_platform.store import connect
 
@@ -29,14 +33,16 @@ def job(tiny, tmp_path, monkeypatch):
 def register(job, tmp_path):
     """Return a function that registers an untrained detector as the next version of `m`."""
 
+    client = connect(job)
+    experiment = client.create_experiment("e", artifact_location=f"file://{tmp_path}/artifacts")
+
     def make(ap, *overrides):
         config = reproducible(derive(type(job), job, overrides))
         torch.manual_seed(0)
         (checkpoint := tmp_path / f"checkpoint-{ap}-{len(overrides)}").mkdir()
         about = About(CLASSES, [1, 2, 3], 0, 0, {})
         take_snapshot(Detector(config), config, about, {}).write(checkpoint)
-        client = connect(job)
-        run = client.create_run("0").info.run_id
+        run = client.create_run(experiment).info.run_id
         client.set_terminated(run)
         return registry.register(job, "m", checkpoint, run, {"AP": ap, "fps": 30.0})
 
@@ -136,3 +142,35 @@ def test_a_benchmark_under_the_same_protocol_counts(job, register, measures, tmp
     decision = promote(job, 1, "registry.gate.fps_floor=40")
     assert decision.action == "promoted"
     assert decision.reasons[-1] == "FPS 50.0 in its benchmark, the floor is 40."
+
+
+def test_a_champion_that_cannot_be_measured_is_a_refusal_on_record(job, register, measures):
+    measures(lambda trained, job: 1.0)
+    register(1.0)
+    register(1.0, "seed=1")
+    promote(job, 1)
+    location = connect(job).get_model_version_download_uri("m", "1")
+    shutil.rmtree(Path(urlparse(location).path))
+    decision = promote(job, 2)
+    assert decision.action == "refused"
+    assert "The champion (version 1) cannot be measured: m version 1: its" in decision.reasons[-2]
+    assert trail.read_trail(connect(job), "m")[-1].reasons == decision.reasons
+    decision = promote(job, 2, "registry.gate.compare=false")
+    assert decision.action == "promoted"
+    assert "Not compared with the champion (version 1), as told." in decision.reasons
+
+
+def test_a_champion_of_other_classes_is_a_refusal_on_record(job, register, measures):
+    def share(trained, job):
+        if trained.seed == 0:
+            raise JobFailedError("class 2 is 'square', but 'triangle' in the model")
+        return 1.0
+
+    measures(lambda trained, job: 1.0)
+    register(1.0, "seed=0")
+    register(1.0, "seed=1", "postprocess.nms_iou=0.5")  # nothing is kept of the champion at that
+    promote(job, 1)
+    measures(share)
+    decision = promote(job, 2)
+    assert decision.action == "refused"
+    assert "cannot be measured: class 2 is 'square'" in decision.reasons[-2]
