@@ -81,6 +81,12 @@ def scaled(model: Model, pixels: Tensor) -> Tensor:
     return resized.as_subclass(Tensor).float().unsqueeze(0)
 
 
+def padded(image: Tensor) -> Tensor:
+    """Return `scaled` images (B, 3, H, W) as the detector takes them, H and W multiples of 32."""
+    height, width = image.shape[-2:]
+    return pad(image, (0, -width % SIZE_MULTIPLE, 0, -height % SIZE_MULTIPLE))
+
+
 def compare(model: Model, run: Run, form: Form, images: Iterable[Tensor]) -> Difference:
     """Return how far a file's outputs are from the detector's on `images`, (1, 3, H, W) each.
 
@@ -134,8 +140,7 @@ def _eager(detector: Detector, image: Tensor, form: Form) -> Outputs:
     if form.with_nms:
         height, width = image.shape[-2:]
         sizes = torch.tensor([[height, width]])
-        padded = pad(image, (0, -width % SIZE_MULTIPLE, 0, -height % SIZE_MULTIPLE))
-        (found,) = detector.predict(detector.normalize(padded, sizes), sizes)
+        (found,) = detector.predict(detector.normalize(padded(image), sizes), sizes)
         return {name: getattr(found, name).numpy() for name in form.outputs}
     with torch.no_grad():
         outputs = Exportable(detector, form)(image)

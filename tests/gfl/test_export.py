@@ -10,6 +10,7 @@ from tests_support import attentive_detector
 from torchvision.ops import batched_nms
 
 import gfl
+from benchmarks import export as benchmark
 from gfl.checkpoint import About
 from gfl.configfile import derive
 from gfl.data import load_splits
@@ -134,6 +135,24 @@ def test_a_file_that_does_something_else_is_not_published(model, files, tmp_path
     with pytest.raises(ExportError, match="boxes differ by up to 1 px and scores by 1"):
         export(model, tmp_path / "f", ("pt2",), Form(False), files[:1], {})
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_benchmark_times_what_the_model_does(model, monkeypatch):
+    timed = []
+
+    def eager(detector, image):
+        timed.append((detector, *plain(detector, image)))
+
+    plain = benchmark.eager
+    monkeypatch.setattr(benchmark, "ROUNDS", 1)
+    monkeypatch.setattr(benchmark, "eager", eager)
+    image = torch.randint(0, 256, (3, 64, 40), dtype=torch.uint8)  # 40 is no multiple of 32
+    benchmark.compare(model, lambda _: None, [image.float().unsqueeze(0)])
+    ((detector, found),) = timed
+    (expected,) = model.predict(image)
+    torch.testing.assert_close(found.boxes, expected.boxes, atol=1e-3, rtol=0)
+    norms = [m for m in detector.backbone.modules() if isinstance(m, torch.nn.BatchNorm2d)]
+    assert norms == []
 
 
 def test_what_cannot_be_exported_is_said(tiny):
