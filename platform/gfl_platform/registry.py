@@ -79,10 +79,16 @@ def register(
             )
         client.update_run(run_id, status=status)  # `start_run` ends the run, whoever opened it
     version = int(logged.registered_model_version)
+    tag(job, name, version, facts)
+    return version
+
+
+def tag(job: JobConfig, name: str, version: int, facts: Mapping[str, float | str]) -> None:
+    """Keep `facts` (see `register`) with a version."""
+    client = connect(job)
     for key, value in facts.items():
         shown = value if isinstance(value, str) else f"{value:.6g}"
         client.set_model_version_tag(name, str(version), key, shown)
-    return version
 
 
 def figures_of_version(ap: float, fps: float, protocol: dict[str, Any]) -> dict[str, Any]:

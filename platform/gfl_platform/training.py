@@ -123,7 +123,10 @@ def _register(
         of_this_run = f"name = '{model}' and run_id = '{run}'"
         known = store.connect(job).search_model_versions(of_this_run)
         if known:
-            return max(int(version.version) for version in known)
+            latest = max(known, key=lambda version: int(version.version))
+            if facts.keys() - latest.tags.keys():  # the interruption came before them
+                registry.tag(job, model, int(latest.version), facts)
+            return int(latest.version)
         return registry.register(job, model, checkpoint, run, facts)
     except (MlflowException, OSError, store.TrackingError) as error:
         raise store.TrackingError(

@@ -13,7 +13,7 @@ from gfl.checkpoint import About, read_config, take_snapshot
 from gfl.configfile import derive, reproducible
 from gfl.detector import Detector
 from gfl.evaluation import evaluate_split
-from gfl_platform import gate, measuring, registry, trail
+from gfl_platform import gate, measuring, registry, trail, training
 from gfl_platform.benchmarking import Benchmark, Timing, keep
 from gfl_platform.cluster import JobFailedError
 from gfl_platform.config import JobConfig
@@ -174,3 +174,24 @@ def test_a_champion_of_other_classes_is_a_refusal_on_record(job, register, measu
     decision = promote(job, 2)
     assert decision.action == "refused"
     assert "cannot be measured: class 2 is 'square'" in decision.reasons[-2]
+
+
+def test_a_version_whose_registration_was_interrupted_can_be_promoted(
+    job, register, measures, monkeypatch
+):
+    measures(lambda trained, job: 1.0)
+    with monkeypatch.context() as patch:
+        patch.setattr(registry, "tag", lambda *_: None)
+        register(1.0)
+    version = registry.find(job, "m", "1")
+    assert "AP" not in version.tags
+
+    class Tracker:
+        def require_run(self):
+            return version.run_id
+
+    facts = {"AP": 1.0, "fps": 30.0}
+    for _ in range(2):
+        assert training._register(job, "m", Path("unread"), Tracker(), facts) == 1
+    assert registry.find(job, "m", "1").tags["AP"] == "1"
+    assert promote(job, 1).action == "promoted"
