@@ -39,15 +39,16 @@ def benchmark(arguments: argparse.Namespace) -> None:
     untrained = source.endswith((".yaml", ".yml"))
     where = load_job(source, given) if untrained else job_of(given)
     with scratch_folder(where) as scratch, Progress() as progress:
-        checkpoint = None if untrained else registry.fetch_checkpoint(where, source, scratch)
+        model = registry.resolve(where, source)  # once: an alias may move meanwhile
+        checkpoint = None if untrained else registry.fetch_checkpoint(where, model, scratch)
         job = derive(JobConfig, read_config(checkpoint), given) if checkpoint else where
         images = arguments.images or IMAGES
         found = benchmarking.benchmark(job, checkpoint, variants, images, progress.show)
-    run_id = registry.run_of(where, source)
+    run_id = registry.run_of(where, model)
     with tempfile.TemporaryDirectory(prefix="gfl-benchmark-") as folder:
         picture = Path(folder) / "latency.png"
         draw_latencies(found, picture)
-        said = benchmarking.keep(where, source, run_id, found, picture)
+        said = benchmarking.keep(job, source, run_id, found, picture)
     if arguments.out:
         write_atomically(arguments.out, json.dumps(benchmarking.as_json(found), indent=1) + "\n")
     show_benchmark(source, found)

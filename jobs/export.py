@@ -43,7 +43,8 @@ def export(arguments: argparse.Namespace) -> None:
         raise ValueError(f"--check {arguments.check}: expected at least 1")
     where = job_of(arguments.overrides)
     with scratch_folder(where) as scratch:
-        checkpoint = registry.fetch_checkpoint(where, arguments.model, scratch)
+        resolved = registry.resolve(where, arguments.model)  # once: an alias may move meanwhile
+        checkpoint = registry.fetch_checkpoint(where, resolved, scratch)
         job = derive(JobConfig, read_config(checkpoint), arguments.overrides)
         model = gfl.load(checkpoint, job, device="cpu")
     images = list_images(arguments.images) if arguments.images else []
@@ -52,7 +53,7 @@ def export(arguments: argparse.Namespace) -> None:
         images = images or [record.path for record in val.records]
     images = images[: arguments.check]
     form = Form(not arguments.no_nms, arguments.distributions)
-    protocol = card.protocol_of(where, arguments.model)
+    protocol = card.protocol_of(where, resolved)
     found = export_checked(model, arguments.out, arguments.format, form, images, protocol)
     for name, figures in found.items():
         show_table(str(arguments.out / name), {"images": len(images), **figures})
