@@ -88,7 +88,9 @@ def train(job: JobConfig, name: str, *, resume: bool, watch: Watcher) -> Trainin
             watch(event)
 
         share_state(job, folder)
-        tracker.handle({"kind": "tags", "tags": lineage(config, workers, sources)})
+        origins = {"kind": "tags", "tags": lineage(config, workers, sources)}
+        tracker.handle(origins)
+        watch(origins)
         with pumped(handle) as events:
             measured, checkpoint, metrics = run(job, sources, workers, folder, events)
         fps = measured["fps"]
