@@ -145,12 +145,22 @@ def count_parameters(detector: Detector) -> int:
 def count_flops(detector: Detector, height: int, width: int) -> int:
     """Return the floating-point operations of the network for one image of `height` x `width` px.
 
-    A multiplication and an addition are two. Post-processing is not counted.
+    A multiplication and an addition are two. Of a deformable convolution its products count, not
+    where it looks. Post-processing is not counted.
     """
     device = detector.pixel_mean.device
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
+    deformable = {torch.ops.torchvision.deform_conv2d: _deformable_flops}
+    counting = FlopCounterMode(display=False, custom_mapping=deformable)
+    with counting as counter, torch.no_grad():
         detector.eval()(torch.zeros(1, 3, height, width, device=device))
     return int(counter.get_total_flops())
+
+
+def _deformable_flops(
+    _: torch.Size, weight: torch.Size, *others: Any, out_shape: torch.Size, **__: Any
+) -> int:
+    """Count as for a convolution with this weight, (C_out, C_in, height, width)."""
+    return 2 * out_shape.numel() * weight[1:].numel()
 
 
 @contextmanager

@@ -128,3 +128,18 @@ def test_parameters_and_operations_are_counted(detector):
     assert large == pytest.approx(4 * small, rel=0.05)
     backbone = 1.82e9 * 2 * (64 / 224) ** 2  # ResNet-18: 1.8 G multiply-adds at 224 px
     assert small > 0.9 * backbone
+
+
+def test_deformable_convolutions_count_as_others_do(tiny):
+    def body(deformable):
+        name = f"model.backbone={{name: resnet50, deformable: {deformable}}}"
+        return gfl.Detector(derive(type(tiny), tiny, [name]))
+
+    plain, deformed = body("null"), body("{version: 2, stages: [5]}")
+    offsets = sum(
+        2 * module.weight.numel() * 2 * 2  # maps of stage 5 are 2 x 2 for 64 px
+        for name, module in deformed.named_modules()
+        if name.endswith("offset")
+    )
+    assert offsets > 0
+    assert count_flops(deformed, 64, 64) == count_flops(plain, 64, 64) + offsets
