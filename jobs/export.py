@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from jobs.console import parse, parser, run, show_table
+from jobs.console import Progress, parse, parser, run, show_table
 
 EXAMPLE = "python -m jobs.export models:/gfl-demo@champion --int8 --out outputs/export"
 CALIBRATION = 64
@@ -59,7 +59,12 @@ def export(arguments: argparse.Namespace) -> None:
         show_table(str(arguments.out / name), {"images": len(images), **figures})
     if arguments.int8:
         paths = [record.path for record in train.records[:CALIBRATION]]
-        figures = quantize(model, arguments.out, paths, val)
+        with Progress() as progress:
+
+            def tell(done: int, total: int) -> None:
+                progress.show({"kind": "predicted", "images": done, "of": total})
+
+            figures = quantize(model, arguments.out, paths, val, tell)
         show_table(str(arguments.out / "model.int8.onnx"), figures)
 
 

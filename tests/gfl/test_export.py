@@ -67,14 +67,21 @@ def test_files_do_what_the_detector_does_at_any_size(model, exported):
         assert (edge_std[there] > 0).all()
 
 
-def test_an_image_of_nothing_gives_empty_rows(exported, tiny):
+def test_an_image_of_nothing_gives_empty_rows(exported, tiny, files, caplog):
     """Of another, untrained detector, whose scores are all below the threshold."""
     folder, _ = exported
     quiet = attentive_detector(tiny)
     with torch.no_grad():
         quiet.head.cls_logits.bias.fill_(-20)
     model = Model(quiet, ABOUT, "cpu")
-    export(model, folder / "quiet", ("onnx",), Form(), [], {})
+    stale = ("model.pt2", "model.int8.onnx", "model.int8.json")
+    (folder / "quiet").mkdir()
+    for name in (*stale, "notes.txt"):
+        (folder / "quiet" / name).touch()
+    export(model, folder / "quiet", ("onnx",), Form(), files[:1], {})
+    assert "model.onnx: nothing was detected, so it is hardly checked" in caplog.text
+    left = {path.name for path in (folder / "quiet").iterdir()}
+    assert left == {"model.onnx", "model.json", "notes.txt"}  # of an earlier model there is none
     run = open_onnx(folder / "quiet" / "model.onnx")
     assert (run(images()[0])[1] == 0).all()
     assert compare(model, run, Form(), images()).detections == 0
@@ -117,7 +124,10 @@ def test_without_nms_every_location_is_an_output(model, files, tmp_path):
 
 def test_int8_states_what_it_costs(model, exported, tiny, files):
     folder, _ = exported
-    figures = quantize(model, folder, files[:4], load_splits(tiny)[1])
+    told = []
+    split = load_splits(tiny)[1]
+    figures = quantize(model, folder, files[:4], split, lambda *done: told.append(done))
+    assert told == [(done, 22) for done in range(1, 23)]
     assert {"float32 AP", "int8 AP"} <= figures.keys()
     assert json.loads((folder / "model.int8.json").read_text()) == figures
     assert (folder / "model.int8.onnx").stat().st_size < (folder / "model.onnx").stat().st_size
@@ -135,6 +145,25 @@ def test_a_file_that_does_something_else_is_not_published(model, files, tmp_path
     with pytest.raises(ExportError, match="boxes differ by up to 1 px and scores by 1"):
         export(model, tmp_path / "f", ("pt2",), Form(False), files[:1], {})
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_graph_that_decodes_wrongly_is_found_without_nms(model, monkeypatch):
+    form = Form(with_nms=False, distributions=True)
+
+    def run(image):
+        with torch.no_grad():
+            return [output.numpy() for output in Exportable(model.detector, form)(image)]
+
+    assert compare(model, run, form, images()).box_px < 0.01
+    right = Exportable._decode
+
+    def wrong(self, logits, xy, stride, height, width):
+        boxes, std, distributions = right(self, logits, xy, stride, height, width)
+        return boxes + 1, std, distributions
+
+    monkeypatch.setattr(Exportable, "_decode", wrong)
+    with pytest.raises(ExportError, match=r"boxes differ by up to 1 px and scores by .*e-"):
+        compare(model, run, form, images())
 
 
 def test_the_benchmark_times_what_the_model_does(model, monkeypatch):
