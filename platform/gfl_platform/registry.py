@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import gfl
 from gfl_platform.config import JobConfig, require_alias
 from gfl_platform.storage import cache_of, is_there
-from gfl_platform.store import connect
+from gfl_platform.store import connect, on_all_pages
 from gfl_platform.trail import FOLLOWED, OF_MODEL
 
 if TYPE_CHECKING:
@@ -72,7 +72,7 @@ def register(
                 name=name,
                 python_model=str(here / "pyfunc.py"),
                 artifacts={CHECKPOINT: str(model)},
-                code_paths=[str(here), str(Path(_gfl_folder()))],
+                code_paths=[str(here), str(Path(gfl.__file__).parent)],
                 pip_requirements=_requirements(),
                 registered_model_name=name,
                 metadata=dict(facts),
@@ -226,9 +226,8 @@ def _checkpoint_of_run(job: JobConfig, run_id: str) -> Path:
         run = client.get_run(run_id)
     except MlflowException as error:
         raise RegistryError(f"runs:/{run_id}: no such run in the tracking store") from error
-    models = client.search_logged_models(
-        [run.info.experiment_id], filter_string=f"source_run_id = '{run_id}'"
-    )
+    within, of_run = [run.info.experiment_id], f"source_run_id = '{run_id}'"
+    models = on_all_pages(lambda page: client.search_logged_models(within, of_run, page_token=page))
     found = [
         (metric.value, model.tags["uri"])
         for model in models
@@ -242,7 +241,7 @@ def _checkpoint_of_run(job: JobConfig, run_id: str) -> Path:
 
 def _names(client: "MlflowClient") -> list[str]:
     """Return the names of all models, without those that hold decisions."""
-    found = client.search_registered_models()
+    found = on_all_pages(lambda page: client.search_registered_models(page_token=page))
     return sorted(model.name for model in found if OF_MODEL not in model.tags)
 
 
@@ -285,10 +284,6 @@ def _suggest(wanted: str, known: list[str]) -> str:
     if near:
         return f"did you mean '{near[0]}'?"
     return f"there are: {', '.join(known)}" if known else "there is none yet"
-
-
-def _gfl_folder() -> str:
-    return str(Path(gfl.__file__).parent)
 
 
 def _requirements() -> list[str]:
