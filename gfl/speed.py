@@ -128,7 +128,8 @@ def protocol_hash(protocol: Mapping[str, Any]) -> str:
 
 def data_digest(protocol: Mapping[str, Any]) -> str:
     """Return what tells apart the images and annotations that protocols are of."""
-    return hashlib.sha256((protocol["annotations"] + protocol["pictures"]).encode()).hexdigest()
+    known = protocol["annotations"] + protocol.get("pictures", "")  # which older ones lack
+    return hashlib.sha256(known.encode()).hexdigest()
 
 
 def differences(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:

@@ -99,6 +99,7 @@ def test_another_picture_is_another_protocol(tiny, detector, shapes_folder, tmp_
     assert len(set(map(data_digest, protocols))) == 2
     (difference,) = differences(*protocols)
     assert difference.startswith("pictures ")
+    assert data_digest({"annotations": protocols[0]["annotations"]})  # as older sweeps kept it
 
 
 def test_a_variant_leaves_the_detector_as_it_was(tiny, detector, split):
