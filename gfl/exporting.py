@@ -1,9 +1,10 @@
 """Exports that are checked before anybody sees them: files, their parity, their AP in int8."""
 
 import json
+import logging
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -24,6 +25,11 @@ from gfl.predict import Model
 FileFormat = Literal["onnx", "pt2"]
 OPENERS = {"onnx": open_onnx, "pt2": open_pt2}
 
+FILES = ("model.onnx", "model.pt2", "model.int8.onnx", "model.int8.json", "model.json")
+"""What exports write."""
+
+logger = logging.getLogger(__name__)
+
 
 def export(
     model: Model,
@@ -37,7 +43,7 @@ def export(
 
     Args:
         model: The model.
-        folder: Made if it does not exist; files of these names are replaced.
+        folder: Made if it does not exist; `FILES` of earlier exports are replaced or removed.
         formats: Which files.
         form: Their outputs.
         images: What parity is checked on.
@@ -53,7 +59,7 @@ def export(
     program = trace(Exportable(model.detector, form))
     about = metadata(model.config, model.about, form, protocol)
     found: dict[str, dict[str, Any]] = {}
-    with _published(folder) as scratch:
+    with _published(folder, FILES) as scratch:
         for each in formats:
             path = scratch / f"model.{each}"
             if each == "onnx":
@@ -62,18 +68,28 @@ def export(
                 save_pt2(program, path, about)
             inputs = (scaled(model, read_image(image)) for image in images)
             difference = compare(model, OPENERS[each](path), form, inputs)
+            if form.with_nms and not difference.detections:
+                logger.warning(
+                    "%s: nothing was detected, so it is hardly checked; give other images",
+                    path.name,
+                )
             found[path.name] = asdict(difference) | {"bytes": path.stat().st_size}
         (scratch / "model.json").write_text(json.dumps(about | {"parity": found}, indent=1) + "\n")
     return found
 
 
 def quantize(
-    model: Model, folder: Path, calibration: Sequence[Path], split: Split
+    model: Model,
+    folder: Path,
+    calibration: Sequence[Path],
+    split: Split,
+    progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> dict[str, float]:
     """Write `model.int8.onnx` beside `model.onnx`, and return the AP of both on `split`.
 
     Convolutions become int8, weights per channel, after training (static, QDQ): ranges are those of
-    the calibration images. The AP goes into `model.int8.json`.
+    the calibration images. The AP goes into `model.int8.json`. `progress` is told how many images
+    the files have seen, and how many they will have.
 
     Raises:
         ExportError: there is no `model.onnx` with NMS.
@@ -101,12 +117,16 @@ def quantize(
             op_types_to_quantize=["Conv"],
             per_channel=True,
         )
-        figures = {}
-        for name, file in (("float32", source), ("int8", path)):
+        figures, count = {}, len(split.records)
+        for before, name, file in ((0, "float32", source), (count, "int8", path)):
             started = time.perf_counter()
-            rows = np.concatenate(list(_rows(model, open_onnx(file), split)))
+            rows = [np.empty((0, 7))]
+            for found in _rows(model, open_onnx(file), split):
+                rows.append(found)
+                progress(before + len(rows) - 1, 2 * count)
             figures[f"{name} seconds"] = time.perf_counter() - started
-            figures[f"{name} AP"] = evaluate_split(split, rows, model.config).metrics["AP"]
+            measured = evaluate_split(split, np.concatenate(rows), model.config)
+            figures[f"{name} AP"] = measured.metrics["AP"]
         figures["bytes"] = float(path.stat().st_size)
         (scratch / "model.int8.json").write_text(json.dumps(figures, indent=1) + "\n")
     return figures
@@ -114,7 +134,6 @@ def quantize(
 
 def _rows(model: Model, run: Run, split: Split) -> Iterator[Rows]:
     """Give the detections of a file with NMS in every image of `split`."""
-    yield np.empty((0, 7))
     for record in split.records:
         pixels = read_image(record.path)
         image = scaled(model, pixels)
@@ -132,11 +151,13 @@ def _rows(model: Model, run: Run, split: Split) -> Iterator[Rows]:
 
 
 @contextmanager
-def _published(folder: Path) -> Iterator[Path]:
-    """Give a folder whose files move to `folder` if all goes well."""
+def _published(folder: Path, names: Sequence[str] = ()) -> Iterator[Path]:
+    """Give a folder whose files move to `folder` if all goes well; old ones of `names` go."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".export-", dir=folder.parent) as scratch:
         yield Path(scratch)
         folder.mkdir(exist_ok=True)
+        for name in names:
+            (folder / name).unlink(missing_ok=True)
         for file in Path(scratch).iterdir():
             file.replace(folder / file.name)

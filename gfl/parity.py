@@ -11,10 +11,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.functional import pad
 
+from gfl.boxes import ltrb_to_xyxy
 from gfl.data.loading import SIZE_MULTIPLE
 from gfl.data.transforms import as_sample, build_transforms
 from gfl.detector import Detector
-from gfl.export import INPUT, Exportable, ExportError, Form
+from gfl.export import INPUT, ExportError, Form
+from gfl.points import grid_points
 from gfl.predict import Model
 
 BOX_PX, SCORE = 0.01, 1e-4
@@ -81,6 +83,12 @@ def scaled(model: Model, pixels: Tensor) -> Tensor:
     return resized.as_subclass(Tensor).float().unsqueeze(0)
 
 
+def padded(image: Tensor) -> Tensor:
+    """Return `scaled` images (B, 3, H, W) as the detector takes them, H and W multiples of 32."""
+    height, width = image.shape[-2:]
+    return pad(image, (0, -width % SIZE_MULTIPLE, 0, -height % SIZE_MULTIPLE))
+
+
 def compare(model: Model, run: Run, form: Form, images: Iterable[Tensor]) -> Difference:
     """Return how far a file's outputs are from the detector's on `images`, (1, 3, H, W) each.
 
@@ -131,12 +139,22 @@ def _in_order_of(found: Outputs, expected: Outputs) -> Outputs:
 
 def _eager(detector: Detector, image: Tensor, form: Form) -> Outputs:
     """Return the outputs of `form` as the detector itself finds them."""
+    height, width = image.shape[-2:]
+    sizes = torch.tensor([[height, width]])
+    inputs = detector.normalize(padded(image), sizes)
     if form.with_nms:
-        height, width = image.shape[-2:]
-        sizes = torch.tensor([[height, width]])
-        padded = pad(image, (0, -width % SIZE_MULTIPLE, 0, -height % SIZE_MULTIPLE))
-        (found,) = detector.predict(detector.normalize(padded, sizes), sizes)
+        (found,) = detector.predict(inputs, sizes)
         return {name: getattr(found, name).numpy() for name in form.outputs}
     with torch.no_grad():
-        outputs = Exportable(detector, form)(image)
-    return {name: each.numpy() for name, each in zip(form.outputs, outputs, strict=True)}
+        cls_levels, reg_levels = detector(inputs)
+        cells = tuple((level.shape[2], level.shape[3]) for level in cls_levels)
+        points = grid_points(cells, image.device)
+        cls_logits, reg_logits = (
+            torch.cat([level.flatten(2).transpose(1, 2) for level in levels], dim=1)
+            for levels in (cls_levels, reg_levels)
+        )  # (B, P, C), (B, P, 4 * R)
+        ltrb, _, distributions = detector.integral.describe(reg_logits)
+        boxes = ltrb_to_xyxy(points.xy, ltrb * points.stride).clamp(min=0)
+        boxes = boxes.minimum(torch.tensor([width, height, width, height]))
+    outputs = {"boxes": boxes, "scores": cls_logits.sigmoid(), "distributions": distributions}
+    return {name: outputs[name].numpy() for name in form.outputs}

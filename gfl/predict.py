@@ -64,7 +64,7 @@ class Model:
         """Return what is found in each image, in their order.
 
         Args:
-            images: One image, several, or a folder.
+            images: One image, several, or a folder; an iterator's are not held longer than needed.
             batch: Images a forward pass. Only those of one size share one, so that a batch changes
                 no more than rounding.
             min_score: Detections below are left out; `postprocess.score_threshold` already is.
@@ -78,13 +78,12 @@ class Model:
         """
         if batch < 1 or not scales or min(scales) <= 0:
             raise ValueError(f"batch {batch}, scales {list(scales)}: expected positive numbers")
-        listed = list(_listed(images))
+        sources: list[str] = []
         found: dict[int, Detections] = {}
-        for places, pixels in _batches(listed, batch):
+        for places, pixels in _batches(_noted(_listed(images), sources), batch):
             for number, seen in zip(places, self._look(pixels, flip, scales), strict=True):
-                image = listed[number]
                 found[number] = Detections(
-                    source=str(image) if isinstance(image, str | Path) else "",
+                    source=sources[number],
                     size=(pixels[0].shape[1], pixels[0].shape[2]),
                     predictions=seen.select(seen.scores >= min_score),
                     classes=self.about.classes,
@@ -92,7 +91,7 @@ class Model:
                 )
             if progress is not None:
                 progress(len(found))
-        return [found[number] for number in range(len(listed))]
+        return [found[number] for number in range(len(found))]
 
     def _look(self, images: list[Tensor], flip: bool, scales: Sequence[float]) -> list[Predictions]:
         """Return the merged detections of images (3, H, W) of one size, in every way asked for."""
@@ -171,6 +170,13 @@ def _listed(images: ImageLike | Iterable[ImageLike]) -> Iterable[ImageLike]:
         stacked = isinstance(images, np.ndarray | Tensor) and images.ndim == 4
         return images if stacked else [images]
     return images
+
+
+def _noted(images: Iterable[ImageLike], sources: list[str]) -> Iterator[ImageLike]:
+    """Give images one after the other; `sources` gets the path of each, "" of one without."""
+    for image in images:
+        sources.append(str(image) if isinstance(image, str | Path) else "")
+        yield image
 
 
 def _batches(images: Iterable[ImageLike], batch: int) -> Iterator[tuple[list[int], list[Tensor]]]:

@@ -24,17 +24,22 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from gfl.config import Config
 from gfl.data.loading import Batch, DetectionDataset, collate
-from gfl.data.split import Split
+from gfl.data.split import Split, digest_images
 from gfl.detector import Detector, place
 from gfl.folding import folded
 
 WARM_UP = 5
+
+IMAGES = 2000
+"""How many are measured at most, as GFocal did."""
 
 Precision = Literal["float32", "bfloat16", "float16"]
 PRECISIONS: tuple[Precision, ...] = ("float32", "bfloat16", "float16")
 
 STATE = "state"
 """Part of a protocol that is recorded but tells none apart: what changes by itself."""
+
+CLOCKS = ("clocks.sm", "pstate")
 
 
 @dataclass(frozen=True)
@@ -66,7 +71,7 @@ class UnavailableError(ValueError):
 
 
 def measure_fps(
-    detector: Detector, split: Split, config: Config, device: torch.device, images: int = 200
+    detector: Detector, split: Split, config: Config, device: torch.device, images: int = IMAGES
 ) -> tuple[float, dict[str, Any]]:
     """Return frames per second over the first `images` of `split`, and the protocol."""
     seconds, protocol = measure_latency(detector, split, config, device, Variant(), images)
@@ -121,6 +126,12 @@ def protocol_hash(protocol: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(counted, sort_keys=True).encode()).hexdigest()[:12]
 
 
+def data_digest(protocol: Mapping[str, Any]) -> str:
+    """Return what tells apart the images and annotations that protocols are of."""
+    known = protocol["annotations"] + protocol.get("pictures", "")  # which older ones lack
+    return hashlib.sha256(known.encode()).hexdigest()
+
+
 def differences(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
     """Return where two protocols differ, "key this -> that" each; empty: figures compare."""
     keys = sorted((one.keys() | other.keys()) - {STATE})
@@ -135,12 +146,22 @@ def count_parameters(detector: Detector) -> int:
 def count_flops(detector: Detector, height: int, width: int) -> int:
     """Return the floating-point operations of the network for one image of `height` x `width` px.
 
-    A multiplication and an addition are two. Post-processing is not counted.
+    A multiplication and an addition are two. Of a deformable convolution its products count, not
+    where it looks. Post-processing is not counted.
     """
     device = detector.pixel_mean.device
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
+    deformable = {torch.ops.torchvision.deform_conv2d: _deformable_flops}
+    counting = FlopCounterMode(display=False, custom_mapping=deformable)
+    with counting as counter, torch.no_grad():
         detector.eval()(torch.zeros(1, 3, height, width, device=device))
     return int(counter.get_total_flops())
+
+
+def _deformable_flops(
+    _: torch.Size, weight: torch.Size, *others: Any, out_shape: torch.Size, **__: Any
+) -> int:
+    """Count as for a convolution with this weight, (C_out, C_in, height, width)."""
+    return 2 * out_shape.numel() * weight[1:].numel()
 
 
 @contextmanager
@@ -206,7 +227,8 @@ def _protocol(
     on_gpu = device.type == "cuda"
     return {
         "device": torch.cuda.get_device_name(device) if on_gpu else _cpu_name(),
-        "driver": _nvidia_smi("driver_version") if on_gpu else platform.release(),
+        "driver": _nvidia_smi("driver_version", device) if on_gpu else platform.release(),
+        "power": _power(device),
         "cuda": torch.version.cuda if on_gpu else None,
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
@@ -217,10 +239,11 @@ def _protocol(
         "warm_up": WARM_UP,
         "images": images,
         "annotations": split.digest,
+        "pictures": digest_images(split),
         "short_side": config.data.short_side,
         "long_side": config.data.long_side,
         "postprocess": config.postprocess.model_dump(mode="json"),
-        STATE: _power_state(on_gpu),
+        STATE: {what: _nvidia_smi(what, device) for what in CLOCKS} if on_gpu else {},
     }
 
 
@@ -231,17 +254,17 @@ def _cpu_name() -> str:
     return f"cpu: {names[0] if names else platform.machine()}"
 
 
-def _power_state(on_gpu: bool) -> dict[str, str]:
-    """Return clocks and power limits as far as they can be read."""
-    if on_gpu:
-        asked = ("power.limit", "clocks.sm", "pstate")
-        return dict(zip(asked, map(_nvidia_smi, asked), strict=True))
+def _power(device: torch.device) -> str:
+    """Return what bounds the clocks: the power limit of a GPU, a CPU's governor."""
+    if device.type == "cuda":
+        return _nvidia_smi("power.limit", device)
     governor = Path("/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor")
-    return {"governor": governor.read_text().strip() if governor.exists() else "unknown"}
+    return governor.read_text().strip() if governor.exists() else "unknown"
 
 
-def _nvidia_smi(what: str) -> str:
-    command = ["nvidia-smi", f"--query-gpu={what}", "--format=csv,noheader"]
+def _nvidia_smi(what: str, device: torch.device) -> str:
+    uuid = torch.cuda.get_device_properties(device).uuid
+    command = ["nvidia-smi", f"--id=GPU-{uuid}", f"--query-gpu={what}", "--format=csv,noheader"]
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):

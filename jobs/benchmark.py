@@ -15,7 +15,7 @@ def main() -> None:
     """Run the command line."""
     made = parser("Measure FPS, latency, throughput, FLOPs and memory under a protocol.", EXAMPLE)
     made.add_argument("model", help="YAML file (untrained), checkpoint folder, models:/..., runs:/")
-    made.add_argument("--images", type=int, default=2000, help="at most so many (default 2000)")
+    made.add_argument("--images", type=int, help="at most so many (default: 2000, as in the gate)")
     made.add_argument("--precision", default="float32", help="some of float32,bfloat16,float16")
     made.add_argument("--batches", default="", help="batch sizes for throughput, such as 8,32")
     made.add_argument("--no-channels-last", action="store_true", help="measure without it, too")
@@ -28,6 +28,7 @@ def benchmark(arguments: argparse.Namespace) -> None:
     """Measure a model, show and keep what was found."""
     from gfl.checkpoint import read_config
     from gfl.configfile import derive
+    from gfl.speed import IMAGES
     from gfl_platform import benchmarking, registry
     from gfl_platform.config import JobConfig, job_of, load_job
     from gfl_platform.storage import scratch_folder, write_atomically
@@ -38,14 +39,16 @@ def benchmark(arguments: argparse.Namespace) -> None:
     untrained = source.endswith((".yaml", ".yml"))
     where = load_job(source, given) if untrained else job_of(given)
     with scratch_folder(where) as scratch, Progress() as progress:
-        checkpoint = None if untrained else registry.fetch_checkpoint(where, source, scratch)
+        model = registry.resolve(where, source)  # once: an alias may move meanwhile
+        checkpoint = None if untrained else registry.fetch_checkpoint(where, model, scratch)
         job = derive(JobConfig, read_config(checkpoint), given) if checkpoint else where
-        found = benchmarking.benchmark(job, checkpoint, variants, arguments.images, progress.show)
-    run_id = registry.run_of(where, source)
+        images = arguments.images or IMAGES
+        found = benchmarking.benchmark(job, checkpoint, variants, images, progress.show)
+    run_id = registry.run_of(where, model)
     with tempfile.TemporaryDirectory(prefix="gfl-benchmark-") as folder:
         picture = Path(folder) / "latency.png"
         draw_latencies(found, picture)
-        said = benchmarking.keep(where, source, run_id, found, picture)
+        said = benchmarking.keep(job, source, run_id, found, picture)
     if arguments.out:
         write_atomically(arguments.out, json.dumps(benchmarking.as_json(found), indent=1) + "\n")
     show_benchmark(source, found)

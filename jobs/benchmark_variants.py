@@ -12,7 +12,7 @@ def parse_variants(arguments: argparse.Namespace) -> list[Variant]:
     Raises:
         ValueError: a precision or a batch size that does not exist.
     """
-    if arguments.images < 1:
+    if arguments.images is not None and arguments.images < 1:
         raise ValueError(f"--images {arguments.images}: expected at least 1")
     found = []
     for word in arguments.precision.split(","):

@@ -116,16 +116,16 @@ class Progress:
             self._live.stop()
 
     def expect(self, digests: Mapping[str, str]) -> None:
-        """Tell of data that have other digests than these, "data.train.digest" and so on."""
+        """Tell of data and weights with other digests than these, "data.train.digest" and so on."""
         self._digests = digests
 
     def show(self, event: Mapping[str, Any]) -> None:
         """Show an event of a training."""
         match event:
             case {"kind": "data", "facts": dict(facts)}:
-                for key, digest in self._digests.items():
-                    if (now := facts[key.removeprefix("data.")]) != digest:
-                        console.print(f"not as it was then: {key} {digest[:12]} -> {now[:12]}")
+                self._compare({f"data.{key}": fact for key, fact in facts.items()})
+            case {"kind": "tags", "tags": dict(tags)}:
+                self._compare(tags)
             case {"kind": "steps"}:
                 self._show_steps(event)
             case {"kind": "checkpoint", "epoch": epoch, "metrics": dict(metrics)}:
@@ -141,6 +141,13 @@ class Progress:
                 console.print(
                     f"worker {rank} stopped ({reason}); going on from the last checkpoint"
                 )
+
+    def _compare(self, now: Mapping[str, Any]) -> None:
+        """Tell where `now` has other digests than expected."""
+        for key, then in self._digests.items():
+            if key in now and now[key] != then:
+                line = f"not as it was then: {key} {then} -> {now[key]}"
+                console.print(line, soft_wrap=True)
 
     def _show_steps(self, event: Mapping[str, Any]) -> None:
         metrics, left = event["metrics"], event["seconds_left"]

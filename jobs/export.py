@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from jobs.console import parse, parser, run, show_table
+from jobs.console import Progress, parse, parser, run, show_table
 
 EXAMPLE = "python -m jobs.export models:/gfl-demo@champion --int8 --out outputs/export"
 CALIBRATION = 64
@@ -43,7 +43,8 @@ def export(arguments: argparse.Namespace) -> None:
         raise ValueError(f"--check {arguments.check}: expected at least 1")
     where = job_of(arguments.overrides)
     with scratch_folder(where) as scratch:
-        checkpoint = registry.fetch_checkpoint(where, arguments.model, scratch)
+        resolved = registry.resolve(where, arguments.model)  # once: an alias may move meanwhile
+        checkpoint = registry.fetch_checkpoint(where, resolved, scratch)
         job = derive(JobConfig, read_config(checkpoint), arguments.overrides)
         model = gfl.load(checkpoint, job, device="cpu")
     images = list_images(arguments.images) if arguments.images else []
@@ -52,13 +53,18 @@ def export(arguments: argparse.Namespace) -> None:
         images = images or [record.path for record in val.records]
     images = images[: arguments.check]
     form = Form(not arguments.no_nms, arguments.distributions)
-    protocol = card.protocol_of(where, arguments.model)
+    protocol = card.protocol_of(where, resolved)
     found = export_checked(model, arguments.out, arguments.format, form, images, protocol)
     for name, figures in found.items():
         show_table(str(arguments.out / name), {"images": len(images), **figures})
     if arguments.int8:
         paths = [record.path for record in train.records[:CALIBRATION]]
-        figures = quantize(model, arguments.out, paths, val)
+        with Progress() as progress:
+
+            def tell(done: int, total: int) -> None:
+                progress.show({"kind": "predicted", "images": done, "of": total})
+
+            figures = quantize(model, arguments.out, paths, val, tell)
         show_table(str(arguments.out / "model.int8.onnx"), figures)
 
 

@@ -22,7 +22,6 @@ COMMANDS = {
 def main() -> None:
     """Run the command line."""
     made = parser("Look at registered models; decide which is champion.", EXAMPLE)
-    made.add_argument("--config", type=Path, help="YAML file with the gate and where to run")
     below = made.add_subparsers(dest="command", required=True)
     listing = below.add_parser("list", help="all versions")
     listing.add_argument("--name", help="of this model")
@@ -36,6 +35,10 @@ def main() -> None:
             command.add_argument("--why", required=True, help="a sentence for the trail")
         if name == "compare":
             command.add_argument("--out", type=Path, default=Path("outputs/comparison.png"))
+    for place in (made, *below.choices.values()):
+        about = "YAML file with the gate and where to run"
+        default = None if place is made else argparse.SUPPRESS  # lest it replace the one before
+        place.add_argument("--config", type=Path, default=default, help=about)
     run(registry, parse(made))
 
 

@@ -19,6 +19,9 @@ from gfl.data.errors import DataError
 
 IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff"})
 
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "PPM")
+"""Of these files, as Pillow calls them: it knows many more, some with faults of their own."""
+
 DECODER_VERSION = 2
 """To be raised whenever `read_image` gives other pixels of the same file, or lays them out anew."""
 
@@ -86,7 +89,7 @@ def is_on_its_side(path: Path) -> bool:
 @contextmanager
 def _opened(path: Path | BytesIO) -> Iterator[Image.Image]:
     try:
-        with Image.open(path) as image:
+        with Image.open(path, formats=FORMATS) as image:
             yield image
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         name = path if isinstance(path, Path) else f"{len(path.getbuffer())} bytes"

@@ -163,21 +163,18 @@ def benchmark_worker(settings: dict[str, Any]) -> Benchmark:
 
 
 def keep(job: JobConfig, model: str, run_id: str | None, found: Benchmark, picture: Path) -> str:
-    """Log a benchmark to the model's run, or a new one; return what compares it with the last.
+    """Log a benchmark to the model's run; return what compares it with the last.
 
     Args:
-        job: Says which tracking store.
+        job: How it was measured; says which tracking store.
         model: What was measured, as the user calls it.
-        run_id: The run that trained it; None of untrained weights.
+        run_id: The run that trained it; if that is not known, there is one for its benchmarks.
         found: What was measured.
         picture: The histogram.
     """
     client = connect(job)
     with tempfile.TemporaryDirectory(prefix="gfl-benchmark-") as scratch:
-        if run_id is None:
-            tags = {"kind": "benchmark", "model": model}
-            with RunTracker(job, "benchmark", Path(scratch), tags) as tracker:
-                run_id = tracker.require_run()
+        run_id = run_id or _run_of_benchmarks(job, model, Path(scratch))
         said = _compare(found, _last(job, run_id, Path(scratch)))
         when = time.strftime("%Y%m%d-%H%M%S", time.localtime(found.time_s))
         name = f"{when}-{found.standard.hash}"
@@ -207,11 +204,30 @@ def as_json(found: Benchmark) -> dict[str, Any]:
     return vars(found) | {"timings": timings}
 
 
-def _last(job: JobConfig, run_id: str, scratch: Path) -> dict[str, Any]:
-    """Return the run's latest benchmark; empty if it has none."""
+def _run_of_benchmarks(job: JobConfig, model: str, folder: Path) -> str:
+    """Return the run that benchmarks of `model` go to; a new one, for which `folder` is needed."""
+    client = connect(job)
+    if experiment := client.get_experiment_by_name(job.tracking.experiment):
+        for run in client.search_runs([experiment.experiment_id], "tags.kind = 'benchmark'"):
+            if run.data.tags.get("model") == model:
+                return str(run.info.run_id)
+    tags = {"kind": "benchmark", "model": model}
+    with RunTracker(job, "benchmark", folder, tags) as tracker:
+        return tracker.require_run()
+
+
+def recall_fps(job: JobConfig, run_id: str, protocol: str) -> float | None:
+    """Return the FPS of a run's latest benchmark under the protocol of this hash, if any."""
+    with tempfile.TemporaryDirectory(prefix="gfl-benchmark-") as scratch:
+        found = _last(job, run_id, Path(scratch), protocol)
+    return found["timings"][0]["fps"] if found else None
+
+
+def _last(job: JobConfig, run_id: str, scratch: Path, protocol: str = "") -> dict[str, Any]:
+    """Return the run's latest benchmark, maybe of one protocol; empty if it has none."""
     client = connect(job)
     names = [entry.path for entry in client.list_artifacts(run_id, FOLDER)]
-    kept = sorted(name for name in names if name.endswith(".json"))
+    kept = sorted(name for name in names if name.endswith(f"{protocol}.json"))
     return (
         read_json(Path(client.download_artifacts(run_id, kept[-1], str(scratch)))) if kept else {}
     )

@@ -14,12 +14,12 @@ from gfl.configfile import config_hash
 from gfl_platform import registry
 from gfl_platform.cluster import Workers
 from gfl_platform.config import JobConfig, load_job
-from gfl_platform.description import COMMIT, CONFIG_FILE, PACKAGES_FILE, git_state
+from gfl_platform.description import COMMIT, CONFIG_FILE, DIFF_FILE, PACKAGES_FILE, git_state
 from gfl_platform.registry import RegistryError, Version
 from gfl_platform.store import connect
 from gfl_platform.trail import read_trail
 
-DIGESTS = ("data.train.digest", "data.val.digest")
+DIGESTS = ("data.train.digest", "data.val.digest", "weights.pretrained", "weights.teacher")
 
 FIRST = (
     "AP", "fps", "protocol", "data", "git.commit", "git.changed", "config_hash", "workers",
@@ -34,7 +34,7 @@ class Recipe:
 
     Attributes:
         job: Its configuration.
-        digests: Of the annotations that it read, by the names of its run's tags.
+        digests: Of the annotations and weights that it read, by the names of its run's tags.
         differences: Where the code or the packages are not what they were.
     """
 
@@ -90,7 +90,7 @@ def recipe(where: JobConfig, model: str, overrides: Sequence[str]) -> Recipe:
     """Return how the model `models:/NAME@ALIAS`, `models:/NAME/VERSION` or `runs:/ID` was trained.
 
     Args:
-        where: Says which registry.
+        where: Says which registry, and where to keep what is trained.
         model: The model.
         overrides: Change the configuration.
 
@@ -107,10 +107,13 @@ def recipe(where: JobConfig, model: str, overrides: Sequence[str]) -> Recipe:
         path.write_text(text)
         anew = ("run={name: null}", "registry={name: null, alias: null}", "sweep=null")
         job = load_job(path, [*anew, *overrides])
+    job = job.model_copy(update={"storage": where.storage, "tracking": where.tracking})
     tags = connect(where).get_run(run_id).data.tags
-    commit, changed, _ = git_state()
+    commit, changed, diff = git_state()
     now = {COMMIT: commit, "git.changed": changed or "nothing"}
     differing = [f"{k} {tags.get(k)} -> {v}" for k, v in now.items() if tags.get(k) != v]
+    if _artifact(where, run_id, DIFF_FILE).splitlines() != diff.splitlines():
+        differing.append(f"{DIFF_FILE}: what is not committed is not what runs:/{run_id} had")
     for line in _artifact(where, run_id, PACKAGES_FILE).split():
         package, _, version = line.partition("==")
         if (present := _installed(package)) != version:

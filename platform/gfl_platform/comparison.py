@@ -16,9 +16,9 @@ from gfl_platform.config import JobConfig
 from gfl_platform.events import Watcher
 from gfl_platform.measuring import (
     Measurement,
+    at_settings_of,
     images_of,
     measure,
-    on_images_of,
     own_job,
     recall,
 )
@@ -70,7 +70,7 @@ def compare(job: JobConfig, a: Version, b: Version, picture: Path, watch: Watche
     ]
     logged = f"{a.tags.get('data')}-{a.tags.get('protocol')}"
     of_a = recall(job, a, logged) or measure(one, a, watch)
-    of_b = recall(job, b, of_a.key) or measure(on_images_of(other, one), b, watch)
+    of_b = recall(job, b, of_a.key) or measure(at_settings_of(other, one), b, watch)
     split = images_of(one, list(of_a.ap_by_class))
     gain = measure_gain(split, of_b.rows, of_a.rows, one)
     scores = [score_images(split, each.rows, one) for each in (of_a, of_b)]

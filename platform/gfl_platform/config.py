@@ -99,6 +99,8 @@ class GateConfig(Section):
 
     ap_margin: Annotated[float, Field(ge=-1, le=1)] = 0.0
     """By how much its AP, in 0 to 1, must exceed the champion's; 0: it may be the same."""
+    compare: bool = True
+    """Whether the champion's AP counts; not where it knows other classes, or is lost."""
     fps_floor: Annotated[float, Field(ge=0)] = 0.0
     """The least frames per second."""
     val: SplitConfig | None = None

@@ -13,7 +13,7 @@ from gfl.detector import place
 from gfl.engine import build_evaluation_loader
 from gfl.evaluation import detect, evaluate_split, gather
 from gfl.postprocess import coco_records
-from gfl.speed import measure_fps
+from gfl.speed import data_digest, measure_fps
 from gfl.trainer import worker_rank
 from gfl_platform import cluster
 from gfl_platform.config import JobConfig
@@ -51,7 +51,7 @@ def evaluate_worker(settings: dict[str, Any]) -> dict[str, Any]:
     found = evaluate_split(split, rows, config, official=settings["official"])
     fps, protocol = measure_fps(detector, split, config, device)
     figures = {"fps": fps, "protocol": protocol, "images": len(split.records)}
-    figures["digest"] = split.digest
+    figures["digest"] = data_digest(protocol)
     return vars(found) | figures | {"detections": rows}
 
 

@@ -28,8 +28,11 @@ from gfl_platform.store import connect
 FOLDER = "evaluations"
 """Among the artifacts of a run: what was measured of its model, by images and protocol."""
 
-OF_IMAGES = ("format", "classes", "val", "shapes", "short_side", "long_side", "val_batch")
-"""Of the section `data`: which images are evaluated, and how they are scaled."""
+OF_IMAGES = ("format", "classes", "val", "shapes")
+"""Of the section `data`: which images are evaluated."""
+
+OF_SCALING = ("short_side", "long_side", "val_batch")
+"""Of the section `data`: how they are scaled."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +44,7 @@ class Measurement:
         ap_by_class: AP of each class, by name, in the order of labels.
         fps: Frames per second.
         protocol: How they were measured.
-        digest: SHA-256 of the annotations.
+        digest: Of the images and their annotations.
         rows: The detections, (N, 7), as `gfl.postprocess.coco_rows` has them.
     """
 
@@ -73,15 +76,18 @@ def own_job(where: JobConfig, version: Version) -> JobConfig:
 
 
 def on_images_of(job: JobConfig, other: JobConfig) -> JobConfig:
-    """Return `job` with the images, their scaling and the post-processing of `other`."""
+    """Return `job` with the images of `other`, and its way to count detections."""
     data = {key: getattr(other.data, key) for key in OF_IMAGES}
-    return job.model_copy(
-        update={
-            "data": job.data.model_copy(update=data),
-            "postprocess": other.postprocess,
-            "evaluation": other.evaluation,
-        }
-    )
+    changed = {"data": job.data.model_copy(update=data), "evaluation": other.evaluation}
+    return job.model_copy(update=changed)
+
+
+def at_settings_of(job: JobConfig, other: JobConfig) -> JobConfig:
+    """Return `job` with the images, their scaling and the post-processing of `other`."""
+    job = on_images_of(job, other)
+    data = {key: getattr(other.data, key) for key in OF_SCALING}
+    changed = {"data": job.data.model_copy(update=data), "postprocess": other.postprocess}
+    return job.model_copy(update=changed)
 
 
 def images_of(job: JobConfig, classes: Sequence[str]) -> Split:

@@ -75,7 +75,7 @@ class DetectorModel(PythonModel):
         for number, image in enumerate(images):
             try:
                 (found,) = self._model.predict(image)
-            except (ValueError, OSError) as error:
+            except Exception as error:  # whatever a decoder makes of a hostile file
                 raise InputError(f"image {number}: {error}") from error
             answers.append(
                 Detections(

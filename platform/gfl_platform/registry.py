@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import gfl
 from gfl_platform.config import JobConfig, require_alias
 from gfl_platform.storage import cache_of, is_there
-from gfl_platform.store import connect
+from gfl_platform.store import connect, on_all_pages
 from gfl_platform.trail import FOLLOWED, OF_MODEL
 
 if TYPE_CHECKING:
@@ -72,24 +72,30 @@ def register(
                 name=name,
                 python_model=str(here / "pyfunc.py"),
                 artifacts={CHECKPOINT: str(model)},
-                code_paths=[str(here), str(Path(_gfl_folder()))],
+                code_paths=[str(here), str(Path(gfl.__file__).parent)],
                 pip_requirements=_requirements(),
                 registered_model_name=name,
                 metadata=dict(facts),
             )
         client.update_run(run_id, status=status)  # `start_run` ends the run, whoever opened it
     version = int(logged.registered_model_version)
+    tag(job, name, version, facts)
+    return version
+
+
+def tag(job: JobConfig, name: str, version: int, facts: Mapping[str, float | str]) -> None:
+    """Keep `facts` (see `register`) with a version."""
+    client = connect(job)
     for key, value in facts.items():
         shown = value if isinstance(value, str) else f"{value:.6g}"
         client.set_model_version_tag(name, str(version), key, shown)
-    return version
 
 
 def figures_of_version(ap: float, fps: float, protocol: dict[str, Any]) -> dict[str, Any]:
     """Return what a registered version is listed with."""
-    from gfl.speed import protocol_hash
+    from gfl.speed import data_digest, protocol_hash
 
-    data = protocol["annotations"][:12]
+    data = data_digest(protocol)[:12]
     return {"AP": ap, "fps": fps, "protocol": protocol_hash(protocol), "data": data}
 
 
@@ -220,9 +226,8 @@ def _checkpoint_of_run(job: JobConfig, run_id: str) -> Path:
         run = client.get_run(run_id)
     except MlflowException as error:
         raise RegistryError(f"runs:/{run_id}: no such run in the tracking store") from error
-    models = client.search_logged_models(
-        [run.info.experiment_id], filter_string=f"source_run_id = '{run_id}'"
-    )
+    within, of_run = [run.info.experiment_id], f"source_run_id = '{run_id}'"
+    models = on_all_pages(lambda page: client.search_logged_models(within, of_run, page_token=page))
     found = [
         (metric.value, model.tags["uri"])
         for model in models
@@ -236,7 +241,7 @@ def _checkpoint_of_run(job: JobConfig, run_id: str) -> Path:
 
 def _names(client: "MlflowClient") -> list[str]:
     """Return the names of all models, without those that hold decisions."""
-    found = client.search_registered_models()
+    found = on_all_pages(lambda page: client.search_registered_models(page_token=page))
     return sorted(model.name for model in found if OF_MODEL not in model.tags)
 
 
@@ -279,10 +284,6 @@ def _suggest(wanted: str, known: list[str]) -> str:
     if near:
         return f"did you mean '{near[0]}'?"
     return f"there are: {', '.join(known)}" if known else "there is none yet"
-
-
-def _gfl_folder() -> str:
-    return str(Path(gfl.__file__).parent)
 
 
 def _requirements() -> list[str]:

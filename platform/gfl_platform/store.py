@@ -8,9 +8,9 @@ import logging
 import os
 import re
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from gfl_platform.config import JobConfig
 from gfl_platform.storage import storage_root
@@ -75,6 +75,14 @@ def connect(job: JobConfig) -> "MlflowClient":
             "does with tracking.unreachable=spool"
         ) from error
     return client
+
+
+def on_all_pages(search: Callable[[str | None], Any]) -> list[Any]:
+    """Return all that MLflow finds; `search` takes the token of the page."""
+    found: list[Any] = list(page := search(None))
+    while page.token:
+        found += (page := search(page.token))
+    return found
 
 
 def client_of(job: JobConfig) -> "MlflowClient":

@@ -14,7 +14,7 @@ from typing import Any
 import yaml
 
 from gfl_platform.cluster import ClusterError, JobFailedError
-from gfl_platform.description import GIT_VARIABLES, git_state
+from gfl_platform.description import GIT_VARIABLES, USER, acting_user, git_state
 
 LARGEST = 100 * 2**20
 """Bytes of a working directory that Ray takes, packed; here they are counted unpacked."""
@@ -139,11 +139,11 @@ def shadows(files: set[str]) -> list[str]:
 
 
 def _variables() -> dict[str, str]:
-    """Return what the job's processes find in their environment: the code's state, tokens."""
+    """Return what the job's processes find in their environment: user, code's state, tokens."""
     commit, changed, diff = git_state()
     if len(diff) > LONGEST_DIFF:
         diff = diff[:LONGEST_DIFF] + "\n(cut off here)\n"
-    state = dict(zip(GIT_VARIABLES, (commit, changed, diff), strict=True))
+    state = dict(zip(GIT_VARIABLES, (commit, changed, diff), strict=True)) | {USER: acting_user()}
     return state | {name: os.environ[name] for name in PASSED_ON if name in os.environ}
 
 

@@ -8,18 +8,20 @@ The aliases `champion` and `previous` follow the trail. Whoever comes next finis
 interrupted, and writes down what somebody has moved by hand.
 """
 
-import getpass
 import json
+import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
-from gfl_platform.description import git_state
+from gfl_platform.description import acting_user, git_state
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
+
+logger = logging.getLogger(__name__)
 
 FOLLOWED = ("previous", "champion")
 """The aliases that the trail decides on, in the order in which they are moved."""
@@ -31,6 +33,9 @@ DECISION, APPLIED = "decision", "applied"
 
 SECOND_LOOK_S = 1.0
 """What has been moved by hand stays moved; another's promotion is through by then."""
+
+LATE_S = 30.0
+"""For so long what a slow promoter wrote over a later decision is taken back, not noted."""
 
 Action = Literal["promoted", "refused", "rolled back", "moved by hand"]
 
@@ -54,7 +59,7 @@ class Decision:
         based_on: Number of the decision that was the last when this one was made; 0 of the first.
         reasons: Why, a sentence each.
         figures: What was measured of the candidate and the champion.
-        user: Who decided.
+        user: Who decided; of a hand, who noticed.
         commit: Of the code that decided.
         time_s: When, in seconds since 1970.
         number: Its place in the trail, from 1.
@@ -68,7 +73,7 @@ class Decision:
     based_on: int
     reasons: list[str]
     figures: dict[str, Any] = field(default_factory=dict)
-    user: str = field(default_factory=lambda: getpass.getuser())
+    user: str = field(default_factory=acting_user)
     commit: str = field(default_factory=lambda: git_state()[0])
     time_s: float = field(default_factory=time.time)
     number: int = 0
@@ -82,17 +87,25 @@ def trail_of(model: str) -> str:
 
 
 def read_trail(client: "MlflowClient", model: str) -> list[Decision]:
-    """Return all decisions on `model`, the first first, also those that are void."""
+    """Return all decisions on `model`, the first first, also those that are void.
+
+    A version that is no decision is passed over; one may have been, before somebody changed its
+    tags, so that the next may be based on it.
+    """
     found = client.search_model_versions(f"name = '{trail_of(model)}'", max_results=10_000)
     decisions: list[Decision] = []
-    last = 0
+    bases = {0}
     for entry in sorted(found, key=lambda entry: int(entry.version)):
-        told = json.loads(entry.tags[DECISION])
         number = int(entry.version)
-        void = told["based_on"] != last
-        last = last if void else number
-        applied = APPLIED in entry.tags
-        decisions.append(Decision(**told, number=number, applied=applied, void=void))
+        try:
+            decision = Decision(**json.loads(entry.tags[DECISION]), number=number)
+        except (KeyError, ValueError, TypeError):
+            logger.warning("%s version %d: is no decision; passed over", trail_of(model), number)
+            bases.add(number)
+            continue
+        void = decision.based_on not in bases
+        bases = bases if void else {number}
+        decisions.append(replace(decision, applied=APPLIED in entry.tags, void=void))
     return decisions
 
 
@@ -129,7 +142,7 @@ def settle(client: "MlflowClient", model: str) -> Decision | None:
     moved_to = 0
     seen: dict[str, int] | None = None
     while True:
-        valid = {each.number: each for each in read_trail(client, model) if not each.void}
+        valid = _valid(client, model)
         last = valid[max(valid)] if valid else None
         actual = _followed(client, model)
         wanted = last.aliases if last else {}
@@ -138,15 +151,29 @@ def settle(client: "MlflowClient", model: str) -> Decision | None:
                 entry = (trail_of(model), str(last.number))
                 _firmly(partial(client.set_model_version_tag, *entry, APPLIED, "yes"))
             return replace(last, applied=True) if last else None
-        before = valid[last.based_on].aliases if last and last.based_on else {}
-        if last and (_is_between(actual, before, last) or 0 < moved_to != last.number):
-            _move(client, model, actual, wanted)  # what a crash, or a slower promoter, left behind
+        before = valid[last.based_on].aliases if last and last.based_on in valid else {}
+        left_behind = 0 < moved_to != (last.number if last else 0)
+        if last and (
+            left_behind or _is_between(actual, before, last) or _is_late(actual, valid.values())
+        ):
+            _move(client, model, actual, last)  # what a crash, or a slower promoter, left behind
             moved_to = last.number
         elif seen != actual:
             seen = actual
             time.sleep(SECOND_LOOK_S)
         else:
             _note_hand(client, model, last, actual)
+
+
+def _valid(client: "MlflowClient", model: str) -> dict[int, Decision]:
+    """Return the decisions that are not void, by number."""
+    return {each.number: each for each in read_trail(client, model) if not each.void}
+
+
+def _is_late(actual: Mapping[str, int], valid: Iterable[Decision]) -> bool:
+    """Whether aliases are as a decision of just now wanted them, which another has replaced."""
+    since = time.time() - LATE_S
+    return any(each.time_s > since and actual == each.aliases for each in valid)
 
 
 def _is_between(actual: Mapping[str, int], before: Mapping[str, int], last: Decision) -> bool:
@@ -157,13 +184,19 @@ def _is_between(actual: Mapping[str, int], before: Mapping[str, int], last: Deci
 
 
 def _move(
-    client: "MlflowClient", model: str, actual: Mapping[str, int], wanted: Mapping[str, int]
+    client: "MlflowClient", model: str, actual: Mapping[str, int], decision: Decision
 ) -> None:
+    """Point the aliases as decided, unless another decision comes first."""
     for alias in FOLLOWED:
-        if alias not in wanted:
+        wanted = decision.aliases.get(alias)
+        if actual.get(alias) == wanted:
+            continue
+        if max(_valid(client, model)) != decision.number:
+            return
+        if wanted is None:
             _firmly(partial(client.delete_registered_model_alias, model, alias))
-        elif actual.get(alias) != wanted[alias]:
-            _firmly(partial(client.set_registered_model_alias, model, alias, str(wanted[alias])))
+        else:
+            _firmly(partial(client.set_registered_model_alias, model, alias, str(wanted)))
 
 
 def _firmly(write: Callable[[], None]) -> None:
@@ -189,7 +222,8 @@ def _note_hand(
         if was.get(alias) != actual.get(alias)
     ]
     based_on = last.number if last else 0
-    noted = Decision("moved by hand", actual.get("champion"), actual, based_on, reasons)
+    user = f"unknown, noticed by {acting_user()}"
+    noted = Decision("moved by hand", actual.get("champion"), actual, based_on, reasons, user=user)
     try:
         append(client, model, noted)
     except OvertakenError:

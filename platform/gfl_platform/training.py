@@ -88,7 +88,9 @@ def train(job: JobConfig, name: str, *, resume: bool, watch: Watcher) -> Trainin
             watch(event)
 
         share_state(job, folder)
-        tracker.handle({"kind": "tags", "tags": lineage(config, workers, sources)})
+        origins = {"kind": "tags", "tags": lineage(config, workers, sources)}
+        tracker.handle(origins)
+        watch(origins)
         with pumped(handle) as events:
             measured, best, metrics = run(job, sources, workers, folder, events)
         checkpoint = cache_of(job).local(best)  # comes here if it lies on S3
@@ -124,7 +126,10 @@ def _register(
         of_this_run = f"name = '{model}' and run_id = '{run}'"
         known = store.connect(job).search_model_versions(of_this_run)
         if known:
-            return max(int(version.version) for version in known)
+            latest = max(known, key=lambda version: int(version.version))
+            if facts.keys() - latest.tags.keys():  # the interruption came before them
+                registry.tag(job, model, int(latest.version), facts)
+            return int(latest.version)
         return registry.register(job, model, checkpoint, run, facts)
     except (MlflowException, OSError, store.TrackingError) as error:
         raise store.TrackingError(

@@ -10,6 +10,7 @@ from tests_support import attentive_detector
 from torchvision.ops import batched_nms
 
 import gfl
+from benchmarks import export as benchmark
 from gfl.checkpoint import About
 from gfl.configfile import derive
 from gfl.data import load_splits
@@ -81,6 +82,25 @@ def test_an_image_of_nothing_gives_empty_rows(exported, tiny, tmp_path):
     assert compare(model, run, Form(True, True), images()).detections == 0
 
 
+@pytest.mark.slow
+def test_an_export_replaces_older_files_and_warns_where_nothing_is_detected(
+    tiny, files, tmp_path, caplog
+):
+    folder = tmp_path
+    quiet = attentive_detector(tiny)
+    with torch.no_grad():
+        quiet.head.cls_logits.bias.fill_(-20)
+    model = Model(quiet, ABOUT, "cpu")
+    stale = ("model.pt2", "model.int8.onnx", "model.int8.json")
+    (folder / "quiet").mkdir()
+    for name in (*stale, "notes.txt"):
+        (folder / "quiet" / name).touch()
+    export(model, folder / "quiet", ("onnx",), Form(), files[:1], {})
+    assert "model.onnx: nothing was detected, so it is hardly checked" in caplog.text
+    left = {path.name for path in (folder / "quiet").iterdir()}
+    assert left == {"model.onnx", "model.json", "notes.txt"}  # of an earlier model there is none
+
+
 def test_files_say_what_they_are(exported, tiny):
     folder, _ = exported
     properties = {p.key: p.value for p in onnx.load(folder / "model.onnx").metadata_props}
@@ -118,7 +138,10 @@ def test_without_nms_every_location_is_an_output(model, files, tmp_path):
 
 def test_int8_states_what_it_costs(model, exported, tiny, files):
     folder, _ = exported
-    figures = quantize(model, folder, files[:4], load_splits(tiny)[1])
+    told = []
+    split = load_splits(tiny)[1]
+    figures = quantize(model, folder, files[:4], split, lambda *done: told.append(done))
+    assert told == [(done, 22) for done in range(1, 23)]
     assert {"float32 AP", "int8 AP"} <= figures.keys()
     assert json.loads((folder / "model.int8.json").read_text()) == figures
     assert (folder / "model.int8.onnx").stat().st_size < (folder / "model.onnx").stat().st_size
@@ -136,6 +159,43 @@ def test_a_file_that_does_something_else_is_not_published(model, files, tmp_path
     with pytest.raises(ExportError, match="boxes differ by up to 1 px and scores by 1"):
         export(model, tmp_path / "f", ("pt2",), Form(False), files[:1], {})
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_graph_that_decodes_wrongly_is_found_without_nms(model, monkeypatch):
+    form = Form(with_nms=False, distributions=True)
+
+    def run(image):
+        with torch.no_grad():
+            return [output.numpy() for output in Exportable(model.detector, form)(image)]
+
+    assert compare(model, run, form, images()).box_px < 0.01
+    right = Exportable._decode
+
+    def wrong(self, logits, xy, stride, height, width):
+        boxes, std, distributions = right(self, logits, xy, stride, height, width)
+        return boxes + 1, std, distributions
+
+    monkeypatch.setattr(Exportable, "_decode", wrong)
+    with pytest.raises(ExportError, match=r"boxes differ by up to 1 px and scores by .*e-"):
+        compare(model, run, form, images())
+
+
+def test_the_benchmark_times_what_the_model_does(model, monkeypatch):
+    timed = []
+
+    def eager(detector, image):
+        timed.append((detector, *plain(detector, image)))
+
+    plain = benchmark.eager
+    monkeypatch.setattr(benchmark, "ROUNDS", 1)
+    monkeypatch.setattr(benchmark, "eager", eager)
+    image = torch.randint(0, 256, (3, 64, 40), dtype=torch.uint8)  # 40 is no multiple of 32
+    benchmark.compare(model, lambda _: None, [image.float().unsqueeze(0)])
+    ((detector, found),) = timed
+    (expected,) = model.predict(image)
+    torch.testing.assert_close(found.boxes, expected.boxes, atol=1e-3, rtol=0)
+    norms = [m for m in detector.backbone.modules() if isinstance(m, torch.nn.BatchNorm2d)]
+    assert norms == []
 
 
 def test_what_cannot_be_exported_is_said(tiny):

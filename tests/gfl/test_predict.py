@@ -1,5 +1,7 @@
 """`gfl.load(...).predict(...)`: forms of images, batches, augmented looks, other tools."""
 
+import weakref
+
 import numpy as np
 import pytest
 import supervision
@@ -84,6 +86,20 @@ def test_images_of_many_sizes_do_not_pile_up():
         passes += len(places)
         assert len(alive) - passes < 32
     assert passes == 100
+
+
+def test_images_of_an_iterator_are_not_kept(model):
+    frames = []
+
+    def video():
+        for number in range(12):
+            assert sum(frame() is not None for frame in frames) <= 2
+            image = np.full((64, 64, 3), number, np.uint8)
+            frames.append(weakref.ref(image))
+            yield image
+
+    found = model.predict(video())
+    assert [each.source for each in found] == [""] * 12
 
 
 def test_thresholds_leave_out_what_is_below(folder, model, files, tiny):

@@ -1,9 +1,13 @@
 """Latency under a protocol that says all that decides it."""
 
+import shutil
+
 import pytest
 import torch
+from PIL import Image
 
 import gfl
+from gfl import speed
 from gfl.configfile import derive
 from gfl.data import load_splits
 from gfl.speed import (
@@ -11,6 +15,7 @@ from gfl.speed import (
     Variant,
     count_flops,
     count_parameters,
+    data_digest,
     differences,
     measure_fps,
     measure_latency,
@@ -67,6 +72,36 @@ def test_what_changes_the_figure_changes_the_protocol(
     assert difference.startswith(f"{changed} ")
 
 
+def test_another_power_limit_is_another_protocol(tiny, detector, split, monkeypatch):
+    _, plain = measure_fps(detector, split, tiny, CPU, images=1)
+    assert plain["power"]
+    monkeypatch.setattr(speed, "_power", lambda _: "300.00 W")
+    _, other = measure_fps(detector, split, tiny, CPU, images=1)
+    assert differences(plain, other) == [f"power {plain['power']} -> 300.00 W"]
+    assert protocol_hash(plain) != protocol_hash(other)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_the_power_limit_of_a_gpu_is_read():
+    assert speed._power(torch.device("cuda", 0)).endswith(" W")
+
+
+def test_another_picture_is_another_protocol(tiny, detector, shapes_folder, tmp_path):
+    val = shutil.copytree(shapes_folder / "val", tmp_path / "val")
+    section = f"data.val={{images: {val}/images, annotations: {val}/annotations.json}}"
+    config = derive(type(tiny), tiny, [section])
+    protocols = []
+    for _ in range(2):
+        copied = load_splits(config)[1]
+        protocols.append(measure_fps(detector, copied, config, CPU, images=1)[1])
+        last = copied.records[-1].path  # also one that no time is taken of
+        Image.open(last).transpose(Image.Transpose.ROTATE_180).save(last)
+    assert len(set(map(data_digest, protocols))) == 2
+    (difference,) = differences(*protocols)
+    assert difference.startswith("pictures ")
+    assert data_digest({"annotations": protocols[0]["annotations"]})  # as older sweeps kept it
+
+
 def test_a_variant_leaves_the_detector_as_it_was(tiny, detector, split):
     before = {key: value.clone() for key, value in detector.state_dict().items()}
     detector.train()
@@ -94,3 +129,18 @@ def test_parameters_and_operations_are_counted(detector):
     assert large == pytest.approx(4 * small, rel=0.05)
     backbone = 1.82e9 * 2 * (64 / 224) ** 2  # ResNet-18: 1.8 G multiply-adds at 224 px
     assert small > 0.9 * backbone
+
+
+def test_deformable_convolutions_count_as_others_do(tiny):
+    def body(deformable):
+        name = f"model.backbone={{name: resnet50, deformable: {deformable}}}"
+        return gfl.Detector(derive(type(tiny), tiny, [name]))
+
+    plain, deformed = body("null"), body("{version: 2, stages: [5]}")
+    offsets = sum(
+        2 * module.weight.numel() * 2 * 2  # maps of stage 5 are 2 x 2 for 64 px
+        for name, module in deformed.named_modules()
+        if name.endswith("offset")
+    )
+    assert offsets > 0
+    assert count_flops(deformed, 64, 64) == count_flops(plain, 64, 64) + offsets

@@ -1,5 +1,6 @@
 """What is checked before a job travels."""
 
+import os
 import subprocess
 import sys
 
@@ -7,7 +8,7 @@ import pytest
 
 import jobs.submit
 from gfl_platform import submission
-from gfl_platform.description import git_state
+from gfl_platform.description import acting_user, git_state
 from gfl_platform.submission import SubmissionError, shadows, submit, travelling
 
 
@@ -83,3 +84,16 @@ def test_a_submitted_job_knows_its_commit(monkeypatch):
     monkeypatch.setenv("GFL_GIT_COMMIT", "abc")
     monkeypatch.setenv("GFL_GIT_DIFF", "a diff")
     assert git_state() == ("abc", "", "a diff")
+
+
+def test_a_submitted_job_knows_its_user(monkeypatch):
+    assert submission._variables()["GFL_USER"] == acting_user()
+    monkeypatch.setenv("GFL_USER", "ada")
+    assert acting_user() == "ada"
+
+
+def test_a_user_without_a_name_is_a_number(monkeypatch):
+    for name in ("GFL_USER", "LOGNAME", "USER", "LNAME", "USERNAME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(os, "getuid", lambda: 123_456)
+    assert acting_user() == "uid 123456"

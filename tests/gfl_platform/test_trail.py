@@ -8,6 +8,7 @@ from itertools import pairwise
 import pytest
 
 from gfl_platform import trail
+from gfl_platform.description import acting_user
 from gfl_platform.trail import Decision, OvertakenError, append, read_trail, settle
 
 PROMOTER = """
@@ -129,6 +130,7 @@ def test_what_a_hand_moves_is_written_down(client, monkeypatch):
     client.set_registered_model_alias("m", "champion", "4")
     noted = settle(client, "m")
     assert (noted.action, noted.version, noted.aliases) == ("moved by hand", 4, {"champion": 4})
+    assert noted.user == f"unknown, noticed by {acting_user()}"
     assert noted.reasons == ["champion was version 1 and is version 4, by no decision."]
     client.delete_registered_model_alias("m", "champion")
     noted = settle(client, "m")
@@ -136,6 +138,38 @@ def test_what_a_hand_moves_is_written_down(client, monkeypatch):
     assert aliases_of(client) == {}
     assert settle(client, "m") == noted
     assert len(read_trail(client, "m")) == 3
+
+
+def test_a_slow_promoter_does_not_undo_a_later_promotion(client, monkeypatch):
+    """One is overtaken before its first write, another between its look and its writes."""
+    first = append(client, "m", promoted(1, 0))
+    settle(client, "m")
+    append(client, "m", promoted(2, 1, previous=1))
+    settle(client, "m")
+    trail._move(client, "m", {}, first)
+    assert aliases_of(client) == {"champion": 2, "previous": 1}
+    client.delete_registered_model_alias("m", "previous")
+    client.set_registered_model_alias("m", "champion", "1")
+    assert settle(client, "m").number == 2
+    assert aliases_of(client) == {"champion": 2, "previous": 1}
+    assert len(read_trail(client, "m")) == 2
+    monkeypatch.setattr(trail, "LATE_S", 0)  # later it is somebody's will
+    monkeypatch.setattr(trail, "SECOND_LOOK_S", 0.01)
+    client.delete_registered_model_alias("m", "previous")
+    client.set_registered_model_alias("m", "champion", "1")
+    assert settle(client, "m").action == "moved by hand"
+
+
+def test_what_is_no_decision_is_passed_over(client, caplog):
+    for number in (1, 2):
+        append(client, "m", promoted(number, number - 1))
+        settle(client, "m")
+    client.create_model_version("m-decisions", "file:///somebody's")
+    client.delete_model_version_tag("m-decisions", "2", "decision")
+    append(client, "m", promoted(3, 2))
+    assert [(d.number, d.void) for d in read_trail(client, "m")] == [(1, False), (4, False)]
+    assert "m-decisions version 2: is no decision; passed over" in caplog.text
+    assert "m-decisions version 3: is no decision; passed over" in caplog.text
 
 
 def test_a_model_that_has_the_trails_name_is_left_alone(client):

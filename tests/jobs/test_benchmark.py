@@ -3,11 +3,18 @@
 import argparse
 import json
 import sys
+import time
 
 import pytest
 from PIL import Image
 
+from gfl.checkpoint import About, take_snapshot
+from gfl.configfile import derive
+from gfl.detector import Detector
 from gfl.speed import Variant
+from gfl_platform import benchmarking, registry
+from gfl_platform.benchmarking import Benchmark, Timing
+from gfl_platform.config import JobConfig
 from gfl_platform.store import connect
 
 
@@ -30,6 +37,68 @@ def test_variants_are_what_the_command_line_asks_for():
     ):
         with pytest.raises(ValueError, match=message):
             parse_variants(words(**wrong))
+
+
+@pytest.fixture
+def measured(monkeypatch):
+    """Let nothing be measured: each benchmark of one variant takes a millisecond an image."""
+
+    def benchmark(*_):
+        percentiles = {"p50": 1.0, "p90": 1.0, "p99": 1.0}
+        protocol = {"images": 1, "device": "none", "threads": 1, "torch": "0"}
+        timing = Timing("float32", 1000.0, percentiles, 0, protocol, [1.0])
+        return Benchmark([timing], 1, 1, (64, 64), time.time())
+
+    monkeypatch.setattr(benchmarking, "benchmark", benchmark)
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+
+
+@pytest.mark.usefixtures("measured")
+def test_benchmarks_of_a_folder_go_to_a_run_with_its_configuration(
+    tiny, tmp_path, monkeypatch, capsys
+):
+    from jobs import benchmark
+
+    config = derive(type(tiny), tiny, ["seed=7"])
+    about = About(["rectangle", "ellipse", "triangle"], [1, 2, 3], 0, 0, {})
+    (folder := tmp_path / "checkpoint").mkdir()
+    take_snapshot(Detector(config), config, about, {}).write(folder)
+    root = f"storage.root={tmp_path}/outputs"
+    monkeypatch.setattr(sys, "argv", ["benchmark", str(folder), root])
+    for _ in range(2):
+        benchmark.main()
+    assert "same protocol" in capsys.readouterr().out
+    client = connect(JobConfig(storage={"root": f"{tmp_path}/outputs"}))
+    (run,) = client.search_runs([client.get_experiment_by_name("gfl").experiment_id])
+    assert run.data.params["seed"] == "7"
+
+
+@pytest.mark.usefixtures("measured")
+def test_an_alias_that_moves_meanwhile_changes_nothing(tmp_path, monkeypatch):
+    from jobs import benchmark
+
+    asked = []
+
+    def answer(name, with_what):
+        def instead(_, model, *more):
+            asked.append((name, model))
+            return with_what
+
+        monkeypatch.setattr(registry, name, instead)
+
+    answer("resolve", "models:/m/1")
+    answer("fetch_checkpoint", None)
+    answer("run_of", "run")
+    monkeypatch.setattr(benchmarking, "keep", lambda *_: "kept")
+    monkeypatch.setattr(
+        sys, "argv", ["benchmark", "models:/m@champion", f"storage.root={tmp_path}"]
+    )
+    benchmark.main()
+    assert asked == [
+        ("resolve", "models:/m@champion"),
+        ("fetch_checkpoint", "models:/m/1"),
+        ("run_of", "models:/m/1"),
+    ]
 
 
 @pytest.mark.cluster

@@ -59,6 +59,8 @@ def test_every_job_explains_itself_with_an_example(job):
         (("jobs.predict", "models:/x@y", "absent.jpg"), "absent.jpg: no such image or folder"),
         (("jobs.registry", "list", "loss.qfl.beta=1.5"), "has no effect here"),
         (("jobs.registry", "list", "trackng.uri=x"), "did you mean 'tracking'?"),
+        (("jobs.registry", "--config", "no.yaml", "show", "m", "1"), "no.yaml: cannot be read"),
+        (("jobs.registry", "show", "m", "1", "--config", "no.yaml"), "no.yaml: cannot be read"),
         (("jobs.registry", "show", "absent", "1"), "absent: no such model; there is none yet"),
     ],
 )

@@ -1,5 +1,8 @@
 """Image files: every kind of pixels becomes upright RGB bytes, and what is none is named."""
 
+import struct
+from io import BytesIO
+
 import numpy as np
 import pytest
 import torch
@@ -7,6 +10,7 @@ from PIL import Image
 
 from gfl.data.errors import DataError
 from gfl.data.images import image_size, is_on_its_side, list_images, read_image
+from gfl.data.images import pixels_of as of_content
 
 COLOURS = np.random.default_rng(0).integers(0, 256, (6, 8, 3), dtype=np.uint8)
 GREY = COLOURS[:, :, 0]
@@ -157,3 +161,20 @@ def test_images_of_a_folder_are_listed_by_name(tmp_path):
 def test_a_folder_without_images_is_named(tmp_path):
     with pytest.raises(DataError, match=r"no images; expected files \.bmp, \.jpeg"):
         list_images(tmp_path)
+
+
+def test_a_camera_with_two_views_in_a_file_gives_the_first(tmp_path):
+    image, other = Image.fromarray(COLOURS), Image.fromarray(COLOURS[::-1])
+    alone = pixels_of(saved(tmp_path, image, ".jpg"))
+    path = saved(tmp_path, image, ".jpg", format="MPO", save_all=True, append_images=[other])
+    np.testing.assert_array_equal(pixels_of(path), alone)
+
+
+def test_only_files_that_are_expected_are_decoded():
+    """Of a DDS file with an unknown compression, Pillow's decoder raises what nobody expects."""
+    dds = bytearray(b"DDS " + struct.pack("<7I", 124, 0x1007, 4, 4, 0, 0, 0) + bytes(44))
+    dds += struct.pack("<2I4s5I", 32, 4, b"ABCD", 0, 0, 0, 0, 0) + bytes(20)
+    with pytest.raises(NotImplementedError):
+        Image.open(BytesIO(dds))
+    with pytest.raises(DataError, match=r"128 bytes: cannot be read as an image \(cannot identify"):
+        of_content(bytes(dds))
