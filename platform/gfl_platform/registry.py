@@ -91,6 +91,20 @@ def tag(job: JobConfig, name: str, version: int, facts: Mapping[str, float | str
         client.set_model_version_tag(name, str(version), key, shown)
 
 
+def register_once(
+    job: JobConfig, name: str, checkpoint: Path, run_id: str, facts: dict[str, float | str]
+) -> int:
+    """Return the version of `name` that a run has, as `register` makes it where it has none."""
+    of_this_run = f"name = '{name}' and run_id = '{run_id}'"
+    known = connect(job).search_model_versions(of_this_run)
+    if not known:
+        return register(job, name, checkpoint, run_id, facts)
+    latest = max(known, key=lambda version: int(version.version))
+    if facts.keys() - latest.tags.keys():  # an interruption came before them
+        tag(job, name, int(latest.version), facts)
+    return int(latest.version)
+
+
 def figures_of_version(ap: float, fps: float, protocol: dict[str, Any]) -> dict[str, Any]:
     """Return what a registered version is listed with."""
     from gfl.speed import data_digest, protocol_hash

@@ -114,7 +114,7 @@ def _register(
     tracker: tracking.RunTracker,
     facts: dict[str, float | str],
 ) -> int:
-    """Register a training's best checkpoint, unless that was done before an interruption.
+    """Register a training's best checkpoint.
 
     Raises:
         TrackingError: the store does not answer, or where its artifacts lie.
@@ -122,15 +122,7 @@ def _register(
     from mlflow.exceptions import MlflowException
 
     try:
-        run = tracker.require_run()
-        of_this_run = f"name = '{model}' and run_id = '{run}'"
-        known = store.connect(job).search_model_versions(of_this_run)
-        if known:
-            latest = max(known, key=lambda version: int(version.version))
-            if facts.keys() - latest.tags.keys():  # the interruption came before them
-                registry.tag(job, model, int(latest.version), facts)
-            return int(latest.version)
-        return registry.register(job, model, checkpoint, run, facts)
+        return registry.register_once(job, model, checkpoint, tracker.require_run(), facts)
     except (MlflowException, OSError, store.TrackingError) as error:
         raise store.TrackingError(
             f"model {model}: not registered ({str(error).splitlines()[0]}); the training is done "

@@ -1,6 +1,6 @@
 """The best trial of a sweep as a registered model, which the gate may make champion."""
 
-from gfl_platform import registry, store
+from gfl_platform import registry
 from gfl_platform.storage import cache_of
 from gfl_platform.sweeps.analysis import analyse
 from gfl_platform.sweeps.results import SweepResults
@@ -28,12 +28,7 @@ def register_best(results: SweepResults, model: str) -> int:
     assert trial.checkpoint
     ap, fps = trial.figures["AP"], trial.figures["fps"]
     facts = registry.figures_of_version(ap, fps, trial.protocol)
-    of_this_run = f"name = '{model}' and run_id = '{trial.run_id}'"
-    known = store.connect(results.job).search_model_versions(of_this_run)
-    if known:  # by the same command before
-        version = max(int(each.version) for each in known)
-    else:
-        checkpoint = cache_of(results.job).local(trial.checkpoint)
-        version = registry.register(results.job, model, checkpoint, trial.run_id, facts)
+    checkpoint = cache_of(results.job).local(trial.checkpoint)
+    version = registry.register_once(results.job, model, checkpoint, trial.run_id, facts)
     registry.set_alias(results.job, model, version, CHALLENGER)
     return version
