@@ -127,7 +127,7 @@ def trained(ray_cluster, tiny_file, tmp_path_factory):
 
     Its model is `shapes`, in two versions; the first has passed the gate and is `champion`.
     """
-    from gfl_platform import registry, training
+    from gfl_platform import registration, training
     from gfl_platform.config import load_job
 
     root, events = tmp_path_factory.mktemp("outputs"), []
@@ -137,7 +137,7 @@ def trained(ray_cluster, tiny_file, tmp_path_factory):
         patch.delenv("MLFLOW_TRACKING_URI", raising=False)
         result = training.train(job, "first", resume=False, watch=events.append)
         figures = {"AP": result.metrics["AP"], "fps": result.fps, "data": "d", "protocol": "p"}
-        registry.register(job, "shapes", result.checkpoint, result.run_id, figures)
+        registration.register(job, "shapes", result.checkpoint, result.run_id, figures)
     return job, result, events
 
 

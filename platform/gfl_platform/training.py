@@ -9,7 +9,7 @@ from gfl.configfile import reproducible
 from gfl.data import load_splits
 from gfl.data.sampling import share_of_batch
 from gfl.optim import scaled_lr
-from gfl_platform import cluster, registry, store, tracking
+from gfl_platform import cluster, registration, registry, store, tracking
 from gfl_platform.card import lineage
 from gfl_platform.config import JobConfig
 from gfl_platform.description import CONFIG_FILE, require_same
@@ -98,7 +98,7 @@ def train(job: JobConfig, name: str, *, resume: bool, watch: Watcher) -> Trainin
         tracker.handle({"kind": "result", **measured})
         version = None
         if model := job.registry.name:
-            facts = registry.figures_of_version(metrics["AP"], fps, measured["protocol"])
+            facts = registration.figures_of_version(metrics["AP"], fps, measured["protocol"])
             version = _register(job, model, checkpoint, tracker, facts)
     decision = None
     if version is not None and job.registry.alias:
@@ -122,7 +122,7 @@ def _register(
     from mlflow.exceptions import MlflowException
 
     try:
-        return registry.register_once(job, model, checkpoint, tracker.require_run(), facts)
+        return registration.register_once(job, model, checkpoint, tracker.require_run(), facts)
     except (MlflowException, OSError, store.TrackingError) as error:
         raise store.TrackingError(
             f"model {model}: not registered ({str(error).splitlines()[0]}); the training is done "

@@ -6,7 +6,7 @@ from urllib.parse import urlparse
 import pytest
 
 from gfl.configfile import derive
-from gfl_platform import card, comparison, gate, registry, trail
+from gfl_platform import card, comparison, gate, registration, registry, trail
 from gfl_platform.config import JobConfig
 from gfl_platform.description import git_state
 from gfl_platform.store import connect
@@ -64,7 +64,7 @@ def test_a_version_with_a_pickle_or_another_ap_is_refused(trained):
     job, result, _ = trained
     client = connect(job)
     facts = {"AP": 0.99, "fps": result.fps}
-    number = registry.register(job, "boasts", result.checkpoint, result.run_id, facts)
+    number = registration.register(job, "boasts", result.checkpoint, result.run_id, facts)
     decision = gate.promote(job, "boasts", number, lambda _: None)
     assert decision.action == "refused"
     assert "measured again, 0.9900 logged" in " ".join(decision.reasons)

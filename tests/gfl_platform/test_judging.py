@@ -13,7 +13,7 @@ from gfl.checkpoint import About, read_config, take_snapshot
 from gfl.configfile import derive, reproducible
 from gfl.detector import Detector
 from gfl.evaluation import evaluate_split
-from gfl_platform import gate, measuring, registry, trail, training
+from gfl_platform import gate, measuring, registration, registry, trail, training
 from gfl_platform.benchmarking import Benchmark, Timing, keep
 from gfl_platform.cluster import JobFailedError
 from gfl_platform.config import JobConfig
@@ -44,7 +44,7 @@ def register(job, tmp_path):
         take_snapshot(Detector(config), config, about, {}).write(checkpoint)
         run = client.create_run(experiment).info.run_id
         client.set_terminated(run)
-        return registry.register(job, "m", checkpoint, run, {"AP": ap, "fps": 30.0})
+        return registration.register(job, "m", checkpoint, run, {"AP": ap, "fps": 30.0})
 
     return make
 

@@ -1,6 +1,6 @@
 """The best trial of a sweep as a registered model, which the gate may make champion."""
 
-from gfl_platform import registry
+from gfl_platform import registration, registry
 from gfl_platform.storage import cache_of
 from gfl_platform.sweeps.analysis import analyse
 from gfl_platform.sweeps.results import SweepResults
@@ -27,8 +27,8 @@ def register_best(results: SweepResults, model: str) -> int:
     assert trial.run_id
     assert trial.checkpoint
     ap, fps = trial.figures["AP"], trial.figures["fps"]
-    facts = registry.figures_of_version(ap, fps, trial.protocol)
+    facts = registration.figures_of_version(ap, fps, trial.protocol)
     checkpoint = cache_of(results.job).local(trial.checkpoint)
-    version = registry.register_once(results.job, model, checkpoint, trial.run_id, facts)
+    version = registration.register_once(results.job, model, checkpoint, trial.run_id, facts)
     registry.set_alias(results.job, model, version, CHALLENGER)
     return version
