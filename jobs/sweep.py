@@ -36,12 +36,13 @@ def sweep(arguments: argparse.Namespace) -> None:
     from jobs.sweep_progress import SweepProgress
     from jobs.sweep_tables import show_sweep
 
-    with SweepProgress() as progress, resumable("jobs.sweep", name):
-        results = run_sweep(job, name, resume=arguments.resume, watch=progress.show_trial)
-    show_sweep(results)
-    if model := job.registry.name:
-        console.print(f"{model}@challenger is version {register_best(results, model)}")
-    console.print(f"report: {storage_root(job) / 'sweeps' / name / 'report' / 'report.html'}")
+    with resumable("jobs.sweep", name):
+        with SweepProgress() as progress:
+            results = run_sweep(job, name, resume=arguments.resume, watch=progress.show_trial)
+        show_sweep(results)
+        console.print(f"report: {storage_root(job) / 'sweeps' / name / 'report' / 'report.html'}")
+        if model := job.registry.name:
+            console.print(f"{model}@challenger is version {register_best(results, model)}")
 
 
 if __name__ == "__main__":

@@ -12,6 +12,9 @@ import yaml
 AUTOSCALER_FILE = "~/ray_bootstrap_config.yaml"
 """On the head node, where drivers run: what `ray up` gave the autoscaler."""
 
+START_TIMEOUT = "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"
+"""How long Ray Train lets workers wait for room."""
+
 
 def most_resources(present: Mapping[str, float]) -> tuple[Mapping[str, float], str]:
     """Return the most of every resource that the cluster can have, and words on where it says so.
@@ -42,18 +45,18 @@ def start_timeout(*, elastic: bool) -> Iterator[None]:
     """
     import ray
 
-    name, present = "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", ray.cluster_resources()
-    if name in os.environ:
+    present = ray.cluster_resources()
+    if START_TIMEOUT in os.environ:
         yield
         return
     if elastic:  # Ray's picture of the cluster, which is renewed every 20 s, had a node too many
-        os.environ[name] = "25"
+        os.environ[START_TIMEOUT] = "25"
     elif most_resources(present)[0] != present:  # a cloud takes minutes to start a node
-        os.environ[name] = "1800"
+        os.environ[START_TIMEOUT] = "1800"
     try:
         yield
     finally:
-        os.environ.pop(name, None)
+        os.environ.pop(START_TIMEOUT, None)
 
 
 def of_autoscaler(definition: Mapping[str, Any]) -> dict[str, float]:

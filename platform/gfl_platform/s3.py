@@ -146,6 +146,17 @@ def upload(source: Path, location: str) -> None:
             client().upload_file(str(file), bucket, name)
 
 
+def download(location: str, path: Path) -> None:
+    """Copy an object to `path`.
+
+    Raises:
+        S3Error: it cannot be read.
+    """
+    bucket, key = split_location(location)
+    with explained(location):
+        client().download_file(bucket, key, str(path))
+
+
 def remove(location: str) -> None:
     """Delete the objects below `location`."""
     bucket, key = split_location(location)

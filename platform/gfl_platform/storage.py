@@ -19,6 +19,7 @@ from gfl_platform.config import JobConfig
 from gfl_platform.mirror import Cache
 from gfl_platform.s3 import (
     PatientS3,
+    download,
     is_remote,
     list_objects,
     remove,
@@ -190,16 +191,30 @@ def _join_remote(job: JobConfig, folder: Path, *, resume: bool) -> None:
     """Fetch the state of a run that is on S3, begun on another machine; refuse to begin it anew."""
     location = location_of(job, folder)
     require_bucket(location)
-    known = [key for key in list_objects(location) if PurePath(key).name in STATE_FILES]
+    known = [key for key in list_objects(location) if _is_state(PurePath(key))]
     if known and not resume:
         raise StorageError(
             f"run '{folder.name}' exists in {location}; continue it with --resume, or choose "
             "another run.name"
         )
     for name in known:
-        if not (folder / name).exists():
-            (folder / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy(cache_of(job).local(f"{location}/{name}"), folder / name)
+        path, arrived = folder / name, folder / f"{name}.arrived"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        download(f"{location}/{name}", arrived)
+        # A trial here may have gone on while S3 was away, one there on another machine.
+        if name.endswith("trial.json") and _epochs(arrived) < _epochs(path):
+            arrived.unlink()
+        else:
+            arrived.replace(path)
+
+
+def _epochs(trial: Path) -> int:
+    return len(read_json(trial).get("curve", ()))
+
+
+def _is_state(key: PurePath) -> bool:
+    of_a_trial = len(key.parts) == 3 and key.parts[0] == "trials"
+    return key.name in STATE_FILES and (of_a_trial or len(key.parts) == 1)
 
 
 @contextmanager

@@ -2,9 +2,9 @@
 
 from gfl_platform import registration, registry
 from gfl_platform.storage import cache_of
+from gfl_platform.store import TrackingError
 from gfl_platform.sweeps.analysis import analyse
 from gfl_platform.sweeps.results import SweepResults
-from gfl_platform.sweeps.statistics import direction
 
 CHALLENGER = "challenger"
 
@@ -17,14 +17,11 @@ def register_best(results: SweepResults, model: str) -> int:
     Raises:
         ValueError: no trial finished.
     """
-    best = analyse(results).best
-    objective = results.sweep.objectives[0]
-    trials = [t for t in results.trials if t.checkpoint and best and t.point == best.point]
-    trials = [t for t in trials if t.state == "finished"]
-    if not trials:
+    trial = analyse(results).best_trial
+    if not trial:
         raise ValueError(f"--register {model}: no trial of sweep '{results.name}' finished")
-    trial = max(trials, key=lambda t: direction(objective) * t.figures[objective])
-    assert trial.run_id
+    if not trial.run_id:
+        raise TrackingError(f"--register {model}: no store has answered yet; --resume tries again")
     assert trial.checkpoint
     ap, fps = trial.figures["AP"], trial.figures["fps"]
     facts = registration.figures_of_version(ap, fps, trial.protocol)

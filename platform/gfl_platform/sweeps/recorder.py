@@ -3,6 +3,7 @@
 import logging
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -10,14 +11,16 @@ from ray.tune import Callback
 
 from gfl.configfile import config_hash
 from gfl_platform.config import JobConfig
+from gfl_platform.delivery import RUN_FILE
 from gfl_platform.events import Event, Events
 from gfl_platform.s3 import S3Error
-from gfl_platform.storage import discard, share_state
+from gfl_platform.spool import backlog
+from gfl_platform.storage import discard, read_json, share_state
 from gfl_platform.sweeps.plan import Planned
 from gfl_platform.sweeps.results import State, Trial, read_trial, write_trial
 from gfl_platform.sweeps.space import trial_job
 from gfl_platform.sweeps.values import point_label
-from gfl_platform.tracking import RunTracker
+from gfl_platform.tracking import RunTracker, settle
 
 logger = logging.getLogger(__name__)
 
@@ -57,6 +60,10 @@ class Recorder:
         self.trials = {trial.id: trial for trial in found if trial}
         self._trackers: dict[str, RunTracker] = {}
         self._since: dict[str, float] = {}
+        for trial in self.trials.values():
+            if backlog(folder / trial.id):  # a store that was away is back
+                settle(job, folder / trial.id)
+                trial.run_id = read_json(folder / trial.id / RUN_FILE).get("run_id")
         self._watched = job.sweep.objectives[0] if job.sweep else "AP"
 
     def plan(self, planned: Planned) -> None:
@@ -83,6 +90,8 @@ class Recorder:
                     trial.protocol = event["protocol"]
                     result = {"fps": trial.figures["fps"], "protocol": trial.protocol}
                     self._trackers[name].handle({"kind": "result", **result})
+            case "workers":  # time spent waiting for room is nobody's
+                self._since[name] = time.monotonic()
             case "ended":
                 self._end(trial, event)
             case "steps" | "stored" | "slow" | "data" | "failure":
@@ -109,7 +118,8 @@ class Recorder:
         """Delete the checkpoints of trials that were stopped."""
         for trial in self.trials.values():
             if trial.state in DISCARDED and trial.checkpoint:
-                discard(self._job, self._folder / trial.id / "ray")
+                with suppress(S3Error):  # they only take room
+                    discard(self._job, self._folder / trial.id / "ray")
                 trial.checkpoint = None
                 self._write(trial)
 
@@ -132,7 +142,6 @@ class Recorder:
             # The sweep's own run was opened: a store that is away by now will be back.
             self._trackers[name] = RunTracker(job, called, folder, tags, patient=True)
         trial.run_id = self._trackers[name].run_id
-        self._since[name] = time.monotonic()
         self._write(trial)
 
     def _note_epoch(self, trial: Trial, event: Event) -> None:
@@ -152,13 +161,13 @@ class Recorder:
         self._tick(trial)
         self._since.pop(trial.id, None)
         tracker = self._trackers.pop(trial.id)
-        trial.run_id = tracker.run_id
-        self._write(trial)
         tags = {"sweep.state": trial.state, "sweep.cause": trial.cause or ""}
         tracker.handle({"kind": "tags", "tags": tags})
         if trial.state in DISCARDED:
             tracker.handle({"kind": "discarded"})
         tracker.close(RUN_STATUS.get(trial.state, "KILLED"))
+        trial.run_id = tracker.run_id
+        self._write(trial)
 
     def _write(self, trial: Trial) -> None:
         """Note a trial here, and where another driver would look."""

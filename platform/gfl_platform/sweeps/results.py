@@ -41,7 +41,7 @@ class Trial:
         curve: Epochs done and the sweep's `watched` metric, in their order.
         figures: Of the checkpoint with the best AP: the COCO statistics; of a finished trial `fps`
             and `latency_ms`, too.
-        seconds: Of training, start of the workers included, in all attempts.
+        seconds: From the first word of its workers, in all attempts.
         devices: GPUs, or CPUs of a cluster without, that it held.
         config_hash: Of its effective configuration.
         run_id: Its MLflow run.

@@ -10,7 +10,7 @@ from typing import Any
 
 from gfl.configfile import derive, reproducible
 from gfl_platform import cluster, remote, store, tracking
-from gfl_platform.capacity import most_resources, start_timeout
+from gfl_platform.capacity import START_TIMEOUT, most_resources
 from gfl_platform.cluster import Workers
 from gfl_platform.config import JobConfig
 from gfl_platform.description import require_same
@@ -52,6 +52,9 @@ CONFIG_FILE = "sweep.yaml"
 REPORT_FOLDER = "report"
 MAY_CHANGE = ("sweep.budget.", "sweep.concurrency")
 """Keys that a resumed sweep may change."""
+
+FOREVER = 10**8
+"""Seconds, as Ray is to be told."""
 
 UNKNOWN_SIZE = 16
 """Trials at once on a cluster of which nothing says how large it may grow."""
@@ -163,7 +166,8 @@ def _search(sweep: _Sweep) -> None:
     asked, job = sweep_of(sweep.job), sweep.job
     known = [trial for trial in sweep.known if trial.stage == "search"]
     epochs = sum(trial.epochs for trial in known)
-    seconds = sum(trial.seconds for trial in known) / concurrency(sweep)
+    at_once = min(concurrency(sweep), len(known) or 1)
+    seconds = sum(trial.seconds for trial in known) / at_once
     last = inf if EPOCHS_KEY in asked.space else job.schedule.epochs
     budget = BudgetStopper(asked.budget, epochs, seconds, last)
     noted = (sweep.recorder.plan, budget.used_up)
@@ -212,7 +216,7 @@ def _finalists(sweep: _Sweep) -> list[Planned]:
     known = {
         (identity(trial.point), trial.seed): trial.id
         for trial in sweep.known
-        if trial.stage == "finalists" or trial.state == "finished"
+        if trial.stage == "finalists" or trial.state in ("finished", "nan")
     }
     free = (name for name in map(finalist_name, count()) if name not in sweep.recorder.trials)
     return [
@@ -239,20 +243,23 @@ def concurrency(sweep: _Sweep) -> int:
     fits = most["CPU"] / (workers.count * workers.cpus)
     if workers.use_gpu:
         fits = min(fits, most["GPU"] / workers.count)
-    fits = UNKNOWN_SIZE if fits == inf else max(1, int(fits))
-    return min(fits, sweep_of(sweep.job).concurrency or fits)
+    asked = sweep_of(sweep.job).concurrency
+    if fits == inf:
+        return asked or UNKNOWN_SIZE
+    fits = max(1, int(fits))
+    return min(fits, asked or fits)
 
 
 def _of_a_driver(trials: int) -> dict[str, float]:
     """Return the resources of a trial's driver: no CPU, which its workers need.
 
-    Tune refuses to reserve nothing. On one node there is room for as many as run at once and no
-    more, else Tune starts a process for each trial that then takes over the one before's.
+    Tune refuses to reserve nothing. On a cluster of ours there is room for as many as run at once
+    and no more, else Tune starts a process for each trial that then takes over the one before's.
     """
     import ray
 
-    alone = sum(node["Alive"] for node in ray.nodes()) == 1
-    return {"memory": ray.cluster_resources()["memory"] // trials if alone else float(1 << 20)}
+    shared = cluster.in_cluster()
+    return {"memory": float(1 << 20) if shared else ray.cluster_resources()["memory"] // trials}
 
 
 def _run(sweep: _Sweep, searcher: Any, scheduler: Any, budget: BudgetStopper) -> None:
@@ -266,11 +273,11 @@ def _run(sweep: _Sweep, searcher: Any, scheduler: Any, budget: BudgetStopper) ->
     from ray import tune
 
     with (
-        start_timeout(elastic=False),  # here, for a trial's driver knows nothing of an autoscaler
         scratch_folder(sweep.job) as scratch,
         pumped(sweep.recorder.handle) as events,
     ):
-        environment = {k: v for k, v in os.environ.items() if k.startswith("RAY_TRAIN_")}
+        # A trial fits, as was checked: it may wait until others, also of other jobs, make room.
+        environment = {START_TIMEOUT: os.environ.get(START_TIMEOUT, str(FOREVER))}
         settings = TrialSettings(
             sweep.job, sweep.trials, sweep.workers, events, sweep.train, environment
         )
