@@ -56,9 +56,9 @@ class Events:
     queue: Any
     about: Event = field(default_factory=dict)
 
-    def tell(self, event: Event) -> None:
-        """Send an event; without waiting."""
-        self.queue.add.remote({**event, **self.about})
+    def tell(self, event: Event) -> Any:
+        """Send an event; without waiting. Return what to wait for until it has arrived."""
+        return self.queue.add.remote({**event, **self.about})
 
 
 @contextmanager

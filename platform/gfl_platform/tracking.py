@@ -81,11 +81,14 @@ class RunTracker:
     def handle(self, event: Event) -> None:
         """Note `event`, and log it with all that waits if the server answers.
 
-        Steps that were noted before an interruption are not noted again, nor their checkpoints.
+        Steps and epochs that were noted before an interruption are not noted again.
         """
-        number = {"steps": "step", "stored": "stored"}.get(event["kind"])
+        numbers = {"steps": "step", "stored": "stored", "checkpoint": "evaluated"}
+        number = numbers.get(event["kind"])
         with self._on_a_full_device():
-            if number and not self._spool.raise_to(number, event["step"]):
+            is_new = not number or self._spool.raise_to(number, event["step"])
+            # An epoch that was trained again has another checkpoint.
+            if not is_new and (event["kind"] != "checkpoint" or event.get("repeated")):
                 return
             if event["kind"] == "failure" and not event["final"]:
                 event = event | {"restarts": self._spool.count(RESTARTS)}

@@ -59,11 +59,16 @@ class WorkerListener:
             self._since_checkpoint.append({"kind": "steps", **facts})
             self._events.tell(self._since_checkpoint[-1])
 
-    def repeat(self, checkpoint: Path) -> None:
-        """Tell what led to a checkpoint again: its driver may be gone with what it was told."""
+    def repeat(self, checkpoint: Path, uri: str) -> None:
+        """Tell of a checkpoint, and what led to it, again: a driver that died may not have heard.
+
+        Args:
+            checkpoint: A copy of it.
+            uri: Where it lies.
+        """
         if self.is_first:
             for event in json.loads((checkpoint / REPORTS_FILE).read_text()):
-                self._events.tell(event)
+                self._events.tell({"uri": uri, "repeated": True, **event})
 
     def on_damage(self, reason: str) -> None:
         """Tell of a checkpoint that is damaged; all workers see the same."""
@@ -94,7 +99,9 @@ class WorkerListener:
             snapshot = report.snapshot()
             held_up = {"checkpoint_blocked_seconds": time.perf_counter() - started}
             told = {"kind": "stored", "step": report.step, "metrics": held_up}
-            store = self._store(snapshot, json.dumps(self._since_checkpoint), told)
+            evaluated = [{"kind": "checkpoint", **facts}] if "metrics" in facts else []
+            reports = json.dumps([*self._since_checkpoint, *evaluated])
+            store = self._store(snapshot, reports, told)
             self._since_checkpoint.clear()
         ray.train.report(
             facts,
@@ -155,8 +162,8 @@ def train_worker(settings: dict[str, Any]) -> dict[str, Any]:
         if restored is None:
             options["weights"] = settings["weights"] and cache.local(settings["weights"])
         else:
-            listener.repeat(restored)
-            options["resume"] = restored
+            listener.repeat(*restored)
+            options["resume"] = restored[0]
         try:
             trainer = fit(config, splits, listener, **options)
         except LeaveError:
@@ -198,8 +205,10 @@ def _describe(config: Config, splits: tuple[Split, Split]) -> Event:
 
 
 @contextmanager
-def _latest_whole_checkpoint(tell: Callable[[str], None]) -> Iterator[Path | None]:
-    """Give the latest checkpoint that is as it was written, the same on all workers; None at first.
+def _latest_whole_checkpoint(tell: Callable[[str], None]) -> Iterator[tuple[Path, str] | None]:
+    """Give a copy of the latest checkpoint that is as it was written, and where it lies.
+
+    It is the same on all workers, and None at first.
 
     Args:
         tell: Is told why another is passed over.
@@ -222,7 +231,7 @@ def _latest_whole_checkpoint(tell: Callable[[str], None]) -> Iterator[Path | Non
                 reason = str(error)
                 tell(reason)
                 continue
-            yield Path(folder)
+            yield Path(folder), cluster.uri_of(checkpoint)
             return
     raise StorageError(f"{reason}; there is no other: start anew under another run.name")
 

@@ -36,6 +36,17 @@ def few_attempts(monkeypatch):
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
 
 
+def test_an_epoch_that_a_worker_repeats_is_noted_once(tiny_file, tmp_path):
+    job = load_job(tiny_file, [f"storage.root={tmp_path}"])
+    tracker = RunTracker(job, "repeated", tmp_path)
+    for step, epoch, told in ((4, 1, {}), (4, 1, {"repeated": True}), (8, 2, {"repeated": True})):
+        event = {"kind": "checkpoint", "step": step, "epoch": epoch, "uri": str(tmp_path), **told}
+        tracker.handle(event | {"metrics": {"AP": 0.1 * epoch}})
+    tracker.close("FINISHED")
+    history = client_of(job).get_metric_history(tracker.run_id, "AP")
+    assert [metric.value for metric in history] == [0.1, 0.2]
+
+
 @pytest.mark.cluster
 def test_a_server_that_dies_loses_nothing_and_doubles_nothing(server, tmp_path):
     server.start()

@@ -53,6 +53,7 @@ def run_trial(planned: dict[str, Any], settings: TrialSettings) -> None:
 
     A training that fails is no failure to Tune, which would try it again; a lost process is.
     """
+    import ray
     from ray import tune
 
     os.environ.update(settings.environment)
@@ -65,7 +66,7 @@ def run_trial(planned: dict[str, Any], settings: TrialSettings) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         outcome = _train(settings, job, folder, events)
         write_atomically(folder / OUTCOME_FILE, json.dumps(outcome) + "\n")
-    events.tell({"kind": "outcome", **outcome})
+    ray.get(events.tell({"kind": "outcome", **outcome}))  # before Tune can say that it ended
     final = {"epoch": outcome.get("epochs", 0), "final": outcome["state"]}
     tune.report({**outcome.get("figures", {}), **final})
 
