@@ -246,7 +246,7 @@ def _conclude(results: SweepResults, found: Sequence[Comparison], others: int) -
         return BEST, f"{BEST}: no other is near; the nearest, {describe(nearest, objective)}"
     if nearest.kind == NOISE:
         return NOISE, f"{NOISE}: {describe(nearest, objective)}{rest}"
-    return TOO_FEW, f"{TOO_FEW}: {describe(nearest, objective)}{rest}"
+    return TOO_FEW, f"{TOO_FEW}: {describe(nearest, objective)}"
 
 
 def describe(found: Comparison, objective: str) -> str:
