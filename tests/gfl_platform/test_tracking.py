@@ -212,6 +212,7 @@ def test_artifacts_wait_for_their_storage(s3, server, tmp_path, tmp_path_factory
         storing.stop()
 
 
+@pytest.mark.slow
 @pytest.mark.cluster
 @pytest.mark.ray
 @pytest.mark.timeout(240)
