@@ -86,6 +86,7 @@ def backlog(folder: Path) -> int:
     path = folder / SPOOL_FILE
     if not path.exists():
         return 0
-    with sqlite3.connect(f"{path.resolve().as_uri()}?mode=ro", uri=True) as db:
+    # Not only to read: what a killed driver left half-written has to be rolled back.
+    with sqlite3.connect(f"{path.resolve().as_uri()}?mode=rw", uri=True) as db:
         (count,) = db.execute("SELECT count(*) FROM events").fetchone()
     return int(count)

@@ -1,5 +1,8 @@
 """What waits for MLflow outlives the process, keeps its order, and is bounded."""
 
+import shutil
+import sqlite3
+
 from gfl_platform.spool import SPOOL_FILE, Spool, backlog
 
 
@@ -46,3 +49,19 @@ def test_a_full_spool_drops_the_oldest_steps_and_says_so(tmp_path, caplog):
     assert kept[-1] == steps(24)
     assert [event["step"] for event in kept[1:]] == list(range(24 - len(kept) + 2, 25))
     assert "reports of steps were dropped" in caplog.text
+
+
+def test_the_backlog_of_a_driver_that_was_killed_while_writing_can_be_counted(tmp_path):
+    path = tmp_path / "live" / SPOOL_FILE
+    path.parent.mkdir()
+    spool = Spool(path)
+    spool.add({"kind": "steps", "step": 1})
+    writing = sqlite3.connect(path, isolation_level=None)
+    writing.execute("PRAGMA cache_size = 1")  # so that pages reach the file before the end
+    writing.execute("BEGIN IMMEDIATE")
+    for number in range(200):
+        writing.execute("INSERT INTO events (kind, event) VALUES ('x', ?)", (f"{number:1000}",))
+    killed = tmp_path / "killed"
+    shutil.copytree(path.parent, killed)
+    assert (killed / f"{SPOOL_FILE}-journal").stat().st_size > 0
+    assert backlog(killed) == 1

@@ -61,7 +61,7 @@ class Recorder:
         self._trackers: dict[str, RunTracker] = {}
         self._since: dict[str, float] = {}
         for trial in self.trials.values():
-            if backlog(folder / trial.id):  # a store that was away is back
+            if trial.state != "running" and backlog(folder / trial.id):  # the store was away
                 settle(job, folder / trial.id)
                 trial.run_id = read_json(folder / trial.id / RUN_FILE).get("run_id")
         self._watched = job.sweep.objectives[0] if job.sweep else "AP"
