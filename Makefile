@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: install demo test test-cluster test-most drill test-all check lint types imports bench
+.PHONY: install demo test test-most drill test-all check lint types imports bench
 
 install: $(INSTALLED)
 
@@ -18,9 +18,6 @@ demo: $(INSTALLED)
 
 test: $(INSTALLED)
 	$(BIN)/python -m pytest -m "not slow and not cluster"
-
-test-cluster: $(INSTALLED)
-	$(BIN)/python -m pytest -m "cluster and not slow"
 
 test-most: $(INSTALLED)
 	$(BIN)/python -m pytest -m "not slow"

@@ -75,7 +75,7 @@ class DetectorModel(PythonModel):
         for number, image in enumerate(images):
             try:
                 (found,) = self._model.predict(image)
-            except Exception as error:  # whatever a decoder makes of a hostile file
+            except (ValueError, OSError) as error:
                 raise InputError(f"image {number}: {error}") from error
             answers.append(
                 Detections(

@@ -76,9 +76,9 @@ def test_losses_and_gradients_are_the_references(detector, numbers):
     ours = dict(zip(numbers_keys(numbers), our_names(numbers), strict=True))
     parameters = dict(detector.named_parameters())
     for key, norm in numbers["grad_norms"].items():
-        # Offsets decide which pixels are read, so rounding grows from there: on a CPU without
-        # AVX-512, one thread instead of two changes gradients by 3.3e-3.
-        rel = 5e-3 if detector.config.model.backbone.deformable else 1e-3
+        # Offsets decide which pixels are read, so rounding grows in their gradients: 1.1e-3 on a
+        # CPU without AVX-512 with two threads.
+        rel = 2e-3 if "conv_offset" in key else 1e-3
         found = parameters[ours[key]].grad.norm().item()
         assert found == pytest.approx(norm, rel=rel, abs=1e-9), key
     assert {n for n, p in parameters.items() if not p.requires_grad} == {

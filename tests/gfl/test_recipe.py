@@ -216,7 +216,7 @@ def test_one_compilation_serves_every_size(tiny):
     config = derive(type(tiny), tiny, small)
     detector = gfl.Detector(config).train()
     objective, plain = Objective(detector, config), Objective(detector, tiny)
-    counter = CompileCounterWithBackend("eager")
+    counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(objective.forward, fullgraph=True, backend=counter)
     generator = torch.Generator().manual_seed(0)
     for height, width, count in ((288, 320, 3), (320, 288, 2), (416, 448, 7)):

@@ -91,7 +91,7 @@ class Recorder:
                     result = {"fps": trial.figures["fps"], "protocol": trial.protocol}
                     self._trackers[name].handle({"kind": "result", **result})
             case "workers":  # time spent waiting for room is nobody's
-                self._since[name] = time.monotonic()
+                self._since.setdefault(name, time.monotonic())
             case "ended":
                 self._end(trial, event)
             case "steps" | "stored" | "slow" | "data" | "failure":

@@ -26,7 +26,6 @@ from gfl_platform.storage import (
 )
 from gfl_platform.sweeps.plan import (
     ENDED,
-    MINIMISED,
     DrawnTrials,
     ListedTrials,
     Planned,
@@ -43,7 +42,7 @@ from gfl_platform.sweeps.space import (
     sweep_of,
     trial_job,
 )
-from gfl_platform.sweeps.statistics import EPOCHS_KEY
+from gfl_platform.sweeps.statistics import EPOCHS_KEY, direction
 from gfl_platform.sweeps.stopping import BudgetStopper, EarlyStopping
 from gfl_platform.sweeps.trial import Train, TrialSettings, run_trial, train_with_ray
 from gfl_platform.sweeps.values import identity
@@ -206,10 +205,9 @@ def _finalists(sweep: _Sweep) -> list[Planned]:
     if asked.seeds == 1 or (asked.search.name == "grid" and asked.finalists is None):
         return []
     objective = asked.objectives[0]
-    sign = 1 if objective in MINIMISED else -1
     searched = [trial for trial in sweep.known if trial.stage == "search"]
     finished = [trial for trial in searched if trial.state == "finished"]
-    finished.sort(key=lambda trial: sign * trial.figures[objective])
+    finished.sort(key=lambda trial: -direction(objective) * trial.figures[objective])
     points = _distinct([trial.point for trial in finished])[: asked.finalists]
     default = default_point(job)  # what every verdict compares with
     points = _distinct([*points, *(t.point for t in searched if t.point == default)])
@@ -272,10 +270,7 @@ def _run(sweep: _Sweep, searcher: Any, scheduler: Any, budget: BudgetStopper) ->
     )
     from ray import tune
 
-    with (
-        scratch_folder(sweep.job) as scratch,
-        pumped(sweep.recorder.handle) as events,
-    ):
+    with scratch_folder(sweep.job) as scratch, pumped(sweep.recorder.handle) as events:
         # A trial fits, as was checked: it may wait until others, also of other jobs, make room.
         environment = {START_TIMEOUT: os.environ.get(START_TIMEOUT, str(FOREVER))}
         settings = TrialSettings(
