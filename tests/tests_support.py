@@ -21,6 +21,9 @@ from gfl.evaluation import evaluate_split
 from gfl.points import STRIDES
 from gfl.postprocess import Predictions, Rows
 
+# Workers start with what takes most of their time to import.
+mp.get_context("forkserver").set_forkserver_preload(["gfl.engine", "gfl.evaluation"])
+
 
 def run_workers(count: int, work: Callable[..., Any], *arguments: Any) -> list[Any]:
     """Return what `work(rank, *arguments)` returned on each of `count` workers in one group."""
@@ -28,7 +31,8 @@ def run_workers(count: int, work: Callable[..., Any], *arguments: Any) -> list[A
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     with TemporaryDirectory() as folder:
-        mp.spawn(_work, (count, port, folder, work, arguments), nprocs=count)
+        given = (count, port, folder, work, arguments)
+        mp.start_processes(_work, given, nprocs=count, start_method="forkserver")
         results = [Path(folder) / f"{rank}.pt" for rank in range(count)]
         return [torch.load(path, weights_only=False) for path in results]
 

@@ -181,7 +181,7 @@ def test_a_version_whose_registration_was_interrupted_can_be_promoted(
 ):
     measures(lambda trained, job: 1.0)
     with monkeypatch.context() as patch:
-        patch.setattr(registry, "tag", lambda *_: None)
+        patch.setattr(registration, "tag", lambda *_: None)
         register(1.0)
     version = registry.find(job, "m", "1")
     assert "AP" not in version.tags
