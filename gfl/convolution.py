@@ -1,13 +1,18 @@
-"""Convolutions that learn at full speed on CPUs without AVX-512.
+"""Convolutions that learn at full speed on CPUs.
 
-There, oneDNN's gradient of the weights takes two to three times as long where large maps are
-channels last, and is the only one of its kernels that does: so both maps are laid out plainly for
-this one product.
+Without AVX-512, oneDNN's gradient of the weights takes two to three times as long where large maps
+are channels last, and is the only one of its kernels that does: so both maps are laid out plainly
+for this one product.
+
+Where maps are tiny and weights are many, as in the last stage on small images, torch spends most of
+the time on turning weights and their gradient from one layout to the other. There, a convolution is
+one matrix product, for which weights that are channels last lie as they should.
 """
 
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
@@ -17,6 +22,12 @@ LARGE = 4096
 FEW = 3
 """Input channels, of the pixels themselves, with which oneDNN deals otherwise."""
 
+TINY = 128
+"""Locations of a batch up to which a matrix product pays."""
+
+MANY = 2**20
+"""Weights from which turning them costs more than the convolution."""
+
 _backward = torch.ops.aten.convolution_backward
 
 
@@ -24,10 +35,33 @@ class Convolution(nn.Conv2d):
     """`nn.Conv2d`, with the same numbers to rounding."""
 
     def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:  # noqa: A002 (torch's name)
-        if not (weight.requires_grad and torch.is_grad_enabled() and _is_slow(input, weight)):
+        if not (weight.requires_grad and torch.is_grad_enabled() and _is_plain(input, weight)):
+            return super()._conv_forward(input, weight, bias)
+        if self._is_tiny(input):
+            return self._product(input, weight, bias)
+        if not _is_slow(input, weight):
             return super()._conv_forward(input, weight, bias)
         where = (self.stride, self.padding, self.dilation, self.groups)
         return _PlainWeightGradient.apply(input, weight, bias, *where)
+
+    def _is_tiny(self, images: Tensor) -> bool:
+        locations = images.shape[0] * images.shape[2] * images.shape[3]
+        locations //= self.stride[0] * self.stride[1]
+        return (
+            locations <= TINY
+            and self.weight.numel() >= MANY
+            and self.groups == 1
+            and self.dilation == (1, 1)
+        )
+
+    def _product(self, images: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        height, width = self.kernel_size
+        around = (0, 0, *self._reversed_padding_repeated_twice)
+        padded = F.pad(images.permute(0, 2, 3, 1), around)
+        windows = padded.unfold(1, height, self.stride[0]).unfold(2, width, self.stride[1])
+        rows = windows.permute(0, 1, 2, 4, 5, 3).flatten(3)
+        found = F.linear(rows, weight.permute(0, 2, 3, 1).flatten(1), bias)
+        return found.permute(0, 3, 1, 2)
 
 
 def convert(model: nn.Module) -> None:
@@ -62,15 +96,20 @@ class _PlainWeightGradient(torch.autograd.Function):
         return found, weights, bias, None, None, None, None
 
 
-def _is_slow(images: Tensor, weight: Tensor) -> bool:
+def _is_plain(images: Tensor, weight: Tensor) -> bool:
     return (
         images.device.type == "cpu"
         and images.dtype == weight.dtype == torch.float32
         and not torch.is_autocast_enabled("cpu")
         and not torch.compiler.is_compiling()
-        and "AVX512" not in torch.backends.cpu.get_cpu_capability()
-        and weight.shape[1] > FEW
         and weight.shape[2:] != (1, 1)
-        and images.shape[2] * images.shape[3] >= LARGE
         and images.is_contiguous(memory_format=torch.channels_last)
+    )
+
+
+def _is_slow(images: Tensor, weight: Tensor) -> bool:
+    return (
+        "AVX512" not in torch.backends.cpu.get_cpu_capability()
+        and weight.shape[1] > FEW
+        and images.shape[2] * images.shape[3] >= LARGE
     )

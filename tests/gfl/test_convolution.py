@@ -1,3 +1,5 @@
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -42,3 +44,22 @@ def test_other_layouts_and_processors_take_torchs_own_way(pair, monkeypatch):
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
     images = images.contiguous(memory_format=torch.channels_last)
     assert "PlainWeightGradient" not in str(pair[1](images).grad_fn)
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("bias", [True, False])
+def test_many_weights_on_tiny_maps_are_one_product(stride, bias):
+    torch.manual_seed(0)
+    plain = nn.Sequential(nn.Conv2d(384, 320, 3, stride=stride, padding=1, bias=bias))
+    ours = copy.deepcopy(plain)
+    convert(ours)
+    for model in (plain, ours):
+        model.to(memory_format=torch.channels_last)
+    images = torch.randn(3, 384, 5, 6).contiguous(memory_format=torch.channels_last)
+    assert "Permute" in str(ours(images).grad_fn)
+    assert ours(images).is_contiguous(memory_format=torch.channels_last)
+    for found, expected in zip(gradients(ours, images), gradients(plain, images), strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-3)
+        assert found.stride() == expected.stride()
+    with torch.no_grad():
+        torch.testing.assert_close(ours(images), plain(images))
