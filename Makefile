@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: install demo test test-most drill test-all check lint types imports bench
+.PHONY: install demo test test-most test-platform test-detector drill test-all check lint types imports bench
 
 install: $(INSTALLED)
 
@@ -20,8 +20,14 @@ demo: $(INSTALLED)
 test: $(INSTALLED)
 	$(BIN)/python -m pytest -m "not slow and not cluster"
 
-test-most: $(INSTALLED)
-	$(BIN)/python -m pytest -m "not slow"
+# Of its two, the first mostly waits: `make --jobs=2 test-most` takes little longer than that.
+test-most: test-platform test-detector
+
+test-platform: $(INSTALLED)
+	$(BIN)/python -m pytest -m "not slow" --ignore tests/gfl
+
+test-detector: $(INSTALLED)
+	$(BIN)/python -m pytest -m "not slow" tests/gfl
 
 drill: $(INSTALLED)
 	$(BIN)/python -m pytest -s -m cluster tests/gfl_platform/test_drill.py
