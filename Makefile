@@ -7,11 +7,10 @@ INSTALLED := .venv/.installed
 
 install: $(INSTALLED)
 
-# --no-compile: what is imported is compiled then, and most of what is installed never is.
 $(INSTALLED): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed; set PYTHON=")'
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --no-compile --constraint constraints.txt --editable '.[dev]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	@touch $@
 
 demo: $(INSTALLED)
@@ -20,7 +19,7 @@ demo: $(INSTALLED)
 test: $(INSTALLED)
 	$(BIN)/python -m pytest -m "not slow and not cluster"
 
-# Of its two, the first mostly waits: `make --jobs=2 test-most` takes little longer than that.
+# `make --jobs=2 test-most` runs them side by side: the first waits much.
 test-most: test-platform test-detector
 
 test-platform: $(INSTALLED)
