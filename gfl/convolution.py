@@ -35,14 +35,14 @@ class Convolution(nn.Conv2d):
     """`nn.Conv2d`, with the same numbers to rounding."""
 
     def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:  # noqa: A002 (torch's name)
-        if not (weight.requires_grad and torch.is_grad_enabled() and _is_plain(input, weight)):
-            return super()._conv_forward(input, weight, bias)
-        if self._is_tiny(input):
-            return self._product(input, weight, bias)
-        if not _is_slow(input, weight):
-            return super()._conv_forward(input, weight, bias)
-        where = (self.stride, self.padding, self.dilation, self.groups)
-        return _PlainWeightGradient.apply(input, weight, bias, *where)
+        learns = weight.requires_grad and torch.is_grad_enabled()
+        if learns and _may_be_faster(input, weight):
+            if self._is_tiny(input):
+                return self._product(input, weight, bias)
+            if _is_slow(input, weight):
+                where = (self.stride, self.padding, self.dilation, self.groups)
+                return _PlainWeightGradient.apply(input, weight, bias, *where)
+        return super()._conv_forward(input, weight, bias)
 
     def _is_tiny(self, images: Tensor) -> bool:
         locations = images.shape[0] * images.shape[2] * images.shape[3]
@@ -96,7 +96,7 @@ class _PlainWeightGradient(torch.autograd.Function):
         return found, weights, bias, None, None, None, None
 
 
-def _is_plain(images: Tensor, weight: Tensor) -> bool:
+def _may_be_faster(images: Tensor, weight: Tensor) -> bool:
     return (
         images.device.type == "cpu"
         and images.dtype == weight.dtype == torch.float32
