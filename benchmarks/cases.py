@@ -17,7 +17,8 @@ CASES = (
     "train-2x256x320", "train-1x800x1344", "predict-1x800x1216",
     "loss-2x800x1344-10", "loss-2x800x1344-100",
 )  # fmt: skip
-"""Work, images, height and width in px, objects of an image; "-bfloat16" may follow."""
+"""Work, images, height and width in px, objects of an image; "-bfloat16" may follow, and of a
+training step "-compiled", which is for ours alone."""
 
 
 @dataclass(frozen=True)
@@ -30,18 +31,20 @@ class Case:
     width: int
     objects: int
     precision: torch.dtype
+    compiled: bool
 
 
 def parse(name: str) -> Case:
     """Return the case of a name such as those of `CASES`."""
-    form = r"(train|predict|loss)-(\d+)x(\d+)x(\d+)(?:-(\d+))?(-bfloat16)?"
+    form = r"(train|predict|loss)-(\d+)x(\d+)x(\d+)(?:-(\d+))?(-bfloat16)?(-compiled)?"
     found = re.fullmatch(form, name)
     if found is None:
         raise ValueError(f"{name}: no case; expected something like {CASES[0]}")
-    work, batch, height, width, objects, low = found.groups()
+    work, batch, height, width, objects, low, compiled = found.groups()
     dtype = torch.bfloat16 if low else torch.float32
     count = int(objects or TRAIN_OBJECTS)
-    return Case(work, int(batch), int(height), int(width), count, dtype)  # type: ignore[arg-type]
+    sizes = (int(batch), int(height), int(width))
+    return Case(work, *sizes, count, dtype, compiled is not None)  # type: ignore[arg-type]
 
 
 def images(case: Case) -> Tensor:

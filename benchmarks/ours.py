@@ -25,6 +25,7 @@ def build(case: Case, device: torch.device, weights: Path | None) -> Callable[[]
     """Return what does the work of `case` once."""
     precision = str(case.precision).removeprefix("torch.")
     overrides = [f"data.batch={case.batch}", f"optim.precision={precision}", "optim.lr=1e-6"]
+    overrides += ["optim.compile=true"] if case.compiled else []
     config = gfl.load_config(CONFIG, overrides)
     if case.work == "train":
         return _train(case, config, device)

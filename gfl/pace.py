@@ -47,8 +47,10 @@ class Pace:
         """
         self._device = device
         self._slow: list[int] = [0] * world_size()
+        # A function, which copies of the detector share: a GPU's events cannot be copied.
+        mark = lambda network, *_: self._mark_forward(network)  # noqa: E731
         hooks = (detector.register_forward_pre_hook, detector.register_forward_hook)
-        self._hooks = [hook(self._mark_forward) for hook in hooks] if forward else []
+        self._hooks = [hook(mark) for hook in hooks] if forward else []
         self.restart()
 
     def restart(self) -> None:
@@ -130,7 +132,7 @@ class Pace:
             busy = math.nan
         return memory / 2**30, busy, torch.cuda.max_memory_allocated(self._device) / 2**30
 
-    def _mark_forward(self, detector: torch.nn.Module, *_: Any) -> None:
+    def _mark_forward(self, detector: torch.nn.Module) -> None:
         if detector.training:
             self._forward.append(self._now())
 

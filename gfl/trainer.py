@@ -57,6 +57,8 @@ class Trainer:
             shares: Into which global batches are cut, as `fit` says.
         """
         torch.manual_seed(config.seed)
+        # On a GPU, too, a resumed training is the uninterrupted one to the last digit.
+        torch.backends.cudnn.deterministic = True
         self.config = config
         self.train_split = train
         self.device = device

@@ -1,5 +1,6 @@
 """Who waits for whom: measured on every worker, told by all of them alike."""
 
+import copy
 import time
 
 import torch
@@ -72,3 +73,19 @@ def test_what_costs_less_than_a_tenth_of_a_step_names_nobody():
     worker = dict.fromkeys(STEP_TIMES, 100.0) | {"shares": 1.0}
     for _ in range(2 * SLOW_REPORTS):
         assert pace.stragglers([worker | {"own_ms": 1.0}, worker | {"own_ms": 10.0}]) == {}
+
+
+class Moment:
+    """Of a GPU: it can neither be copied nor pickled."""
+
+    def __deepcopy__(self, _):
+        raise TypeError("cannot pickle 'Event' object")
+
+
+def test_a_network_is_copied_without_its_times(monkeypatch):
+    monkeypatch.setattr(Pace, "_now", lambda _: Moment())
+    network = Sleeper(0)
+    pace = Pace(network, torch.device("cpu"))
+    network(torch.zeros(1))
+    copy.deepcopy(network).eval()(torch.zeros(1))
+    assert len(pace._forward) == 2
