@@ -62,12 +62,10 @@ def _train(case: Case, config: Config, device: torch.device) -> Callable[[], Any
 
 def _predict(case: Case, detector: Detector, device: torch.device) -> Callable[[], Any]:
     inputs = images(case).to(device).contiguous(memory_format=torch.channels_last)
-
-    def run() -> Any:
-        with torch.autocast(device.type, case.precision, enabled=case.precision != torch.float32):
-            return detector.predict(inputs)
-
-    return run
+    enabled = case.precision != torch.float32
+    detector.requires_grad_(enabled)  # autocast keeps its copies of such weights alone,
+    torch.autocast(device.type, case.precision, enabled=enabled).__enter__()  # for as long as it is
+    return lambda: detector.predict(inputs)
 
 
 def losses_of(case: Case, detector: Detector, device: torch.device) -> Callable[[], Any]:

@@ -8,6 +8,7 @@ they came about: here all that decides them goes with them, and its hash tells p
 import gc
 import hashlib
 import json
+import os
 import platform
 import resource
 import subprocess
@@ -186,21 +187,24 @@ def peak_memory(device: torch.device) -> Iterator[dict[str, int]]:
 @contextmanager
 def _prepared(detector: Detector, variant: Variant, device: torch.device) -> Iterator[Detector]:
     """Give the detector as `variant` wants it."""
-    detector = folded(detector)
-    if variant.channels_last:
-        place(detector, device)
-    else:
+    detector = place(folded(detector), device)
+    if not variant.channels_last:
         detector.to(memory_format=torch.contiguous_format)
     if variant.compiled:
         detector.compile(dynamic=True)
     dtype = getattr(torch, variant.precision)
     enabled = variant.precision != "float32"
+    detector.requires_grad_(enabled)  # autocast keeps its copies of such weights alone
+    as_before = torch.backends.cudnn.deterministic
+    torch.backends.cudnn.deterministic = False  # a training, in the same process, wants it
     try:
         with torch.autocast(device.type, dtype, enabled=enabled), torch.no_grad():
             yield detector
     except (RuntimeError, OSError) as error:  # no compiler, no such kernel, no memory
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UnavailableError(f"{variant.name}: cannot run here ({reason})") from error
+    finally:
+        torch.backends.cudnn.deterministic = as_before
 
 
 def _time(detector: Detector, batches: Iterable[Batch], device: torch.device) -> list[float]:
@@ -230,6 +234,7 @@ def _protocol(
         "driver": _nvidia_smi("driver_version", device) if on_gpu else platform.release(),
         "power": _power(device),
         "cuda": torch.version.cuda if on_gpu else None,
+        "cudnn": _cudnn() if on_gpu else None,
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "precision": variant.precision,
@@ -244,6 +249,16 @@ def _protocol(
         "long_side": config.data.long_side,
         "postprocess": config.postprocess.model_dump(mode="json"),
         STATE: {what: _nvidia_smi(what, device) for what in CLOCKS} if on_gpu else {},
+    }
+
+
+def _cudnn() -> dict[str, Any]:
+    """Return what decides how convolutions are done on a GPU."""
+    cudnn = torch.backends.cudnn
+    return {
+        "version": cudnn.version(),
+        "float32": os.environ.get("NVIDIA_TF32_OVERRIDE", "") + cudnn.conv.fp32_precision,
+        "benchmark": cudnn.benchmark,
     }
 
 

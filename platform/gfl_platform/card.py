@@ -2,6 +2,7 @@
 
 import hashlib
 import importlib.metadata
+import json
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,7 +15,14 @@ from gfl.configfile import config_hash
 from gfl_platform import registry
 from gfl_platform.cluster import Workers
 from gfl_platform.config import JobConfig, load_job
-from gfl_platform.description import COMMIT, CONFIG_FILE, DIFF_FILE, PACKAGES_FILE, git_state
+from gfl_platform.description import (
+    COMMIT,
+    CONFIG_FILE,
+    DIFF_FILE,
+    PACKAGES_FILE,
+    PROTOCOL,
+    git_state,
+)
 from gfl_platform.registry import RegistryError, Version
 from gfl_platform.store import connect
 from gfl_platform.trail import read_trail
@@ -98,7 +106,8 @@ def recipe(where: JobConfig, model: str, overrides: Sequence[str]) -> Recipe:
         ValueError: no such model, or one whose configuration is not there any more.
     """
     run_id = registry.run_of(where, model)
-    assert run_id
+    if not run_id:
+        raise RegistryError(f"{model}: no run is known that trained it")
     text = _artifact(where, run_id, CONFIG_FILE)
     if not text:
         raise RegistryError(f"{model}: run {run_id} holds no {CONFIG_FILE}; is it one of ours?")
@@ -128,11 +137,12 @@ def _installed(package: str) -> str:
         return "not installed"
 
 
-def protocol_of(job: JobConfig, model: str) -> dict[str, str]:
+def protocol_of(job: JobConfig, model: str) -> dict[str, Any]:
     """Return how the FPS of a model was measured in its training; empty where that is unknown."""
     run_id = registry.run_of(job, model)
     tags = connect(job).get_run(run_id).data.tags if run_id else {}
-    return {key.removeprefix("fps."): v for key, v in tags.items() if key.startswith("fps.")}
+    found: dict[str, Any] = json.loads(tags.get(PROTOCOL, "{}"))
+    return found
 
 
 def _artifact(job: JobConfig, run_id: str, name: str) -> str:

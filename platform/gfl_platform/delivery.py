@@ -1,5 +1,6 @@
 """The way from a run's spool to MLflow, the only one that writes to runs besides the registry's."""
 
+import json
 import logging
 import time
 from collections.abc import Iterable, Iterator, Mapping
@@ -9,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from gfl_platform.config import JobConfig
-from gfl_platform.description import IDENTITY
+from gfl_platform.description import IDENTITY, PROTOCOL
 from gfl_platform.events import Event, straggler
 from gfl_platform.spool import SPOOL_FILE, Spool
 from gfl_platform.storage import is_there, read_json, storage_root, write_atomically
@@ -176,7 +177,8 @@ class Delivery:
                 self._tag({f"data.{key}": str(value) for key, value in event["facts"].items()})
             case "result":
                 self._metrics([(event, {"fps": event["fps"]})])
-                self._tag({f"fps.{key}": str(value) for key, value in event["protocol"].items()})
+                facts = {f"fps.{key}": str(value) for key, value in event["protocol"].items()}
+                self._tag(facts | {PROTOCOL: json.dumps(event["protocol"])})
                 self._tag_deleted_checkpoints()
             case "failure" if not event["final"]:
                 self._tag({RESTARTS: str(event["restarts"])})

@@ -30,6 +30,9 @@ CODE = ("*.py", "*.yaml", "*.yml", "*.toml")
 USER = "GFL_USER"
 """In the environment of a submitted job: who submitted it."""
 
+PROTOCOL = "fps.protocol"
+"""Tag: the protocol of FPS as JSON."""
+
 IDENTITY = "identity"
 """Tag: given to a run before its store could be reached."""
 

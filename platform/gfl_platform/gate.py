@@ -14,6 +14,8 @@ from gfl_platform.registry import RegistryError
 from gfl_platform.store import connect
 from gfl_platform.trail import Decision, OvertakenError, append, read_trail, settle
 
+ROLLED_BACK = "rolled back"
+
 ATTEMPTS = 10
 """How often a decision is made anew because another came first."""
 
@@ -58,20 +60,28 @@ def promote(job: JobConfig, name: str, number: int, watch: Watcher) -> Decision:
 
 
 def rollback(job: JobConfig, name: str, why: str) -> Decision:
-    """Make the previous champion champion again; return what was decided.
+    """Make the version champion that was so before the present one; return what was decided.
+
+    If another rollback has come first, or was interrupted, that is what it decided.
 
     Raises:
-        RegistryError: there is no previous one, or it cannot be loaded.
+        RegistryError: there is no previous one, or it cannot be loaded, or a promotion came first.
     """
-    registry.list_versions(job, name)  # or there is no such model
+    versions = registry.list_versions(job, name)
+    unwanted = next((v.version for v in versions if "champion" in v.aliases), None)
 
     def decide(last: Decision | None) -> Decision:
+        champion = last.aliases.get("champion") if last else None
+        if last and champion != unwanted:
+            if last.action == ROLLED_BACK:
+                return last
+            raise RegistryError(f"{name}: champion is version {champion} now; nothing rolled back")
         if last is None or "previous" not in last.aliases:
             raise RegistryError(f"{name}: no champion before this one, so nothing to go back to")
         number = last.aliases["previous"]
-        registry.load(f"models:/{name}/{number}", job)
-        aliases = _crowned(number, last.aliases.get("champion"))
-        return Decision("rolled back", number, aliases, last.number, [why])
+        registry.load(f"models:/{name}/{number}", job, "cpu")
+        aliases = _crowned(number, champion)
+        return Decision(ROLLED_BACK, number, aliases, last.number, [why])
 
     return _decide(job, name, decide)
 
@@ -84,6 +94,9 @@ def _decide(job: JobConfig, name: str, decide: Callable[[Decision | None], Decis
             decision = decide(settle(client, name))
             if decision.number:  # it was made before
                 return decision
+            now = settle(client, name)
+            if decision.based_on != (now.number if now else 0):  # meanwhile; also by hand
+                continue
             written = append(client, name, decision)
         except OvertakenError:
             continue

@@ -162,7 +162,7 @@ def _faults(job: JobConfig, version: Version) -> Iterator[str]:
         if PurePosixPath(path).suffix in PICKLES:
             yield f"Artifact {path} may hold a pickle, which runs code when it is loaded."
     try:
-        registry.load(f"models:/{version.name}/{version.version}", job)
+        registry.load(f"models:/{version.name}/{version.version}", job, "cpu")
     except ValueError as error:
         yield f"It cannot be loaded: {error}."
 

@@ -52,7 +52,7 @@ def set_alias(job: JobConfig, name: str, version: int, alias: str) -> int | None
         raise RegistryError(f"alias '{alias}': only `jobs.registry promote` and `rollback` move it")
     client = connect(job)
     wanted = _version(client, name, version)
-    load(f"models:/{name}/{version}", job)
+    load(f"models:/{name}/{version}", job, "cpu")
     before = next((v.version for v in _versions(client, name) if alias in v.aliases), None)
     client.set_registered_model_alias(name, alias, str(wanted.version))
     return before
@@ -86,18 +86,19 @@ def find(job: JobConfig, name: str, reference: str) -> Version:
     raise RegistryError(f"{name}@{reference}: no such alias; {_suggest(reference, aliases)}")
 
 
-def load(model: str, job: JobConfig | None = None) -> "Model":
+def load(model: str, job: JobConfig | None = None, device: str | None = None) -> "Model":
     """Return the model behind `model`, ready to predict.
 
     Args:
         model: A checkpoint folder, `models:/NAME@ALIAS`, `models:/NAME/VERSION` or `runs:/RUN_ID`.
         job: Says which registry; by default MLFLOW_TRACKING_URI does, else it is in `outputs`.
+        device: Where it predicts, by default the first GPU if there is one.
 
     Raises:
         ValueError: no such model, or a damaged one.
     """
     with tempfile.TemporaryDirectory(prefix="gfl-model-") as scratch:
-        return gfl.load(fetch_checkpoint(job or JobConfig(), model, Path(scratch)))
+        return gfl.load(fetch_checkpoint(job or JobConfig(), model, Path(scratch)), device=device)
 
 
 def fetch_checkpoint(job: JobConfig, model: str, scratch: Path) -> Path:

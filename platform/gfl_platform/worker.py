@@ -84,6 +84,11 @@ class WorkerListener:
         # Ray Train and Ray Tune look at what is not nested.
         self._hand_over(report, {"metrics": report.metrics, **report.metrics})
 
+    def wait_until_written(self) -> None:
+        """Wait for the thread that writes the last checkpoint."""
+        with self._storing:
+            pass
+
     def _hand_over(self, report: CheckpointReport, facts: dict[str, Any]) -> None:
         import ray.train
         from ray.train import Checkpoint, CheckpointUploadMode
@@ -171,6 +176,7 @@ def train_worker(settings: dict[str, Any]) -> dict[str, Any]:
             raise
     if not listener.is_first:
         return {}
+    listener.wait_until_written()
     fps, protocol = measure_fps(trainer.model, splits[1], config, device)
     return {"fps": fps, "protocol": protocol, "epochs": trainer.epochs_done}
 

@@ -1,6 +1,7 @@
 """The gate's verdict on real registered versions; what workers would measure is made up."""
 
 import shutil
+import tempfile
 import time
 from pathlib import Path
 from urllib.parse import urlparse
@@ -39,7 +40,7 @@ def register(job, tmp_path):
     def make(ap, *overrides):
         config = reproducible(derive(type(job), job, overrides))
         torch.manual_seed(0)
-        (checkpoint := tmp_path / f"checkpoint-{ap}-{len(overrides)}").mkdir()
+        checkpoint = Path(tempfile.mkdtemp(dir=tmp_path))
         about = About(CLASSES, [1, 2, 3], 0, 0, {})
         take_snapshot(Detector(config), config, about, {}).write(checkpoint)
         run = client.create_run(experiment).info.run_id
@@ -195,3 +196,79 @@ def test_a_version_whose_registration_was_interrupted_can_be_promoted(
         assert training._register(job, "m", Path("unread"), Tracker(), facts) == 1
     assert registry.find(job, "m", "1").tags["AP"] == "1"
     assert promote(job, 1).action == "promoted"
+
+
+@pytest.fixture
+def champions(job, register, measures):
+    """Four versions, of which the first three have become champion one after the other."""
+    measures(lambda trained, job: 1.0)
+    for number in (1, 2, 3, 4):
+        register(1.0, f"seed={number}")
+    for number in (1, 2, 3):
+        assert promote(job, number, "registry.gate.compare=false").action == "promoted"
+
+
+def champion_of(job):
+    return registry.find(job, "m", "champion").version
+
+
+def test_a_rollback_that_was_interrupted_is_not_done_twice(job, champions, monkeypatch):
+    def crash(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(trail, "_move", crash)
+        with pytest.raises(KeyboardInterrupt):
+            gate.rollback(job, "m", "worse")
+    assert champion_of(job) == 3
+    assert gate.rollback(job, "m", "worse").reasons == ["worse"]
+    assert champion_of(job) == 2
+    assert gate.rollback(job, "m", "it was the better one").version == 3
+    assert champion_of(job) == 3
+
+
+def test_a_rollback_does_not_undo_what_came_first(job, champions, monkeypatch):
+    load = registry.load
+
+    def overtaken_by(other):
+        others = [other]
+
+        def late(*arguments):
+            if others:
+                others.pop()()
+            return load(*arguments)
+
+        monkeypatch.setattr(registry, "load", late)
+
+    overtaken_by(lambda: gate.rollback(job, "m", "the first"))
+    assert gate.rollback(job, "m", "the second").reasons == ["the first"]
+    assert champion_of(job) == 2
+    overtaken_by(lambda: promote(job, 4, "registry.gate.compare=false"))
+    with pytest.raises(registry.RegistryError, match="champion is version 4 now; nothing rolled"):
+        gate.rollback(job, "m", "the third")
+    assert champion_of(job) == 4
+
+
+def test_a_promotion_is_weighed_against_what_became_champion_meanwhile(
+    job, register, measures, monkeypatch
+):
+    monkeypatch.setattr(trail, "SECOND_LOOK_S", 0.01)
+    client = connect(job)
+    by_hand = []
+
+    def share(trained, job):
+        if by_hand:
+            client.set_registered_model_alias("m", "champion", str(by_hand.pop()))
+        return 0.5 if trained.seed == 1 else 1.0
+
+    measures(share)
+    for number in (1, 2, 3):
+        register(1.0, f"seed={number}")
+    assert promote(job, 1, TOLERANT).action == "promoted"
+    by_hand.append(3)
+    decision = promote(job, 2, "registry.gate.ap_margin=0.1")
+    assert decision.action == "refused"
+    assert any("the champion (version 3) 1.0000" in reason for reason in decision.reasons)
+    assert champion_of(job) == 3
+    actions = [each.action for each in trail.read_trail(client, "m")]
+    assert actions == ["promoted", "moved by hand", "refused"]

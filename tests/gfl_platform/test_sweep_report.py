@@ -211,6 +211,10 @@ def test_whatever_the_trials_are_there_is_a_report(trials, tmp_path, monkeypatch
             f"identical bit for bit at beta 1 and beta 2: has {BETA} any effect",
         ),
         ([trial(1, figures={})], "No finished trial has the objective, AP, %"),
+        (
+            [trial(1, protocol={"device": "A"}), trial(2, protocol={"device": "B"})],
+            "FPS do not compare where protocols differ: device A -> B.",
+        ),
     ],
 )
 def test_a_reader_is_warned(trials, warning):

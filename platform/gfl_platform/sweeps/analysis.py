@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from math import isfinite, nan
 
+from gfl.speed import differences
 from gfl_platform.sweeps.importance import parameter_importance
 from gfl_platform.sweeps.published import PublishedComparison, compare_published
 from gfl_platform.sweeps.results import SweepResults, Trial
@@ -114,6 +115,9 @@ def warnings_of(found: Analysis) -> list[str]:
             f"Trainings with seed {group.seed} are identical bit for bit at {points}{more}: "
             f"has {keys} any effect?"
         )
+    protocols = [trial.protocol for trial in found.results.trials if trial.protocol]
+    if differing := {each for other in protocols for each in differences(protocols[0], other)}:
+        said.append(f"FPS do not compare where protocols differ: {', '.join(sorted(differing))}.")
     return said
 
 
