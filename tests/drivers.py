@@ -65,12 +65,16 @@ class Driver:
             time.sleep(0.1)
         raise AssertionError(f"{self.status()}\n{self.log()}")
 
-    def steps_again(self, workers=None):
+    def steps_again(self, workers=None, *, restarted=False):
         """Wait until training has gone on, by so many; return the seconds and the step."""
-        started, since = time.monotonic(), self.status()["time"]
+        started, before = time.monotonic(), self.status()
+        restarts = before.get("restarts", 0) + restarted
         found = self.wait_for(
             lambda s: (
-                s["state"] == "training" and s["time"] > since and workers in (None, s["workers"])
+                s["state"] == "training"
+                and s["time"] > before["time"]
+                and s.get("restarts", 0) >= restarts
+                and workers in (None, s["workers"])
             )
         )
         return time.monotonic() - started, found["step"]

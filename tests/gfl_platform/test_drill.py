@@ -87,7 +87,7 @@ def test_all_that_can_fail_fails_and_no_digit_changes(
     before = fit.status()["step"]
     os.kill(training_processes(cluster)[0][0], signal.SIGKILL)
     tell(f"a worker is killed after step {before}")
-    seconds, step = fit.steps_again()
+    seconds, step = fit.steps_again(restarted=True)
     tell(f"step {step}, {seconds:.1f} s later")
     assert seconds < 20
     assert step > before - STEPS_BETWEEN_CHECKPOINTS - 5
@@ -97,7 +97,7 @@ def test_all_that_can_fail_fails_and_no_digit_changes(
     with contextlib.suppress(ProcessLookupError):
         os.kill(pid, signal.SIGKILL)  # it dies with its node
     tell("a node is killed")
-    seconds, step = fit.steps_again()
+    seconds, step = fit.steps_again(restarted=True)
     tell(f"step {step}, {seconds:.1f} s later")
 
     s3.busy(True)
