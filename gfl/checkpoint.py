@@ -4,11 +4,12 @@
 - config.yaml: the resolved `Config`
 - about.json: class names, category ids, step, epoch, metrics
 - training.pt: optimizer and schedule, to go on from; not needed to predict
-- sha256.json: checksums of the two files that cannot be read by eye
+- sha256.json: checksums of all these, and of what else was written with them
 """
 
 import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -57,15 +58,22 @@ class Snapshot:
     about: About
     training: dict[str, Any]
 
-    def write(self, folder: Path) -> None:
-        """Write the checkpoint into the existing `folder`, the checksums last."""
+    def write(self, folder: Path, more: Mapping[str, str] | None = None) -> None:
+        """Write the checkpoint into the existing `folder`, the checksums last.
+
+        Args:
+            folder: Exists.
+            more: Texts to keep in it besides, by file name.
+        """
         # safetensors refuses the strides of `channels_last`.
         weights = {key: value.contiguous() for key, value in self.weights.items()}
         safetensors.torch.save_file(weights, folder / WEIGHTS)
-        (folder / CONFIG).write_text(dump_config(self.config))
-        (folder / ABOUT).write_text(json.dumps(asdict(self.about), indent=1))
+        about = json.dumps(asdict(self.about), indent=1)
+        texts = {CONFIG: dump_config(self.config), ABOUT: about, **(more or {})}
+        for name, text in texts.items():
+            (folder / name).write_text(text)
         torch.save(self.training, folder / TRAINING)
-        sums = {name: _sha256(folder / name) for name in (WEIGHTS, TRAINING)}
+        sums = {name: _sha256(folder / name) for name in (WEIGHTS, TRAINING, *texts)}
         (folder / CHECKSUMS).write_text(json.dumps(sums, indent=1))
 
 
@@ -87,19 +95,40 @@ def _copied(state: Any) -> Any:
 
 
 def require_whole(folder: Path) -> None:
-    """Check a checkpoint's files against their checksums; one without any passes.
+    """Check that a training can go on from a checkpoint: all that was written is there, unharmed.
 
     Raises:
-        ValueError: a file that is not what was written.
+        ValueError: a file that is missing or is not what was written, or no checksums.
     """
-    if not (folder / CHECKSUMS).is_file():
-        return
-    for name, expected in json.loads(_read(folder / CHECKSUMS)).items():
-        if (folder / name).is_file() and _sha256(folder / name) != expected:
-            raise ValueError(
-                f"{folder / name}: damaged (its SHA-256 is not the one in {CHECKSUMS}); use "
-                "another checkpoint"
-            )
+    for name, expected in _checksums(folder).items():
+        if not (folder / name).is_file():
+            raise ValueError(f"{folder / name}: missing; use another checkpoint")
+        _require_sum(folder / name, expected)
+
+
+def _require_unharmed(folder: Path) -> None:
+    """Check the files that are there: a model to predict with has no state of its training."""
+    if (folder / CHECKSUMS).is_file():
+        for name, expected in _checksums(folder).items():
+            if (folder / name).is_file():
+                _require_sum(folder / name, expected)
+
+
+def _checksums(folder: Path) -> dict[str, str]:
+    text = _read(folder / CHECKSUMS)
+    try:
+        return dict(json.loads(text))
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"{folder / CHECKSUMS}: damaged ({error}); use another checkpoint"
+        ) from error
+
+
+def _require_sum(path: Path, expected: str) -> None:
+    if _sha256(path) != expected:
+        raise ValueError(
+            f"{path}: damaged (its SHA-256 is not the one in {CHECKSUMS}); use another checkpoint"
+        )
 
 
 def _sha256(path: Path) -> str:
@@ -119,7 +148,7 @@ def load_checkpoint(folder: Path, config: Config | None = None) -> tuple[Detecto
     """
     about = read_about(folder)
     trained = read_config(folder)
-    require_whole(folder)
+    _require_unharmed(folder)
     if config is not None and config.model != trained.model:
         raise ValueError(
             f"model.*: the model in {folder} cannot be changed after its training; "

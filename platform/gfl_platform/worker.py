@@ -123,8 +123,7 @@ class WorkerListener:
             folder, started = Path(checkpoint.path), time.perf_counter()
             try:
                 with space_required(storage.experiment_fs_path):
-                    snapshot.write(folder)
-                    (folder / REPORTS_FILE).write_text(reports)
+                    snapshot.write(folder, {REPORTS_FILE: reports})
                     stored = patiently(lambda: storage.persist_current_checkpoint(checkpoint, name))
             except BaseException:
                 _remove(storage, name)  # a half, which on a full device would be in the way

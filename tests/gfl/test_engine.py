@@ -6,7 +6,7 @@ import pytest
 import torch
 from tests_support import run_workers
 
-from gfl.checkpoint import load_checkpoint, read_about
+from gfl.checkpoint import CHECKSUMS, TRAINING, load_checkpoint, read_about, require_whole
 from gfl.configfile import derive
 from gfl.data import load_splits
 from gfl.data.loading import collate
@@ -340,3 +340,11 @@ def test_a_damaged_checkpoint_is_named(tiny, tmp_path):
     (tmp_path / "epoch-2" / "weights.safetensors").write_bytes(b"half")
     with pytest.raises(ValueError, match=r"weights\.safetensors: damaged \(its SHA-256"):
         load_checkpoint(tmp_path / "epoch-2")
+    (tmp_path / "epoch-3" / TRAINING).unlink()
+    with pytest.raises(ValueError, match=r"training\.pt: missing; use another checkpoint"):
+        require_whole(tmp_path / "epoch-3")
+    load_checkpoint(tmp_path / "epoch-3")  # to predict it is not needed
+    (tmp_path / "epoch-3" / CHECKSUMS).unlink()
+    with pytest.raises(ValueError, match=r"sha256\.json: No such file"):
+        require_whole(tmp_path / "epoch-3")
+    load_checkpoint(tmp_path / "epoch-3")

@@ -1,0 +1,73 @@
+"""From which checkpoint the workers of a training go on."""
+
+import shutil
+from types import SimpleNamespace
+
+import pytest
+import ray.train
+from ray.train import Checkpoint
+
+from gfl.checkpoint import ABOUT, CHECKSUMS, CONFIG, TRAINING, WEIGHTS, About, take_snapshot
+from gfl.detector import Detector
+from gfl_platform.storage import StorageError
+from gfl_platform.worker import REPORTS_FILE, _latest_whole_checkpoint
+
+
+def emptied(path):
+    path.write_text("")
+
+
+def removed(path):
+    path.unlink()
+
+
+@pytest.fixture(scope="module")
+def written(tiny, tmp_path_factory):
+    """A checkpoint as a worker writes it."""
+    folder = tmp_path_factory.mktemp("written")
+    about = About(["rectangle", "ellipse", "triangle"], [1, 2, 3], 4, 1, {})
+    snapshot = take_snapshot(Detector(tiny), tiny, about, {"optimizer": {}})
+    snapshot.write(folder, {REPORTS_FILE: "[]"})
+    return folder
+
+
+@pytest.fixture
+def stored(written, tmp_path, monkeypatch):
+    """Two checkpoints, the older first, of which Ray says so."""
+    folders = [tmp_path / name for name in ("before", "latest")]
+    for folder in folders:
+        shutil.copytree(written, folder)
+    known = [
+        SimpleNamespace(checkpoint=Checkpoint(folder), metrics={"step": step})
+        for step, folder in enumerate(folders)
+    ]
+    monkeypatch.setattr(ray.train, "get_checkpoint", lambda: known[-1].checkpoint)
+    monkeypatch.setattr(ray.train, "get_all_reported_checkpoints", lambda: list(known))
+    return folders
+
+
+def test_the_latest_checkpoint_is_gone_on_from(stored):
+    with _latest_whole_checkpoint(pytest.fail) as (folder, _):
+        assert folder == stored[1]
+
+
+@pytest.mark.parametrize("harm", [emptied, removed])
+@pytest.mark.parametrize("name", [WEIGHTS, CONFIG, ABOUT, TRAINING, REPORTS_FILE, CHECKSUMS])
+def test_one_that_lost_a_file_is_told_of_and_the_one_before_is_used(stored, name, harm):
+    harm(stored[1] / name)
+    told = []
+    with _latest_whole_checkpoint(told.append) as (folder, _):
+        assert folder == stored[0]
+    assert len(told) == 1
+    assert str(stored[1]) in told[0]
+    assert name in told[0]
+
+
+def test_where_all_are_damaged_it_says_so(stored):
+    for folder in stored:
+        removed(folder / CHECKSUMS)
+    with (
+        pytest.raises(StorageError, match="there is no other: start anew"),
+        _latest_whole_checkpoint([].append),
+    ):
+        pass
