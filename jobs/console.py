@@ -63,9 +63,11 @@ def run(job: Callable[[argparse.Namespace], None], arguments: argparse.Namespace
     except Exception as error:
         if arguments.debug:
             raise
+        from gfl_platform.store import without_password
+
         expected = isinstance(error, (ValueError, RuntimeError))
         text = str(error) if expected else f"{type(error).__name__}: {error}; --debug shows where"
-        sys.exit(_report(" ".join(text.split()), 1))
+        sys.exit(_report(without_password(" ".join(text.split())), 1))
 
 
 @contextmanager

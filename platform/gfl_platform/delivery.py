@@ -14,7 +14,7 @@ from gfl_platform.description import IDENTITY, PROTOCOL
 from gfl_platform.events import Event, straggler
 from gfl_platform.spool import SPOOL_FILE, Spool
 from gfl_platform.storage import is_there, read_json, storage_root, write_atomically
-from gfl_platform.store import TrackingError, client_of, tracking_uri, without_password
+from gfl_platform.store import TrackingError, client_of, reason_of, tracking_uri, without_password
 
 logger = logging.getLogger(__name__)
 
@@ -73,7 +73,7 @@ class Delivery:
         except Exception as error:  # whatever a store and where its artifacts lie may raise
             self._delay = min(max(2 * self._delay, 1.0), LONGEST_DELAY)
             self._try_at = time.monotonic() + self._delay
-            logger.warning("tracking: %s; %d events wait", _first_line(error), len(self.spool))
+            logger.warning("tracking: %s; %d events wait", reason_of(error), len(self.spool))
         else:
             self._delay = 0.0
 
@@ -101,7 +101,7 @@ class Delivery:
                     raise
                 if last:
                     what = events[0]["kind"]
-                    logger.warning("tracking: %s; not logged: %s", _first_line(error), what)
+                    logger.warning("tracking: %s; not logged: %s", reason_of(error), what)
             else:
                 return
 
@@ -245,7 +245,3 @@ def _together(waiting: Mapping[int, Event]) -> Iterator[tuple[int, list[Event]]]
         items = list(group)
         for part in [items] if is_steps else [[item] for item in items]:
             yield part[-1][0], [event for _, event in part]
-
-
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).splitlines()), type(error).__name__)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import gfl
 from gfl_platform.config import JobConfig, require_alias
 from gfl_platform.storage import cache_of, is_there
-from gfl_platform.store import connect, on_all_pages
+from gfl_platform.store import connect, on_all_pages, reason_of
 from gfl_platform.trail import FOLLOWED, OF_MODEL
 
 if TYPE_CHECKING:
@@ -154,7 +154,7 @@ def _fetch_registered(job: JobConfig, reference: str, scratch: Path) -> Path:
     except (MlflowException, OSError) as error:
         raise RegistryError(
             f"{name} version {version.version}: its artifacts cannot be read "
-            f"({str(error).splitlines()[0]}); register it again"
+            f"({reason_of(error)}); register it again"
         ) from error
     return Path(folder)
 

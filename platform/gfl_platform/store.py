@@ -51,9 +51,14 @@ def tracking_uri(job: JobConfig) -> str:
     return chosen or f"sqlite:///{storage_root(job) / 'mlflow.db'}"
 
 
-def without_password(uri: str) -> str:
-    """Return a URI that may be shown."""
-    return re.sub(r"(://[^/:@]*:)[^/@]*@", r"\1***@", uri)
+def without_password(text: str) -> str:
+    """Return a text that may be shown: a URI, or an error that holds some."""
+    return re.sub(r"(://[^/:@\s]*:)[^/@\s]*@", r"\1***@", text)
+
+
+def reason_of(error: Exception) -> str:
+    """Return the first line of an error that may be shown; MLflow's hold the store's URI."""
+    return without_password(next(iter(str(error).splitlines()), type(error).__name__))
 
 
 def connect(job: JobConfig) -> "MlflowClient":
@@ -68,7 +73,7 @@ def connect(job: JobConfig) -> "MlflowClient":
         client = client_of(job)
         client.search_experiments(max_results=1)
     except (MlflowException, OSError) as error:
-        reason = str(error).partition(" failed with ")[0].splitlines()[0]
+        reason = reason_of(error).partition(" failed with ")[0]
         raise TrackingError(
             f"{without_password(tracking_uri(job))}: no MLflow store answers ({reason}); start it, "
             "set tracking.uri or MLFLOW_TRACKING_URI, or let a training keep its figures until one "

@@ -17,6 +17,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 from gfl_platform.description import acting_user, git_state
+from gfl_platform.store import reason_of
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -130,7 +131,7 @@ def append(client: "MlflowClient", model: str, decision: Decision) -> Decision:
             await_creation_for=0,
         )
     except MlflowException as error:
-        raise TrailError(f"{trail_of(model)}: {str(error).splitlines()[0]}; try again") from error
+        raise TrailError(f"{trail_of(model)}: {reason_of(error)}; try again") from error
     written = read_trail(client, model)
     if next(each for each in written if each.number == int(entry.version)).void:
         raise OvertakenError

@@ -125,7 +125,7 @@ def _register(
         return registration.register_once(job, model, checkpoint, tracker.require_run(), facts)
     except (MlflowException, OSError, store.TrackingError) as error:
         raise store.TrackingError(
-            f"model {model}: not registered ({str(error).splitlines()[0]}); the training is done "
+            f"model {model}: not registered ({store.reason_of(error)}); the training is done "
             "and its checkpoints are kept: --resume registers it"
         ) from error
 

@@ -11,7 +11,7 @@ from gfl_platform.config import load_job
 from gfl_platform.delivery import Delivery
 from gfl_platform.spool import backlog
 from gfl_platform.status import StatusFile, read_status
-from gfl_platform.store import TrackingError, client_of
+from gfl_platform.store import TrackingError, client_of, connect, without_password
 from gfl_platform.tracking import RunTracker, settle
 
 
@@ -34,6 +34,32 @@ def steps(number):
 @pytest.fixture(autouse=True)
 def few_attempts(monkeypatch):
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+
+
+def test_the_password_of_a_store_that_does_not_answer_is_told_to_nobody(tmp_path, caplog):
+    uri = "tracking.uri=http://u:secret@127.0.0.1:9"
+    job = load_job("configs/demo.yaml", [uri, f"storage.root={tmp_path}"])
+    with pytest.raises(TrackingError, match=r"u:\*\*\*@127\.0\.0\.1:9") as told:
+        connect(job)
+    tracker = RunTracker(job, "dead", tmp_path, patient=True)
+    assert "u:***@127.0.0.1:9" in caplog.text
+    with pytest.raises(TrackingError) as unregistered:
+        training._register(job, "m", tmp_path, tracker, {})
+    tracker.close("FAILED")
+    assert "secret" not in f"{told.value} {unregistered.value} {caplog.text}"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "http://u:secret@host:5000",
+        "http://:secret@host",
+        "no: API request to http://u:secret@h/api",
+    ],
+)
+def test_what_is_shown_of_a_uri_holds_no_password(text):
+    assert without_password(text) == text.replace("secret", "***")
+    assert without_password("http://h:1 is not a@b") == "http://h:1 is not a@b"
 
 
 def test_an_epoch_that_a_worker_repeats_is_noted_once(tiny_file, tmp_path):
