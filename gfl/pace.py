@@ -24,8 +24,8 @@ FIGURES = (*STEP_TIMES, "data_wait_share", OWN, SHARES, *USE)
 """Of a worker since the last report: percentiles of its steps; the part of the time in which its
 host waited for images; what a share of a batch takes for that and for the network's forward passes,
 where it waits for no other worker; its shares of a step; processor cores used, loaders apart; the
-most memory it has held; the part of the time in which its GPU was busy, if `pynvml` is there to
-ask; the GPU's most memory."""
+most memory it has held; the part of the time in which its GPU was busy, if the driver says; the
+GPU's most memory."""
 
 SLOW = 1.3
 """Times the median worker's `own_ms`: a straggler, if that costs a tenth of a step, too."""
@@ -128,7 +128,7 @@ class Pace:
             return memory / 2**30, math.nan, math.nan
         try:
             busy = torch.cuda.utilization(self._device) / 100
-        except Exception:  # no `pynvml`, or what it raises: a gauge must not end a training
+        except Exception:  # what the driver does not tell: a gauge must not end a training
             busy = math.nan
         return memory / 2**30, busy, torch.cuda.max_memory_allocated(self._device) / 2**30
 

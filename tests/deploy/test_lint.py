@@ -70,6 +70,7 @@ def test_a_mistake_in_a_manifest_is_found(problems, tmp_path, file, before, afte
          "Monitoring: {Enabled: true}", "could not read or write S3"),
         ("ray:2.60.0-py311-gpu", "ray:2.59.0-py311-gpu", "is not Ray 2.60.0"),
         ("hotcoco ", "", "hotcoco is not installed"),
+        (" nvidia-ml-py", "", "nvidia-ml-py is not installed"),
         ("platform/gfl_platform/spot.py", "platform/spott.py", "there is no platform/spott.py"),
         ("--dashboard-host=127.0.0.1", "--dashboard-host=0.0.0.0", "who sees it runs code"),
         ("  - RAY_AUTH_MODE=token ray start --address", "  - ray start --address", "AUTH_MODE"),

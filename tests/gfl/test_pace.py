@@ -75,6 +75,10 @@ def test_what_costs_less_than_a_tenth_of_a_step_names_nobody():
         assert pace.stragglers([worker | {"own_ms": 1.0}, worker | {"own_ms": 10.0}]) == {}
 
 
+def test_a_gpu_can_be_asked_how_busy_it_is():
+    assert torch.cuda._HAS_PYNVML
+
+
 class Moment:
     """Of a GPU: it can neither be copied nor pickled."""
 
