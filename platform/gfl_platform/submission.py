@@ -1,6 +1,7 @@
 """Submitting a job to a Ray cluster: what travels, what would go wrong, and how it went."""
 
 import asyncio
+import json
 import os
 import shlex
 import subprocess
@@ -8,6 +9,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
+from itertools import accumulate, takewhile
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +21,15 @@ from gfl_platform.description import GIT_VARIABLES, USER, acting_user, git_state
 LARGEST = 100 * 2**20
 """Bytes of a working directory that Ray takes, packed; here they are counted unpacked."""
 
-LONGEST_DIFF = 60_000
-"""Characters of a diff that travel in an environment variable."""
+LONGEST_DIFF, LONGEST_LIST = 70_000, 20_000
+"""Bytes, as JSON, of a diff and of a list of changed files that travel in environment variables:
+Ray hands all variables on in one string of JSON, and Linux takes 128 KiB a string."""
+
+CUT = "\n(cut off here)\n"
 
 PASSED_ON = (
     "AWS_ENDPOINT_URL",
+    "AWS_ENDPOINT_URL_S3",
     "MLFLOW_S3_ENDPOINT_URL",
     "MLFLOW_TRACKING_URI",
     "MLFLOW_TRACKING_USERNAME",
@@ -141,10 +147,16 @@ def shadows(files: set[str]) -> list[str]:
 def _variables() -> dict[str, str]:
     """Return what the job's processes find in their environment: user, code's state, tokens."""
     commit, changed, diff = git_state()
-    if len(diff) > LONGEST_DIFF:
-        diff = diff[:LONGEST_DIFF] + "\n(cut off here)\n"
-    state = dict(zip(GIT_VARIABLES, (commit, changed, diff), strict=True)) | {USER: acting_user()}
+    told = (commit, _cut(changed, LONGEST_LIST), _cut(diff, LONGEST_DIFF))
+    state = dict(zip(GIT_VARIABLES, told, strict=True)) | {USER: acting_user()}
     return state | {name: os.environ[name] for name in PASSED_ON if name in os.environ}
+
+
+def _cut(text: str, longest: int) -> str:
+    """Return what of `text` takes at most `longest` bytes as JSON, and says so where it is cut."""
+    sizes = accumulate(len(json.dumps(character)) - 2 for character in text)
+    kept = sum(1 for _ in takewhile(lambda size: size <= longest, sizes))
+    return text if kept == len(text) else text[:kept] + CUT
 
 
 async def _follow(client: Any, job: str, say: Callable[[str], None]) -> None:

@@ -1,5 +1,6 @@
 """What is checked before a job travels."""
 
+import json
 import os
 import subprocess
 import sys
@@ -90,6 +91,30 @@ def test_a_submitted_job_knows_its_user(monkeypatch):
     assert submission._variables()["GFL_USER"] == acting_user()
     monkeypatch.setenv("GFL_USER", "ada")
     assert acting_user() == "ada"
+
+
+@pytest.mark.parametrize("character", ["x", "é", "界", "😀", '"', "\n"])
+def test_what_travels_of_a_long_diff_fits_into_one_string_of_linux(monkeypatch, character):
+    monkeypatch.setenv("GFL_GIT_COMMIT", "abc")
+    # Each fits, as a test's own environment has to hold it, but not both together.
+    long = character * (100_000 // len(character.encode()))
+    monkeypatch.setenv("GFL_GIT_DIFF", long)
+    monkeypatch.setenv("GFL_GIT_CHANGED", long)
+    variables = submission._variables()
+    subprocess.run(["true"], env={"VARIABLES": json.dumps(variables)}, check=True)
+    for name in ("GFL_GIT_DIFF", "GFL_GIT_CHANGED"):
+        kept = variables[name].removesuffix("\n(cut off here)\n")
+        assert kept != variables[name]
+        assert long.startswith(kept)
+
+
+def test_a_short_diff_travels_whole_and_the_endpoint_of_s3_with_it(monkeypatch):
+    monkeypatch.setenv("GFL_GIT_COMMIT", "abc")
+    monkeypatch.setenv("GFL_GIT_DIFF", "ein Unterschied: ü")
+    monkeypatch.setenv("AWS_ENDPOINT_URL_S3", "http://127.0.0.1:9000")
+    variables = submission._variables()
+    assert variables["GFL_GIT_DIFF"] == "ein Unterschied: ü"
+    assert variables["AWS_ENDPOINT_URL_S3"] == "http://127.0.0.1:9000"
 
 
 def test_a_user_without_a_name_is_a_number(monkeypatch):
