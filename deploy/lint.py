@@ -134,6 +134,8 @@ def _of_kuberay(definition: dict[str, Any]) -> Iterator[str]:
         yield "spec.authOptions.mode: expected token (who reaches the dashboard runs code)"
     if spec["headGroupSpec"].get("serviceType", "ClusterIP") != "ClusterIP":
         yield "spec.headGroupSpec.serviceType: expected ClusterIP, not reached from outside"
+    for group in spec.get("workerGroupSpecs", ()):
+        yield from _of_leaving(group["template"]["spec"])
     for group in (spec["headGroupSpec"], *spec.get("workerGroupSpecs", ())):
         for container in group["template"]["spec"]["containers"]:
             name, resources = container["name"], container.get("resources", {})
@@ -141,6 +143,20 @@ def _of_kuberay(definition: dict[str, Any]) -> Iterator[str]:
                 yield f"{name}: image '{container['image']}' is not of Ray {ray}"
             if not resources.get("limits") or resources.get("limits") != resources.get("requests"):
                 yield f"{name}: expected limits like the requests: Ray counts on them"
+
+
+def _of_leaving(pod: dict[str, Any]) -> Iterator[str]:
+    """Give what is wrong with how a worker's pod goes: drained first, as long as its notice."""
+    grace = pod.get("terminationGracePeriodSeconds", 30)
+    for container in pod["containers"]:
+        words = " ".join(
+            container.get("lifecycle", {}).get("preStop", {}).get("exec", {}).get("command", ())
+        )
+        limit = re.search(r"\btimeout (\d+)\b", words)
+        if "ray drain-node" not in words:
+            yield f"{container['name']}: expected a preStop hook that runs `ray drain-node`"
+        elif not limit or int(limit[1]) >= grace:
+            yield f"{container['name']}: expected a preStop hook that ends within {grace} s"
 
 
 COMPOSE_KEYS = {

@@ -30,6 +30,8 @@ def test_ours_is_sound(problems, file):
         ("kuberay/raycluster.yaml", "gfl:2.60.0", "gfl:latest", "is not of Ray 2.60.0"),
         ("kuberay/raycluster.yaml", "ClusterIP", "LoadBalancer", "not reached from outside"),
         ("kuberay/raycluster.yaml", 'limits: {cpu: "8"', 'limits: {cpu: "9"', "like the requests"),
+        ("kuberay/raycluster.yaml", "preStop", "postStart", "hook that runs `ray drain-node`"),
+        ("kuberay/raycluster.yaml", "Seconds: 110", "Seconds: 90", "hook that ends within 90 s"),
         ("kuberay/rayjob.yaml", "gfl_r50_1x.yaml", "gfl_r50.yaml", "there is no configs/gfl_r50"),
         ("kuberay/raycluster.yaml", "minReplicas", "minReplica", "'minReplica' was unexpected"),
         ("kuberay/raycluster.yaml", "volumeMounts", "volumeMount", "'volumeMount' was unexpected"),
