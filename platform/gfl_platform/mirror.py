@@ -29,7 +29,7 @@ from gfl_platform.s3 import (
 logger = logging.getLogger(__name__)
 
 TOLD_EVERY = 5.0
-"""Seconds between two words on a download."""
+"""Seconds between two words on a download, and between two notes of what has arrived."""
 
 MANIFEST, FILES, DOWNLOADING, USED = "manifest.json", "files", "downloading.lock", "used.lock"
 
@@ -101,7 +101,7 @@ class Cache:
         sizes = {other: _size(other) for other in others}
         for other in others:
             if sum(sizes.values()) + needed <= self.limit:
-                return
+                break
             with (other / USED).open("a") as lock:
                 try:
                     fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -109,6 +109,12 @@ class Cache:
                     continue  # a process of this node reads it
                 shutil.rmtree(other)
                 del sizes[other]
+        if (used := sum(sizes.values())) + needed > self.limit:
+            raise S3Error(
+                f"{location}: {needed / 1e9:.1f} GB do not fit into {self.folder} besides the "
+                f"{used / 1e9:.1f} GB that processes of this node use: storage.cache_gb allows "
+                f"{self.limit / 1e9:g}; raise it, or wait until those have ended"
+            )
 
 
 class _Mirror:
@@ -136,12 +142,10 @@ class _Mirror:
             return
         try:
             with explained(self._location), ThreadPoolExecutor(DOWNLOADS) as pool:
-                for name in pool.map(self._fetch, missing):
-                    self._note(name)
+                for _ in pool.map(self._fetch, missing):
+                    pass
         finally:
-            partial = self._copy / f"{MANIFEST}.part"
-            partial.write_text(json.dumps(self._have))
-            partial.replace(self._copy / MANIFEST)
+            self._write_manifest()
 
     def _path(self, name: str) -> Path:
         return self._copy / FILES / (name or Path(self._key).name)
@@ -152,7 +156,12 @@ class _Mirror:
         path = self._path(name)
         return path.is_file() and path.stat().st_size == self._objects[name][1]
 
-    def _fetch(self, name: str) -> str:
+    def _write_manifest(self) -> None:
+        partial = self._copy / f"{MANIFEST}.part"
+        partial.write_text(json.dumps(self._have))
+        partial.replace(self._copy / MANIFEST)
+
+    def _fetch(self, name: str) -> None:
         etag, size = self._objects[name]
         path = self._path(name)
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -160,19 +169,26 @@ class _Mirror:
         key = f"{self._key}/{name}".strip("/")
         # boto3 checks the object's own checksum, where it has one, and here we do its MD5.
         self._client.download_file(self._bucket, key, str(partial))
-        digest = hashlib.md5(partial.read_bytes(), usedforsecurity=False).hexdigest()
+        digest = _md5(partial)
         is_md5 = len(etag) == len(digest) and "-" not in etag
         if partial.stat().st_size != size or (is_md5 and digest != etag):
             raise S3Error(f"{SCHEME}{self._bucket}/{key}: changed while it was read; try again")
         partial.replace(path)
-        return name
+        with self._lock:
+            self._note(name)
 
     def _note(self, name: str) -> None:
         self._have[name] = self._objects[name]
         if time.monotonic() - self._told >= TOLD_EVERY:
             self._told = time.monotonic()
+            self._write_manifest()  # for a download that is killed
             done, total = len(self._have), len(self._objects)
             self._tell(f"{self._location}: {done} of {total} files are on this node")
+
+
+def _md5(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
 
 
 def _size(copy: Path) -> int:

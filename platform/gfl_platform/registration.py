@@ -1,5 +1,6 @@
 """Register a checkpoint as a version of a model, with what it is listed with."""
 
+import shutil
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -37,7 +38,7 @@ def register(
         model.mkdir()
         for file in checkpoint.iterdir():
             if file.name != TRAINING and file.is_file():
-                (model / file.name).write_bytes(file.read_bytes())
+                shutil.copyfile(file, model / file.name)
         with mlflow.start_run(run_id=run_id):
             logged = mlflow.pyfunc.log_model(
                 name=name,

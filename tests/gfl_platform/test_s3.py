@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 
@@ -64,6 +65,22 @@ def test_a_damaged_copy_and_an_interrupted_one_are_mended(bucket, cache):
     assert set(json.loads((folder.parent / MANIFEST).read_text())) == {"a.txt", "b.txt"}
 
 
+def test_a_download_that_is_killed_goes_on_where_it_was(bucket, cache):
+    bucket(a="one", b="two")
+    child = (
+        "import os, signal, sys; from pathlib import Path; from gfl_platform import mirror\n"
+        "mirror.TOLD_EVERY, mirror.DOWNLOADS = 0, 1\n"
+        "def die(_): os.kill(os.getpid(), signal.SIGKILL)\n"
+        f"mirror.Cache(Path({str(cache.folder)!r}), 1000).local('s3://gfl/set', die)"
+    )
+    killed = subprocess.run([sys.executable, "-c", child], env=os.environ, check=False)
+    assert killed.returncode == -signal.SIGKILL
+    (first,) = cache.folder.glob("*/files/a.txt")
+    arrived = first.stat().st_mtime_ns
+    assert contents(cache.local("s3://gfl/set")) == {"a.txt": "one", "b.txt": "two"}
+    assert first.stat().st_mtime_ns == arrived
+
+
 def test_names_that_begin_alike_are_no_folder(bucket, cache):
     bucket(a="one")
     boto3.client("s3").put_object(Bucket="gfl", Key="settings.txt", Body=b"x")
@@ -99,6 +116,14 @@ def test_what_does_not_fit_is_said(bucket, cache):
     bucket(a="x" * 2000)
     with pytest.raises(S3Error, match=r"do not fit into storage\.cache_gb"):
         cache.local("s3://gfl/set")
+
+
+def test_what_does_not_fit_besides_what_is_in_use_is_said(bucket, cache):
+    bucket(a="x" * 600, b="y" * 600)
+    first = cache.local("s3://gfl/set/a.txt")  # this process keeps it
+    with pytest.raises(S3Error, match=r"set/b\.txt: .* raise it, or wait until those have ended"):
+        cache.local("s3://gfl/set/b.txt")
+    assert first.read_text() == "x" * 600
 
 
 def test_what_is_not_there_is_named(bucket, cache, monkeypatch, tmp_path):
