@@ -72,6 +72,18 @@ def same_on_all_nodes(load: Callable[[], tuple[Split, Split]]) -> tuple[Split, S
     return splits
 
 
+def problem_of_any_worker(problem: str) -> str:
+    """Return the problem of the first worker that has one, on all of them; empty if none has.
+
+    To be called on every worker.
+    """
+    _, world = worker_rank()
+    found = [problem] * world
+    if world > 1:
+        dist.all_gather_object(found, problem)
+    return next(filter(None, found), "")
+
+
 def find_difference(found: Sequence[NodeFacts]) -> str | None:
     """Return what one of the nodes has otherwise than most, in one line; None if nothing."""
     well = [facts for facts in found if not facts.problem]

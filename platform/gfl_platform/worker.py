@@ -6,7 +6,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,8 @@ from gfl.speed import measure_fps
 from gfl.trainer import worker_rank
 from gfl_platform import cluster
 from gfl_platform.events import Event, Events
-from gfl_platform.sameness import same_on_all_nodes
+from gfl_platform.mirror import Cache
+from gfl_platform.sameness import problem_of_any_worker, same_on_all_nodes
 from gfl_platform.storage import StorageError, patiently, space_required
 
 LEAVE_SECONDS = 90.0
@@ -162,17 +163,17 @@ def train_worker(settings: dict[str, Any]) -> dict[str, Any]:
         "shares": settings["shares"],
         "leave": _node_is_drained,
     }
-    with _latest_whole_checkpoint(listener.on_damage) as restored:
-        if restored is None:
-            options["weights"] = settings["weights"] and cache.local(settings["weights"])
-        else:
-            listener.repeat(*restored)
-            options["resume"] = restored[0]
-        try:
-            trainer = fit(config, splits, listener, **options)
-        except LeaveError:
-            _wait_until_stored()
-            raise
+    restored = _latest_whole_checkpoint(cache, listener.on_damage)
+    if restored is None:
+        options["weights"] = settings["weights"] and cache.local(settings["weights"])
+    else:
+        listener.repeat(*restored)
+        options["resume"] = restored[0]
+    try:
+        trainer = fit(config, splits, listener, **options)
+    except LeaveError:
+        _wait_until_stored()
+        raise
     if not listener.is_first:
         return {}
     listener.wait_until_written()
@@ -209,13 +210,13 @@ def _describe(config: Config, splits: tuple[Split, Split]) -> Event:
     return {"kind": "data", "facts": facts, "findings": findings}
 
 
-@contextmanager
-def _latest_whole_checkpoint(tell: Callable[[str], None]) -> Iterator[tuple[Path, str] | None]:
-    """Give a copy of the latest checkpoint that is as it was written, and where it lies.
+def _latest_whole_checkpoint(cache: Cache, tell: Callable[[str], None]) -> tuple[Path, str] | None:
+    """Return a copy of the latest checkpoint that is as it was written, and where it lies.
 
     It is the same on all workers, and None at first.
 
     Args:
+        cache: Where the node keeps its copy of what lies on S3.
         tell: Is told why another is passed over.
 
     Raises:
@@ -225,19 +226,19 @@ def _latest_whole_checkpoint(tell: Callable[[str], None]) -> Iterator[tuple[Path
 
     latest = ray.train.get_checkpoint()
     if latest is None:
-        yield None
-        return
+        return None
     reason = ""
     for checkpoint in (latest, *_others_newest_first(latest)):
-        with checkpoint.as_directory() as folder:
-            try:
-                require_whole(Path(folder))
-            except ValueError as error:
-                reason = str(error)
-                tell(reason)
-                continue
-            yield Path(folder), cluster.uri_of(checkpoint)
-            return
+        uri, problem = cluster.uri_of(checkpoint), ""
+        folder = cache.local(uri)
+        try:
+            require_whole(folder)
+        except ValueError as error:
+            problem = str(error)
+        reason = problem_of_any_worker(problem)
+        if not reason:
+            return folder, uri
+        tell(reason)
     raise StorageError(f"{reason}; there is no other: start anew under another run.name")
 
 

@@ -12,6 +12,7 @@ from gfl_platform.sameness import (
     NodeFacts,
     code_digest,
     find_difference,
+    problem_of_any_worker,
     same_on_all_nodes,
 )
 
@@ -61,3 +62,11 @@ def test_data_that_one_node_lacks_stop_all_with_its_name(tiny, tmp_path):
     first, second = run_workers(2, load_with_a_folder_that_one_lacks, tiny, tmp_path / "none")
     assert first == second
     assert f"{tmp_path}/none: no such folder of images" in first
+
+
+def tell_of_a_problem(rank):
+    return problem_of_any_worker("damaged" if rank == 1 else "")
+
+
+def test_a_problem_of_one_worker_is_that_of_all():
+    assert run_workers(2, tell_of_a_problem) == ["damaged", "damaged"]

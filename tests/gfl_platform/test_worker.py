@@ -1,6 +1,7 @@
 """From which checkpoint the workers of a training go on."""
 
 import shutil
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -9,8 +10,13 @@ from ray.train import Checkpoint
 
 from gfl.checkpoint import ABOUT, CHECKSUMS, CONFIG, TRAINING, WEIGHTS, About, take_snapshot
 from gfl.detector import Detector
+from gfl_platform import worker
+from gfl_platform.mirror import Cache
 from gfl_platform.storage import StorageError
 from gfl_platform.worker import REPORTS_FILE, _latest_whole_checkpoint
+
+CACHE = Cache(Path("unused"), 0)
+"""These lie on a disk."""
 
 
 def emptied(path):
@@ -47,8 +53,7 @@ def stored(written, tmp_path, monkeypatch):
 
 
 def test_the_latest_checkpoint_is_gone_on_from(stored):
-    with _latest_whole_checkpoint(pytest.fail) as (folder, _):
-        assert folder == stored[1]
+    assert _latest_whole_checkpoint(CACHE, pytest.fail) == (stored[1], str(stored[1]))
 
 
 @pytest.mark.parametrize("harm", [emptied, removed])
@@ -56,8 +61,7 @@ def test_the_latest_checkpoint_is_gone_on_from(stored):
 def test_one_that_lost_a_file_is_told_of_and_the_one_before_is_used(stored, name, harm):
     harm(stored[1] / name)
     told = []
-    with _latest_whole_checkpoint(told.append) as (folder, _):
-        assert folder == stored[0]
+    assert _latest_whole_checkpoint(CACHE, told.append) == (stored[0], str(stored[0]))
     assert len(told) == 1
     assert str(stored[1]) in told[0]
     assert name in told[0]
@@ -66,8 +70,13 @@ def test_one_that_lost_a_file_is_told_of_and_the_one_before_is_used(stored, name
 def test_where_all_are_damaged_it_says_so(stored):
     for folder in stored:
         removed(folder / CHECKSUMS)
-    with (
-        pytest.raises(StorageError, match="there is no other: start anew"),
-        _latest_whole_checkpoint([].append),
-    ):
-        pass
+    with pytest.raises(StorageError, match="there is no other: start anew"):
+        _latest_whole_checkpoint(CACHE, [].append)
+
+
+def test_where_it_is_damaged_on_one_node_all_use_the_one_before(stored, monkeypatch):
+    """As this worker sees it, for which nothing is wrong."""
+    monkeypatch.setattr(worker, "problem_of_any_worker", lambda _: others.pop())
+    others, told = ["", "elsewhere: damaged"], []
+    assert _latest_whole_checkpoint(CACHE, told.append) == (stored[0], str(stored[0]))
+    assert told == ["elsewhere: damaged"]
