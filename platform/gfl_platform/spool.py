@@ -3,6 +3,8 @@
 import json
 import logging
 import sqlite3
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from gfl_platform.events import Event
@@ -22,7 +24,7 @@ class Spool:
     def __init__(self, path: Path, limit: int = LIMIT) -> None:
         """Open the spool at `path`, or make one."""
         self.path, self._limit = path, limit
-        # Every statement is a transaction of its own; a job's threads take turns.
+        # Outside `transaction` every statement is one of its own; a job's threads take turns.
         self._db = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
         self._db.execute("PRAGMA synchronous = NORMAL")
         self._db.execute(
@@ -33,6 +35,13 @@ class Spool:
     def __len__(self) -> int:
         (count,) = self._db.execute("SELECT count(*) FROM events").fetchone()
         return int(count)
+
+    @contextmanager
+    def transaction(self) -> Iterator[None]:
+        """Let all that is done within outlive the process, or nothing of it."""
+        with self._db:  # which commits, or takes back
+            self._db.execute("BEGIN IMMEDIATE")
+            yield
 
     def add(self, event: Event) -> None:
         """Append an event."""

@@ -53,7 +53,8 @@ class RunTracker:
         if self.run_id is None and not self._spool:
             self._add({"kind": "opened", **describe(job, name, tags or {})})
         else:
-            self._add({"kind": "reopened", "restarts": self._spool.count(RESTARTS)})
+            with self._spool.transaction():
+                self._add({"kind": "reopened", "restarts": self._spool.count(RESTARTS)})
         self._delivery.deliver()
 
     def __enter__(self) -> "RunTracker":
@@ -79,13 +80,13 @@ class RunTracker:
         return self._delivery.require_run()
 
     def handle(self, event: Event) -> None:
-        """Note `event`, and log it with all that waits if the server answers.
+        """Note `event`, and log some of what waits if the server answers.
 
         Steps and epochs that were noted before an interruption are not noted again.
         """
         numbers = {"steps": "step", "stored": "stored", "checkpoint": "evaluated"}
         number = numbers.get(event["kind"])
-        with self._on_a_full_device():
+        with self._on_a_full_device(), self._spool.transaction():
             is_new = not number or self._spool.raise_to(number, event["step"])
             # An epoch that was trained again has another checkpoint.
             if not is_new and (event["kind"] != "checkpoint" or event.get("repeated")):
@@ -99,7 +100,7 @@ class RunTracker:
         """End the run as FINISHED, FAILED or KILLED; never raises, lest it hide why a job ended."""
         with self._on_a_full_device():
             self._add({"kind": "end", "status": status})
-        self._delivery.deliver(at_once=True)
+        self._delivery.deliver_all()
         if left := len(self._spool):
             logger.warning(
                 "tracking: %d events wait in %s; they are logged when the run goes on with "
@@ -137,7 +138,7 @@ def settle(job: JobConfig, folder: Path) -> None:
     delivery = Delivery(job, folder)
     if note_killed(folder):
         delivery.spool.add({"kind": "end", "status": "KILLED", "time_ms": int(time.time() * 1000)})
-    delivery.deliver()
+    delivery.deliver_all()
 
 
 def log_file(job: JobConfig, run_id: str, path: Path) -> None:

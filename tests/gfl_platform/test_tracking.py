@@ -8,7 +8,7 @@ import servers
 
 from gfl_platform import registration, training
 from gfl_platform.config import load_job
-from gfl_platform.delivery import Delivery
+from gfl_platform.delivery import BATCH, Delivery
 from gfl_platform.spool import backlog
 from gfl_platform.status import StatusFile, read_status
 from gfl_platform.store import TrackingError, client_of, connect, without_password
@@ -60,6 +60,43 @@ def test_the_password_of_a_store_that_does_not_answer_is_told_to_nobody(tmp_path
 def test_what_is_shown_of_a_uri_holds_no_password(text):
     assert without_password(text) == text.replace("secret", "***")
     assert without_password("http://h:1 is not a@b") == "http://h:1 is not a@b"
+
+
+def test_a_report_that_was_not_noted_counts_as_new(tiny_file, tmp_path, monkeypatch):
+    """What ended the driver between number and event must leave neither."""
+    job = load_job(tiny_file, [f"storage.root={tmp_path}"])
+    tracker = RunTracker(job, "cut", tmp_path)
+
+    def die(*_):
+        raise SystemExit
+
+    with monkeypatch.context() as patch:
+        patch.setattr(tracker._spool, "add", die)
+        with pytest.raises(SystemExit):
+            tracker.handle(steps(1))
+        with pytest.raises(SystemExit):
+            tracker.handle({"kind": "failure", "final": False})
+    tracker.handle(steps(1))
+    tracker.handle({"kind": "failure", "final": False})
+    tracker.close("FINISHED")
+    history = client_of(job).get_metric_history(tracker.run_id, "loss")
+    assert [metric.step for metric in history] == [1]
+    assert client_of(job).get_run(tracker.run_id).data.tags["restarts"] == "1"
+
+
+def test_a_backlog_is_delivered_bit_by_bit_until_the_end(tiny_file, tmp_path):
+    """Else a process that is killed meanwhile would lose what it has not noted yet."""
+    job = load_job(tiny_file, [f"storage.root={tmp_path}"])
+    tracker = RunTracker(job, "behind", tmp_path)
+    for number in range(1, 3 * BATCH):
+        tracker._add(steps(number))
+    for events_left in (2 * BATCH, BATCH + 1):
+        tracker.handle({"kind": "tags", "tags": {"a": "b"}})
+        assert backlog(tmp_path) == events_left
+    tracker.close("FINISHED")
+    assert backlog(tmp_path) == 0
+    history = client_of(job).get_metric_history(tracker.run_id, "loss")
+    assert len(history) == 3 * BATCH - 1
 
 
 def test_an_epoch_that_a_worker_repeats_is_noted_once(tiny_file, tmp_path):
@@ -121,7 +158,7 @@ def test_a_run_may_begin_without_a_server(server, tmp_path):
     again.close("FINISHED")
     server.start()
     for _ in range(2):  # once more changes nothing
-        Delivery(job, folder).deliver()
+        Delivery(job, folder).deliver_all()
     (run,) = client_of(job).search_runs([experiment_of(job)])
     assert (run.info.status, run.info.run_name) == ("FINISHED", "early")
     assert run.data.tags["restarts"] == "1"
@@ -184,7 +221,7 @@ def test_a_database_that_dies_loses_nothing_and_stops_nothing(tmp_path, caplog):
     assert time.monotonic() - started < 15
     database.start()
     deadline = time.monotonic() + 30
-    while tracker.run_id is None and time.monotonic() < deadline:
+    while backlog(tmp_path) and time.monotonic() < deadline:
         tracker.handle({"kind": "tags", "tags": {"a": "b"}})  # it waits a little after a failure
         time.sleep(0.2)
     assert backlog(tmp_path) == 0
@@ -224,7 +261,7 @@ def test_artifacts_wait_for_their_storage(s3, server, tmp_path, tmp_path_factory
     assert backlog(folder) == 3
     s3.busy(False)
     tracker.close("FINISHED")
-    Delivery(job, folder).deliver()  # the server may have cut the connection
+    Delivery(job, folder).deliver_all()  # the server may have cut the connection
     try:
         assert backlog(folder) == 0
         (run,) = client_of(job).search_runs([experiment_of(job)])
