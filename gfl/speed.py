@@ -255,9 +255,10 @@ def _protocol(
 def _cudnn() -> dict[str, Any]:
     """Return what decides how convolutions are done on a GPU."""
     cudnn = torch.backends.cudnn
+    precision = cudnn.conv.fp32_precision  # type: ignore[attr-defined]
     return {
         "version": cudnn.version(),
-        "float32": os.environ.get("NVIDIA_TF32_OVERRIDE", "") + cudnn.conv.fp32_precision,
+        "float32": os.environ.get("NVIDIA_TF32_OVERRIDE", "") + precision,
         "benchmark": cudnn.benchmark,
     }
 

@@ -133,7 +133,7 @@ def benchmark_worker(settings: dict[str, Any]) -> Benchmark:
     detector, about = load_checkpoint(cache.local(settings["checkpoint"]), config)
     render_shapes(config)
     split = read_split(config.data, "val", config.model.num_classes, about.classes)
-    timings = []
+    timings: list[Timing] = []
     variants = settings["variants"]
     for number, variant in enumerate(variants, start=1):
         try:

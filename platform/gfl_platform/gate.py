@@ -5,6 +5,7 @@ on which figures and why, is written down first; then the aliases follow (`gfl_p
 """
 
 from collections.abc import Callable
+from typing import Final
 
 from gfl_platform import registry
 from gfl_platform.config import JobConfig
@@ -14,7 +15,7 @@ from gfl_platform.registry import RegistryError
 from gfl_platform.store import connect
 from gfl_platform.trail import Decision, OvertakenError, append, read_trail, settle
 
-ROLLED_BACK = "rolled back"
+ROLLED_BACK: Final = "rolled back"
 
 ATTEMPTS = 10
 """How often a decision is made anew because another came first."""
