@@ -2,14 +2,21 @@
 
 import pytest
 import torch
+from tests_support import attentive_detector
 
 import gfl
+from gfl.checkpoint import About
 from gfl.configfile import derive
 from gfl.data import load_splits
+from gfl.data.images import list_images
 from gfl.data.loading import collate
 from gfl.detector import place
 from gfl.engine import fit
+from gfl.export import Form
+from gfl.exporting import export
 from gfl.folding import folded
+from gfl.predict import Model
+from gfl.speed import Variant, measure_latency, peak_memory
 from gfl.trainer import Trainer
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -134,3 +141,26 @@ def test_a_compiled_step_computes_the_same(tiny, exact):
     plain, compiled = trainer_of(tiny), trainer_of(tiny, "optim.compile=true")
     rows = [t.train_step(batch_of(t, 0)) for t in (plain, compiled)]
     torch.testing.assert_close(*rows, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "variant",
+    [Variant(), Variant("bfloat16"), Variant("float16", batch=2), Variant(channels_last=False)],
+)
+def test_every_variant_is_measured(tiny, variant):
+    with peak_memory(GPU) as peak:
+        seconds, protocol = measure_latency(
+            gfl.Detector(tiny), load_splits(tiny)[1], tiny, GPU, variant, 4
+        )
+    assert len(seconds) == 4 // variant.batch
+    assert peak["bytes"] > 0
+    assert protocol["cudnn"]["float32"] == "tf32"
+
+
+def test_a_model_predicts_and_is_exported(tiny, shapes_folder, tmp_path):
+    about = About(["rectangle", "ellipse", "triangle"], [1, 2, 3], 0, 0, {})
+    model = Model(attentive_detector(tiny), about)
+    files = list_images(shapes_folder / "val" / "images")[:2]
+    assert len(model.predict(files)) == 2
+    figures = export(model, tmp_path / "files", ("onnx",), Form(), files, {})
+    assert figures["model.onnx"]["detections"] > 0
