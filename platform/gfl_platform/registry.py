@@ -1,6 +1,7 @@
 """MLflow's model registry: point aliases at versions, look up, load."""
 
 import difflib
+import re
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -22,6 +23,9 @@ CHECKPOINT = "checkpoint"
 """Name of the checkpoint among a model's artifacts."""
 
 SCHEMES = "a checkpoint folder, models:/NAME@ALIAS, models:/NAME/VERSION or runs:/RUN_ID"
+
+RUN_ID = re.compile("[0-9a-f]{32}")
+"""As MLflow makes them; one alone stands for `runs:/RUN_ID`."""
 
 
 class RegistryError(ValueError):
@@ -103,6 +107,7 @@ def load(model: str, job: JobConfig | None = None, device: str | None = None) ->
 
 def fetch_checkpoint(job: JobConfig, model: str, scratch: Path) -> Path:
     """Return a local folder with the checkpoint of `model` (see `load`), maybe below `scratch`."""
+    model = _spelt_out(model)
     if model.startswith("models:/"):
         return _fetch_registered(job, model.removeprefix("models:/").strip("/"), scratch)
     if model.startswith("runs:/"):
@@ -117,6 +122,7 @@ def fetch_checkpoint(job: JobConfig, model: str, scratch: Path) -> Path:
 
 def run_of(job: JobConfig, model: str) -> str | None:
     """Return the run that trained `models:/...` or `runs:/...`; None of anything else."""
+    model = _spelt_out(model)
     if model.startswith("models:/"):
         return find(job, *_split(model.removeprefix("models:/").strip("/"))).run_id
     return model.removeprefix("runs:/").strip("/") if model.startswith("runs:/") else None
@@ -128,6 +134,10 @@ def resolve(job: JobConfig, model: str) -> str:
         return model
     version = find(job, *_split(model.removeprefix("models:/").strip("/")))
     return f"models:/{version.name}/{version.version}"
+
+
+def _spelt_out(model: str) -> str:
+    return f"runs:/{model}" if RUN_ID.fullmatch(model) and not Path(model).exists() else model
 
 
 def _split(reference: str) -> tuple[str, str]:

@@ -23,4 +23,6 @@ def test_models_and_checkpoints_beyond_the_first_page_are_found(tmp_path, monkey
             ap = Metric("AP", 0.5, 0, 0, model_id=made.model_id)
             client.log_batch(run_id, metrics=[ap])
     assert len(registry._names(client)) == MORE_THAN_A_PAGE
-    assert registry.fetch_checkpoint(job, f"runs:/{run_id}", tmp_path) == best
+    for way in (f"runs:/{run_id}", run_id):
+        assert registry.fetch_checkpoint(job, way, tmp_path) == best
+        assert registry.run_of(job, way) == run_id
