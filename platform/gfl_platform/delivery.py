@@ -13,7 +13,13 @@ from gfl_platform.config import JobConfig
 from gfl_platform.description import IDENTITY, PROTOCOL
 from gfl_platform.events import Event, straggler
 from gfl_platform.spool import SPOOL_FILE, Spool
-from gfl_platform.storage import is_there, read_json, storage_root, write_atomically
+from gfl_platform.storage import (
+    is_there,
+    read_json,
+    share_state,
+    storage_root,
+    write_atomically,
+)
 from gfl_platform.store import TrackingError, client_of, reason_of, tracking_uri, without_password
 
 logger = logging.getLogger(__name__)
@@ -96,6 +102,15 @@ class Delivery:
             )
         return self.run_id
 
+    def last_step(self, metric: str) -> int:
+        """Return the last step at which a metric of the run is logged; 0 if none is.
+
+        Raises:
+            MlflowException: no store answers.
+        """
+        history = self.client.get_metric_history(self.require_run(), metric)
+        return max((each.step for each in history), default=0)
+
     def _log_or_drop(self, events: list[Event]) -> None:
         """Log events; drop what the store will never take, lest it hold up all that follow."""
         from mlflow.exceptions import MlflowException
@@ -141,6 +156,7 @@ class Delivery:
         run = found[0] if found else self._create(experiment, event)
         self.run_id = run.info.run_id
         write_atomically(self._folder / RUN_FILE, f'{{"run_id": "{self.run_id}"}}\n')
+        share_state(self._job, self._folder)
         from mlflow.entities import Param
 
         params = [Param(key, value) for key, value in event["params"].items()]

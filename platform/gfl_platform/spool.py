@@ -36,6 +36,12 @@ class Spool:
         (count,) = self._db.execute("SELECT count(*) FROM events").fetchone()
         return int(count)
 
+    @property
+    def is_new(self) -> bool:
+        """Whether nothing was ever noted."""
+        (count,) = self._db.execute("SELECT count(*) FROM numbers").fetchone()
+        return not count and not len(self)
+
     @contextmanager
     def transaction(self) -> Iterator[None]:
         """Let all that is done within outlive the process, or nothing of it."""

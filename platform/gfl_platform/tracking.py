@@ -16,9 +16,15 @@ from gfl_platform.delivery import RESTARTS, Delivery
 from gfl_platform.description import describe
 from gfl_platform.events import Event
 from gfl_platform.status import note_killed
-from gfl_platform.store import connect
+from gfl_platform.store import connect, reason_of
 
 logger = logging.getLogger(__name__)
+
+NUMBERS = {"steps": "step", "stored": "stored", "checkpoint": "evaluated"}
+"""What is noted of each kind of event: the last step."""
+
+LOGGED = {"step": "loss", "stored": "checkpoint_seconds", "evaluated": "AP"}
+"""Metrics that tell these numbers of a run that another machine has noted."""
 
 
 class RunTracker:
@@ -53,6 +59,8 @@ class RunTracker:
         if self.run_id is None and not self._spool:
             self._add({"kind": "opened", **describe(job, name, tags or {})})
         else:
+            if self._spool.is_new:
+                self._learn_what_is_logged()
             with self._spool.transaction():
                 self._add({"kind": "reopened", "restarts": self._spool.count(RESTARTS)})
         self._delivery.deliver()
@@ -84,8 +92,7 @@ class RunTracker:
 
         Steps and epochs that were noted before an interruption are not noted again.
         """
-        numbers = {"steps": "step", "stored": "stored", "checkpoint": "evaluated"}
-        number = numbers.get(event["kind"])
+        number = NUMBERS.get(event["kind"])
         with self._on_a_full_device(), self._spool.transaction():
             is_new = not number or self._spool.raise_to(number, event["step"])
             # An epoch that was trained again has another checkpoint.
@@ -95,6 +102,14 @@ class RunTracker:
                 event = event | {"restarts": self._spool.count(RESTARTS)}
             self._add(event)
         self._delivery.deliver()
+
+    def _learn_what_is_logged(self) -> None:
+        """Where another machine noted the run before: its last numbers are those in the store."""
+        try:
+            for number, metric in LOGGED.items():
+                self._spool.raise_to(number, self._delivery.last_step(metric))
+        except Exception as error:  # as `Delivery` has it
+            logger.warning("tracking: %s; steps may be logged twice", reason_of(error))
 
     def close(self, status: str) -> None:
         """End the run as FINISHED, FAILED or KILLED; never raises, lest it hide why a job ended."""

@@ -1,5 +1,6 @@
 """A real MLflow server that dies and comes back: nothing is lost, nothing is logged twice."""
 
+import shutil
 import time
 
 import boto3
@@ -8,7 +9,7 @@ import servers
 
 from gfl_platform import registration, training
 from gfl_platform.config import load_job
-from gfl_platform.delivery import BATCH, Delivery
+from gfl_platform.delivery import BATCH, RUN_FILE, Delivery
 from gfl_platform.spool import backlog
 from gfl_platform.status import StatusFile, read_status
 from gfl_platform.store import TrackingError, client_of, connect, without_password
@@ -97,6 +98,21 @@ def test_a_backlog_is_delivered_bit_by_bit_until_the_end(tiny_file, tmp_path):
     assert backlog(tmp_path) == 0
     history = client_of(job).get_metric_history(tracker.run_id, "loss")
     assert len(history) == 3 * BATCH - 1
+
+
+def test_a_run_that_goes_on_elsewhere_is_logged_once(tiny_file, tmp_path):
+    job = load_job(tiny_file, [f"storage.root={tmp_path}"])
+    folders = [tmp_path / name for name in ("here", "elsewhere")]
+    for folder, numbers in zip(folders, ((1, 2, 3), (2, 3, 4)), strict=True):
+        folder.mkdir()
+        if folder is folders[1]:
+            shutil.copy(folders[0] / RUN_FILE, folder)
+        with RunTracker(job, "moving", folder) as tracker:
+            for number in numbers:
+                tracker.handle(steps(number))
+            run_id = tracker.require_run()
+    history = connect(job).get_metric_history(run_id, "loss")
+    assert sorted(each.step for each in history) == [1, 2, 3, 4]
 
 
 def test_an_epoch_that_a_worker_repeats_is_noted_once(tiny_file, tmp_path):
