@@ -89,8 +89,9 @@ def _report(message: str, status: int) -> int:
 
 
 def show_table(title: str, rows: Mapping[str, object]) -> None:
-    """Print a two-column table."""
-    table = Table(title=title, show_header=False, title_justify="left")
+    """Print a two-column table below its title, which may be wider."""
+    console.print(title, soft_wrap=True)
+    table = Table(show_header=False)
     table.add_column()
     table.add_column(overflow="fold")
     for name, value in rows.items():
