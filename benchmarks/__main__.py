@@ -38,6 +38,11 @@ def main() -> None:
     made.add_argument("--official", action="store_true", help="run pycocotools, too (a minute)")
     made.add_argument("--out", type=Path, default=Path("outputs/benchmarks.json"))
     arguments = made.parse_args()
+    for part in {*arguments.parts} - {*OTHERS}:
+        try:
+            parse(part)
+        except ValueError as error:
+            made.error(str(error))
     torch.set_num_threads(arguments.threads)
     found: dict[str, Any] = {
         "torch": torch.__version__,

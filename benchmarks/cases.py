@@ -38,7 +38,7 @@ def parse(name: str) -> Case:
     """Return the case of a name such as those of `CASES`."""
     form = r"(train|predict|loss)-(\d+)x(\d+)x(\d+)(?:-(\d+))?(-bfloat16)?(-compiled)?"
     found = re.fullmatch(form, name)
-    if found is None:
+    if found is None or (found[7] and found[1] != "train"):
         raise ValueError(f"{name}: no case; expected something like {CASES[0]}")
     work, batch, height, width, objects, low, compiled = found.groups()
     dtype = torch.bfloat16 if low else torch.float32
