@@ -13,7 +13,7 @@ import platform
 import resource
 import subprocess
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -33,6 +33,9 @@ WARM_UP = 5
 
 IMAGES = 2000
 """How many are measured at most, as GFocal did."""
+
+SECONDS = 60.0
+"""How long a benchmark goes over fewer images than that: machines drift by percents in a minute."""
 
 Precision = Literal["float32", "bfloat16", "float16"]
 PRECISIONS: tuple[Precision, ...] = ("float32", "bfloat16", "float16")
@@ -86,6 +89,7 @@ def measure_latency(
     device: torch.device,
     variant: Variant,
     images: int,
+    at_least_s: float = 0,
 ) -> tuple[list[float], dict[str, Any]]:
     """Return the seconds of every forward pass with its post-processing, and the protocol.
 
@@ -96,6 +100,7 @@ def measure_latency(
         device: Where the detector is.
         variant: How it is run.
         images: How many, at most; a last batch that is not full is left out.
+        at_least_s: All are measured again until that many seconds or `images` have been.
 
     Raises:
         UnavailableError: the variant cannot run here.
@@ -117,8 +122,17 @@ def measure_latency(
         _time(run, islice(batches(), WARM_UP), device)
         if variant.compiled:  # sizes that the warm-up has not seen are compiled for, too
             _time(run, batches(), device)
-        seconds = _time(run, batches(), device)
+        enough = images // variant.batch
+        seconds = repeated(lambda: _time(run, batches(), device), enough, at_least_s)
     return seconds, _protocol(split, config, device, variant, count)
+
+
+def repeated(measure: Callable[[], list[float]], enough: int, at_least_s: float) -> list[float]:
+    """Return all that `measure`, called at least once, gave until it is `enough` or long enough."""
+    seconds = measure()
+    while len(seconds) < enough and sum(seconds) < at_least_s:
+        seconds += measure()
+    return seconds
 
 
 def protocol_hash(protocol: Mapping[str, Any]) -> str:

@@ -28,8 +28,9 @@ def show_benchmark(model: str, found: "Benchmark") -> None:
     protocol = found.standard.protocol
     console.print(
         f"{found.parameters / 1e6:.2f} M parameters, {found.flops / 1e9:.2f} GFLOPs at "
-        f"{height} x {width} px; {protocol['images']} images on {protocol['device']}, "
-        f"{protocol['threads']} threads, torch {protocol['torch']}",
+        f"{height} x {width} px; {len(found.standard.milliseconds)} passes over "
+        f"{protocol['images']} images on {protocol['device']}, {protocol['threads']} threads, "
+        f"torch {protocol['torch']}",
         soft_wrap=True,
     )
     console.print("latency: of a forward pass and its post-processing; loading is in end to end")

@@ -18,6 +18,8 @@ from gfl.data.split import read_split
 from gfl.detector import Detector
 from gfl.predict import Model
 from gfl.speed import (
+    SECONDS,
+    WARM_UP,
     UnavailableError,
     Variant,
     count_flops,
@@ -26,6 +28,7 @@ from gfl.speed import (
     measure_latency,
     peak_memory,
     protocol_hash,
+    repeated,
 )
 from gfl_platform import cluster
 from gfl_platform.config import JobConfig
@@ -139,7 +142,7 @@ def benchmark_worker(settings: dict[str, Any]) -> Benchmark:
         try:
             with peak_memory(device) as peak:
                 seconds, protocol = measure_latency(
-                    detector, split, config, device, variant, settings["images"]
+                    detector, split, config, device, variant, settings["images"], SECONDS
                 )
         except UnavailableError as error:
             if not timings:  # what all others are compared with
@@ -152,7 +155,7 @@ def benchmark_worker(settings: dict[str, Any]) -> Benchmark:
         timings.append(_timing(variant.name, seconds, variant.batch, peak["bytes"], protocol))
     model = Model(detector, about, device)
     paths = [record.path for record in split.records[: settings["images"]]]
-    timings.append(_end_to_end(model, paths, timings[0]))
+    timings.append(_end_to_end(model, paths, settings["images"], timings[0]))
     height, width = config.data.short_side, config.data.long_side
     return Benchmark(
         timings=timings,
@@ -245,15 +248,20 @@ def _compare(found: Benchmark, last: dict[str, Any]) -> str:
     return f"median latency {100 * change:+.1f} % against the last benchmark, same protocol"
 
 
-def _end_to_end(model: Model, paths: Sequence[Path], standard: Timing) -> Timing:
+def _end_to_end(model: Model, paths: Sequence[Path], images: int, standard: Timing) -> Timing:
     """Time predictions from the image file on."""
-    for path in paths[:5]:
+
+    def measure() -> list[float]:
+        seconds = []
+        for path in paths:
+            start = time.perf_counter()
+            model.predict(path)  # brings the boxes to the host, hence waits for the device
+            seconds.append(time.perf_counter() - start)
+        return seconds
+
+    for path in paths[:WARM_UP]:
         model.predict(path)
-    seconds = []
-    for path in paths:
-        start = time.perf_counter()
-        model.predict(path)  # brings the boxes to the host, hence waits for the device
-        seconds.append(time.perf_counter() - start)
+    seconds = repeated(measure, images, SECONDS)
     return _timing("end to end", seconds, 1, 0, standard.protocol | {"from": "file"})
 
 

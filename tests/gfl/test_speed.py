@@ -50,6 +50,15 @@ def test_the_protocol_says_what_decides_the_figure(tiny, detector, split):
     assert differences(protocol, again) == []
 
 
+def test_few_images_are_measured_again_as_machines_drift(tiny, detector, split):
+    def passes(images, at_least_s):
+        return len(measure_latency(detector, split, tiny, CPU, Variant(), images, at_least_s)[0])
+
+    assert passes(2000, 0) == len(split.records)
+    assert passes(20, 600) == 2 * len(split.records)  # whole rounds: each image counts the same
+    assert passes(5, 600) == 5
+
+
 @pytest.mark.parametrize(
     ("override", "variant", "changed"),
     [
