@@ -11,6 +11,7 @@ import json
 import os
 import platform
 import resource
+import statistics
 import subprocess
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -44,6 +45,9 @@ STATE = "state"
 """Part of a protocol that is recorded but tells none apart: what changes by itself."""
 
 CLOCKS = ("clocks.sm", "pstate")
+
+YARDSTICK = "yardstick_ms"
+"""In the state: the median time of a fixed convolution beside the passes, see `_Yardstick`."""
 
 
 @dataclass(frozen=True)
@@ -118,13 +122,16 @@ def measure_latency(
                 batch = replace(batch, pixels=batch.pixels.contiguous())
             yield batch
 
+    yardstick = _Yardstick(device)
     with _prepared(detector, variant, device) as run:
-        _time(run, islice(batches(), WARM_UP), device)
+        _time(run, islice(batches(), WARM_UP), yardstick)
         if variant.compiled:  # sizes that the warm-up has not seen are compiled for, too
-            _time(run, batches(), device)
+            _time(run, batches(), yardstick)
         enough = images // variant.batch
-        seconds = repeated(lambda: _time(run, batches(), device), enough, at_least_s)
-    return seconds, _protocol(split, config, device, variant, count)
+        seconds = repeated(lambda: _time(run, batches(), yardstick), enough, at_least_s)
+    protocol = _protocol(split, config, device, variant, count)
+    protocol[STATE][YARDSTICK] = 1000 * statistics.median(yardstick.seconds)
+    return seconds, protocol
 
 
 def repeated(measure: Callable[[], list[float]], enough: int, at_least_s: float) -> list[float]:
@@ -221,7 +228,33 @@ def _prepared(detector: Detector, variant: Variant, device: torch.device) -> Ite
         torch.backends.cudnn.deterministic = as_before
 
 
-def _time(detector: Detector, batches: Iterable[Batch], device: torch.device) -> list[float]:
+class _Yardstick:
+    """A convolution of 0.6 GFLOPs, timed beside every pass: how fast the machine is meanwhile.
+
+    Machines that others share drift by tens of percents within minutes. So does a model's time,
+    and in proportion: what is left of a difference, measured by it, is the model's.
+
+    Attributes:
+        device: Where it runs.
+        seconds: Every time that was measured.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.seconds: list[float] = []
+        self._maps = torch.ones(1, 256, 16, 16, device=device)
+        self._weight = torch.ones(256, 256, 3, 3, device=device)
+
+    def measure(self) -> None:
+        with torch.autocast(self.device.type, enabled=False):
+            start = time.perf_counter()
+            torch.conv2d(self._maps, self._weight, padding=1)
+            _synchronize(self.device)
+        self.seconds.append(time.perf_counter() - start)
+
+
+def _time(detector: Detector, batches: Iterable[Batch], yardstick: _Yardstick) -> list[float]:
+    device = yardstick.device
     seconds = []
     collecting = gc.isenabled()
     gc.disable()  # a collection would fall on some image
@@ -229,6 +262,7 @@ def _time(detector: Detector, batches: Iterable[Batch], device: torch.device) ->
         for batch in batches:
             sizes = batch.targets.sizes
             _synchronize(device)
+            yardstick.measure()
             start = time.perf_counter()
             detector.predict(detector.normalize(batch.pixels, sizes), sizes, batch.original_sizes)
             _synchronize(device)

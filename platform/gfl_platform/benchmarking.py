@@ -19,7 +19,9 @@ from gfl.detector import Detector
 from gfl.predict import Model
 from gfl.speed import (
     SECONDS,
+    STATE,
     WARM_UP,
+    YARDSTICK,
     UnavailableError,
     Variant,
     count_flops,
@@ -244,8 +246,15 @@ def _compare(found: Benchmark, last: dict[str, Any]) -> str:
     differing = differences(before["protocol"], now.protocol)
     if differing:
         return f"does not compare with the last benchmark: {', '.join(differing)}"
-    change = np.median(now.milliseconds) / np.median(before["milliseconds"]) - 1
-    return f"median latency {100 * change:+.1f} % against the last benchmark, same protocol"
+    ratio = np.median(now.milliseconds) / np.median(before["milliseconds"])
+    said = f"median latency {100 * (ratio - 1):+.1f} % against the last benchmark, same protocol"
+    if earlier := before["protocol"][STATE].get(YARDSTICK):
+        machine = now.protocol[STATE][YARDSTICK] / earlier
+        said += (
+            f"; the machine took {100 * (machine - 1):+.1f} % for a fixed convolution beside it, "
+        )
+        said += f"which leaves {100 * (ratio / machine - 1):+.1f} %"
+    return said
 
 
 def _end_to_end(model: Model, paths: Sequence[Path], images: int, standard: Timing) -> Timing:

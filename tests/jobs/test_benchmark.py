@@ -1,6 +1,7 @@
 """`jobs.benchmark` as its users call it."""
 
 import argparse
+import itertools
 import json
 import sys
 import time
@@ -11,7 +12,7 @@ from PIL import Image
 from gfl.checkpoint import About, take_snapshot
 from gfl.configfile import derive
 from gfl.detector import Detector
-from gfl.speed import Variant
+from gfl.speed import STATE, YARDSTICK, Variant
 from gfl_platform import benchmarking, registry
 from gfl_platform.benchmarking import Benchmark, Timing
 from gfl_platform.config import JobConfig
@@ -41,12 +42,15 @@ def test_variants_are_what_the_command_line_asks_for():
 
 @pytest.fixture
 def measured(monkeypatch):
-    """Let nothing be measured: each benchmark of one variant takes a millisecond an image."""
+    """Let nothing be measured: an image takes a millisecond, and each time a fifth longer."""
+    slower = itertools.count()
 
     def benchmark(*_):
+        factor = 1.2 ** next(slower)
         percentiles = {"p50": 1.0, "p90": 1.0, "p99": 1.0}
         protocol = {"images": 1, "device": "none", "threads": 1, "torch": "0"}
-        timing = Timing("float32", 1000.0, percentiles, 0, protocol, [1.0])
+        protocol |= {STATE: {YARDSTICK: 5.0 * factor}}
+        timing = Timing("float32", 1000.0, percentiles, 0, protocol, [factor])
         return Benchmark([timing], 1, 1, (64, 64), time.time())
 
     monkeypatch.setattr(benchmarking, "benchmark", benchmark)
@@ -67,7 +71,9 @@ def test_benchmarks_of_a_folder_go_to_a_run_with_its_configuration(
     monkeypatch.setattr(sys, "argv", ["benchmark", str(folder), root])
     for _ in range(2):
         benchmark.main()
-    assert "same protocol" in capsys.readouterr().out
+    said = " ".join(capsys.readouterr().out.split())
+    assert "median latency +20.0 % against the last benchmark, same protocol; +0.0 %" in said
+    assert "relative to a fixed convolution beside it, which took +20.0 %" in said
     client = connect(JobConfig(storage={"root": f"{tmp_path}/outputs"}))
     (run,) = client.search_runs([client.get_experiment_by_name("gfl").experiment_id])
     assert run.data.params["seed"] == "7"
