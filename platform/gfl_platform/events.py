@@ -7,6 +7,7 @@ tracking server nor a slow terminal ever holds up training.
 import logging
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,7 +19,7 @@ DRAIN_SECONDS = 0.5
 Event = dict[str, Any]
 """`kind` and what belongs to it: steps, checkpoint, stored, data, evaluated, failure, result ..."""
 
-Watcher = Callable[[Event], None]
+Watcher = Callable[[Event], object]
 """Is told of every event while a job runs; shows it."""
 
 
@@ -71,10 +72,7 @@ def pumped(handle: Watcher) -> Iterator[Events]:
 
     def drain() -> None:
         for event in ray.get(events.queue.drain.remote()):
-            try:
-                handle(event)
-            except Exception:  # whatever shows or logs a training must not end it
-                logger.exception("an event of the job was not shown or logged")
+            _handle_or_log(handle, event)
 
     def pump() -> None:
         while not done.wait(DRAIN_SECONDS):
@@ -88,6 +86,23 @@ def pumped(handle: Watcher) -> Iterator[Events]:
         done.set()
         thread.join()
         drain()
+
+
+@contextmanager
+def aside(handle: Watcher) -> Iterator[Watcher]:
+    """Give a watcher that does not wait: `handle` gets the events in their order in a thread.
+
+    At the end it has had all of them.
+    """
+    with ThreadPoolExecutor(1, "aside") as thread:
+        yield lambda event: thread.submit(_handle_or_log, handle, event)
+
+
+def _handle_or_log(handle: Watcher, event: Event) -> None:
+    try:
+        handle(event)
+    except Exception:  # whatever shows or logs a training must not end it
+        logger.exception("an event of the job was not shown or logged")
 
 
 def _start_queue() -> Any:

@@ -118,7 +118,7 @@ def test_all_that_can_fail_fails_and_no_digit_changes(
     assert fit.process.wait(600) == 0, fit.log()
     tell("the resumed run is done")
 
-    cache = Cache(tmp_path / "verdict", 10**9)
+    cache = Cache(tmp_path / "verdict", 10**10)
     last = {}
     for name in ("calm", "disturbed"):
         where = f"s3://gfl/drill/runs/{name}/ray"

@@ -1,6 +1,7 @@
 """A real MLflow server that dies and comes back: nothing is lost, nothing is logged twice."""
 
 import shutil
+import threading
 import time
 
 import boto3
@@ -10,6 +11,7 @@ import servers
 from gfl_platform import registration, training
 from gfl_platform.config import load_job
 from gfl_platform.delivery import BATCH, RUN_FILE, Delivery
+from gfl_platform.events import aside
 from gfl_platform.spool import backlog
 from gfl_platform.status import StatusFile, read_status
 from gfl_platform.store import TrackingError, client_of, connect, without_password
@@ -124,6 +126,24 @@ def test_an_epoch_that_a_worker_repeats_is_noted_once(tiny_file, tmp_path):
     tracker.close("FINISHED")
     history = client_of(job).get_metric_history(tracker.run_id, "AP")
     assert [metric.value for metric in history] == [0.1, 0.2]
+
+
+def test_who_notes_slowly_holds_up_nobody_and_misses_nothing(caplog):
+    noted, answers = [], threading.Event()
+
+    def note(event):
+        answers.wait(60)
+        noted.append(event["step"])
+        if event["step"] == 2:
+            raise ValueError("cannot be noted")
+
+    with aside(note) as tell:
+        for number in range(1, 5):
+            tell(steps(number))
+        assert noted == []
+        answers.set()
+    assert noted == [1, 2, 3, 4]
+    assert "cannot be noted" in caplog.text
 
 
 @pytest.mark.cluster
