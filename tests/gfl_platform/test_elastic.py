@@ -8,9 +8,9 @@ import sys
 import time
 
 import drivers
-import mlflow
 import pytest
 import torch
+from mlflow import MlflowClient
 from tests_support import run_workers
 
 from gfl.checkpoint import read_about
@@ -123,9 +123,8 @@ def test_workers_that_come_and_go_change_no_loss(nodes, tiny_file, tmp_path, cap
 
     training.process.send_signal(signal.SIGINT)
     training.process.wait(60)
-    mlflow.set_tracking_uri(f"sqlite:///{tmp_path}/mlflow.db")
-    (run,) = mlflow.search_runs(experiment_names=["gfl"], output_format="list")
-    client = mlflow.MlflowClient()
+    client = MlflowClient(f"sqlite:///{tmp_path}/mlflow.db")
+    (run,) = client.search_runs([client.get_experiment_by_name("gfl").experiment_id])
     curves = {n: client.get_metric_history(run.info.run_id, n) for n in LOSSES}
     steps = [point.step for point in curves["loss"]]
     assert steps == sorted(set(steps))

@@ -58,7 +58,8 @@ def test_neither_a_full_device_nor_a_damaged_checkpoint_changes_a_digit(trained,
     again = training.train(job, "full", resume=True, watch=events.append)
     (damaged,) = [event for event in events if event["kind"] == "damaged"]
     assert str(latest.name) in damaged["reason"]
-    assert [event["epoch"] for event in events if event["kind"] == "checkpoint"] == [3]
+    evaluated = [event for event in events if event["kind"] == "checkpoint"]
+    assert [event["epoch"] for event in evaluated if "repeated" not in event] == [3]
     require_same(again, trained[1])
 
 
