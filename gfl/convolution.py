@@ -35,7 +35,8 @@ class Convolution(nn.Conv2d):
     """`nn.Conv2d`, with the same numbers to rounding."""
 
     def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:  # noqa: A002 (torch's name)
-        learns = weight.requires_grad and torch.is_grad_enabled()
+        # Without gradients, too, while it trains: what losses are divided by has the same digits.
+        learns = weight.requires_grad and (self.training or torch.is_grad_enabled())
         if learns and _may_be_faster(input, weight):
             if self._is_tiny(input):
                 return self._product(input, weight, bias)

@@ -46,8 +46,8 @@ STATE = "state"
 
 CLOCKS = ("clocks.sm", "pstate")
 
-YARDSTICK = "yardstick_ms"
-"""In the state: the median time of a fixed convolution beside the passes, see `_Yardstick`."""
+YARDSTICK = "yardstick_mean_ms"
+"""In a CPU's state: the mean time of a fixed convolution after the passes, see `_Yardstick`."""
 
 
 @dataclass(frozen=True)
@@ -127,10 +127,12 @@ def measure_latency(
         _time(run, islice(batches(), WARM_UP), yardstick)
         if variant.compiled:  # sizes that the warm-up has not seen are compiled for, too
             _time(run, batches(), yardstick)
+        yardstick.seconds.clear()
         enough = images // variant.batch
         seconds = repeated(lambda: _time(run, batches(), yardstick), enough, at_least_s)
     protocol = _protocol(split, config, device, variant, count)
-    protocol[STATE][YARDSTICK] = 1000 * statistics.median(yardstick.seconds)
+    if yardstick.seconds:
+        protocol[STATE][YARDSTICK] = 1000 * statistics.fmean(yardstick.seconds)
     return seconds, protocol
 
 
@@ -229,27 +231,29 @@ def _prepared(detector: Detector, variant: Variant, device: torch.device) -> Ite
 
 
 class _Yardstick:
-    """A convolution of 0.6 GFLOPs, timed beside every pass: how fast the machine is meanwhile.
+    """A convolution of 0.3 GFLOPs, timed after every pass on a CPU: how fast the machine is then.
 
     Machines that others share drift by tens of percents within minutes. So does a model's time,
-    and in proportion: what is left of a difference, measured by it, is the model's.
+    and in proportion: what is left of a difference, measured by it, is the model's. Means show
+    that, not medians, which of something short miss the bursts in which a processor is taken away.
 
     Attributes:
         device: Where it runs.
-        seconds: Every time that was measured.
+        seconds: Every time that was measured; none on a GPU, where it would time the launch.
     """
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self.seconds: list[float] = []
-        self._maps = torch.ones(1, 256, 16, 16, device=device)
-        self._weight = torch.ones(256, 256, 3, 3, device=device)
+        self._maps = torch.ones(1, 256, 16, 16)
+        self._weight = torch.ones(256, 256, 3, 3)
 
     def measure(self) -> None:
-        with torch.autocast(self.device.type, enabled=False):
+        if self.device.type != "cpu":
+            return
+        with torch.autocast("cpu", enabled=False):
             start = time.perf_counter()
             torch.conv2d(self._maps, self._weight, padding=1)
-            _synchronize(self.device)
         self.seconds.append(time.perf_counter() - start)
 
 
@@ -262,11 +266,11 @@ def _time(detector: Detector, batches: Iterable[Batch], yardstick: _Yardstick) -
         for batch in batches:
             sizes = batch.targets.sizes
             _synchronize(device)
-            yardstick.measure()
             start = time.perf_counter()
             detector.predict(detector.normalize(batch.pixels, sizes), sizes, batch.original_sizes)
             _synchronize(device)
             seconds.append(time.perf_counter() - start)
+            yardstick.measure()
     finally:
         if collecting:
             gc.enable()

@@ -3,7 +3,7 @@
 import json
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -246,15 +246,22 @@ def _compare(found: Benchmark, last: dict[str, Any]) -> str:
     differing = differences(before["protocol"], now.protocol)
     if differing:
         return f"does not compare with the last benchmark: {', '.join(differing)}"
-    ratio = np.median(now.milliseconds) / np.median(before["milliseconds"])
-    said = f"median latency {100 * (ratio - 1):+.1f} % against the last benchmark, same protocol"
+    ratio = _ratio(np.median, now.milliseconds, before["milliseconds"])
+    said = f"median latency {_percent(ratio)} against the last benchmark, same protocol"
     if earlier := before["protocol"][STATE].get(YARDSTICK):
         machine = now.protocol[STATE][YARDSTICK] / earlier
-        said += (
-            f"; the machine took {100 * (machine - 1):+.1f} % for a fixed convolution beside it, "
-        )
-        said += f"which leaves {100 * (ratio / machine - 1):+.1f} %"
+        left = _ratio(np.mean, now.milliseconds, before["milliseconds"]) / machine
+        said += f"; the machine took {_percent(machine)} for a fixed convolution beside it"
+        said += f", which leaves {_percent(left)} of the mean"
     return said
+
+
+def _ratio(average: Callable[..., Any], now: list[float], before: list[float]) -> float:
+    return float(average(now) / average(before))
+
+
+def _percent(ratio: float) -> str:
+    return f"{100 * (ratio - 1):+.1f} %"
 
 
 def _end_to_end(model: Model, paths: Sequence[Path], images: int, standard: Timing) -> Timing:
@@ -271,7 +278,7 @@ def _end_to_end(model: Model, paths: Sequence[Path], images: int, standard: Timi
     for path in paths[:WARM_UP]:
         model.predict(path)
     seconds = repeated(measure, images, SECONDS)
-    return _timing("end to end", seconds, 1, 0, standard.protocol | {"from": "file"})
+    return _timing("end to end", seconds, 1, 0, standard.protocol | {"from": "file", STATE: {}})
 
 
 def _timing(

@@ -6,6 +6,7 @@ tracking server nor a slow terminal ever holds up training.
 
 import logging
 import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -19,7 +20,7 @@ DRAIN_SECONDS = 0.5
 Event = dict[str, Any]
 """`kind` and what belongs to it: steps, checkpoint, stored, data, evaluated, failure, result ..."""
 
-Watcher = Callable[[Event], object]
+Watcher = Callable[[Event], None]
 """Is told of every event while a job runs; shows it."""
 
 
@@ -92,10 +93,15 @@ def pumped(handle: Watcher) -> Iterator[Events]:
 def aside(handle: Watcher) -> Iterator[Watcher]:
     """Give a watcher that does not wait: `handle` gets the events in their order in a thread.
 
-    At the end it has had all of them.
+    Each has the time, `time_ms`, at which it was told. At the end `handle` has had all of them.
     """
+
+    def tell(event: Event) -> None:
+        timed = {"time_ms": int(time.time() * 1000), **event}
+        thread.submit(_handle_or_log, handle, timed)
+
     with ThreadPoolExecutor(1, "aside") as thread:
-        yield lambda event: thread.submit(_handle_or_log, handle, event)
+        yield tell
 
 
 def _handle_or_log(handle: Watcher, event: Event) -> None:

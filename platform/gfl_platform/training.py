@@ -79,9 +79,9 @@ def train(job: JobConfig, name: str, *, resume: bool, watch: Watcher) -> Trainin
                 logger.warning("warning: %s; going on from the one before", event["reason"])
             if event["kind"] == "slow":
                 logger.warning("warning: %s; the others wait for it", straggler(event))
+            track(event)
             before = status.outages
             status.handle(event)
-            track(event)
             if status.outages != before:
                 step = event.get("step", 0)
                 track({"kind": "outage", "step": step, "metrics": status.outages})

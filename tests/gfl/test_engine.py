@@ -226,6 +226,17 @@ def test_missing_workers_change_nothing_but_rounding(tiny):
     torch.set_num_threads(threads)
 
 
+def test_one_worker_in_place_of_two_changes_no_digit(tiny):
+    """Halves are exact, and so is the order of two summands."""
+    threads = torch.get_num_threads()
+    (first, expected), (second, _) = run_workers(2, steps, tiny, 4)
+    rows, weights = steps(0, tiny, 4, shares=2)
+    torch.set_num_threads(threads)
+    assert torch.equal(rows[:, :3], (first + second)[:, :3] / 2)
+    for key, value in expected.items():
+        assert torch.equal(weights[key], value), key
+
+
 def test_a_loss_that_turns_nan_stops_training_and_is_explained(tiny, tmp_path):
     config = derive(type(tiny), tiny, ["optim.lr=1e30", "optim.name=sgd", "schedule.name=step",
                                        "schedule.warmup_steps=0"])  # fmt: skip

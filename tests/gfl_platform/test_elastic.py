@@ -134,7 +134,7 @@ def test_workers_that_come_and_go_change_no_loss(nodes, tiny_file, tmp_path, cap
     )
     for name, curve in curves.items():
         expected = [fixed[0][point.step][name] for point in curve]
-        assert [point.value for point in curve] == pytest.approx(expected, rel=1e-4), name
+        assert [point.value for point in curve] == pytest.approx(expected, rel=1e-6), name
     tell("done")
     with capsys.disabled():
         sys.stdout.write("\n" + "\n".join(seen) + "\n")

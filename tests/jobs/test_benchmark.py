@@ -73,7 +73,7 @@ def test_benchmarks_of_a_folder_go_to_a_run_with_its_configuration(
         benchmark.main()
     said = " ".join(capsys.readouterr().out.split())
     assert "median latency +20.0 % against the last benchmark, same protocol" in said
-    assert "took +20.0 % for a fixed convolution beside it, which leaves +0.0 %" in said
+    assert "took +20.0 % for a fixed convolution beside it, which leaves +0.0 % of the mean" in said
     client = connect(JobConfig(storage={"root": f"{tmp_path}/outputs"}))
     (run,) = client.search_runs([client.get_experiment_by_name("gfl").experiment_id])
     assert run.data.params["seed"] == "7"
