@@ -3,7 +3,7 @@
 import json
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,19 +17,15 @@ from gfl.data import render_shapes
 from gfl.data.split import read_split
 from gfl.detector import Detector
 from gfl.predict import Model
+from gfl.protocol import STATE, WARM_UP, Variant, differences, protocol_hash
 from gfl.speed import (
     SECONDS,
-    STATE,
-    WARM_UP,
     YARDSTICK,
     UnavailableError,
-    Variant,
     count_flops,
     count_parameters,
-    differences,
     measure_latency,
     peak_memory,
-    protocol_hash,
     repeated,
 )
 from gfl_platform import cluster
@@ -246,21 +242,17 @@ def _compare(found: Benchmark, last: dict[str, Any]) -> str:
     differing = differences(before["protocol"], now.protocol)
     if differing:
         return f"does not compare with the last benchmark: {', '.join(differing)}"
-    ratio = _ratio(np.median, now.milliseconds, before["milliseconds"])
-    said = f"median latency {_percent(ratio)} against the last benchmark, same protocol"
+    median = np.median(now.milliseconds) / np.median(before["milliseconds"])
+    said = f"median latency {_percent(median)} against the last benchmark, same protocol"
     if earlier := before["protocol"][STATE].get(YARDSTICK):
         machine = now.protocol[STATE][YARDSTICK] / earlier
-        left = _ratio(np.mean, now.milliseconds, before["milliseconds"]) / machine
+        left = np.mean(now.milliseconds) / np.mean(before["milliseconds"]) / machine
         said += f"; the machine took {_percent(machine)} for a fixed convolution beside it"
         said += f", which leaves {_percent(left)} of the mean"
     return said
 
 
-def _ratio(average: Callable[..., Any], now: list[float], before: list[float]) -> float:
-    return float(average(now) / average(before))
-
-
-def _percent(ratio: float) -> str:
+def _percent(ratio: Any) -> str:
     return f"{100 * (ratio - 1):+.1f} %"
 
 

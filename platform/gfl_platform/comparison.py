@@ -10,7 +10,7 @@ from gfl.configfile import flatten, reproducible
 from gfl.data.images import read_image
 from gfl.evaluation import score_images
 from gfl.postprocess import Rows
-from gfl.speed import differences
+from gfl.protocol import differences
 from gfl.visualize import draw_pairs
 from gfl_platform.config import JobConfig
 from gfl_platform.events import Watcher

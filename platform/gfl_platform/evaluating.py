@@ -13,7 +13,8 @@ from gfl.detector import place
 from gfl.engine import build_evaluation_loader
 from gfl.evaluation import detect, evaluate_split, gather
 from gfl.postprocess import coco_records
-from gfl.speed import data_digest, measure_fps
+from gfl.protocol import data_digest
+from gfl.speed import measure_fps
 from gfl.trainer import worker_rank
 from gfl_platform import cluster
 from gfl_platform.config import JobConfig

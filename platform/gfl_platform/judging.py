@@ -11,7 +11,7 @@ from typing import Any
 
 from gfl.bootstrap import Gain, measure_gain
 from gfl.configfile import config_hash, flatten
-from gfl.speed import differences, protocol_hash
+from gfl.protocol import differences, protocol_hash
 from gfl_platform import registry
 from gfl_platform.benchmarking import recall_fps
 from gfl_platform.cluster import ClusterError, JobFailedError

@@ -16,7 +16,7 @@ from gfl.configfile import derive
 from gfl.data import render_shapes
 from gfl.data.split import Split, read_split
 from gfl.postprocess import Rows
-from gfl.speed import protocol_hash
+from gfl.protocol import protocol_hash
 from gfl_platform import registry
 from gfl_platform.config import JobConfig
 from gfl_platform.evaluating import evaluate_checkpoint

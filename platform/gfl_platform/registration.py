@@ -79,7 +79,7 @@ def register_once(
 
 def figures_of_version(ap: float, fps: float, protocol: dict[str, Any]) -> dict[str, Any]:
     """Return what a registered version is listed with."""
-    from gfl.speed import data_digest, protocol_hash
+    from gfl.protocol import data_digest, protocol_hash
 
     data = data_digest(protocol)[:12]
     return {"AP": ap, "fps": fps, "protocol": protocol_hash(protocol), "data": data}

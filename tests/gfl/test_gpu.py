@@ -16,7 +16,8 @@ from gfl.export import Form
 from gfl.exporting import export
 from gfl.folding import folded
 from gfl.predict import Model
-from gfl.speed import Variant, measure_latency, peak_memory
+from gfl.protocol import Variant
+from gfl.speed import measure_latency, peak_memory
 from gfl.trainer import Trainer
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

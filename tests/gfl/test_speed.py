@@ -7,20 +7,16 @@ import torch
 from PIL import Image
 
 import gfl
-from gfl import speed
 from gfl.configfile import derive
 from gfl.data import load_splits
+from gfl.protocol import Variant, _power, data_digest, differences, protocol_hash
 from gfl.speed import (
     UnavailableError,
-    Variant,
     count_flops,
     count_parameters,
-    data_digest,
-    differences,
     measure_fps,
     measure_latency,
     peak_memory,
-    protocol_hash,
 )
 
 CPU = torch.device("cpu")
@@ -84,7 +80,7 @@ def test_what_changes_the_figure_changes_the_protocol(
 def test_another_power_limit_is_another_protocol(tiny, detector, split, monkeypatch):
     _, plain = measure_fps(detector, split, tiny, CPU, images=1)
     assert plain["power"]
-    monkeypatch.setattr(speed, "_power", lambda _: "300.00 W")
+    monkeypatch.setattr("gfl.protocol._power", lambda _: "300.00 W")
     _, other = measure_fps(detector, split, tiny, CPU, images=1)
     assert differences(plain, other) == [f"power {plain['power']} -> 300.00 W"]
     assert protocol_hash(plain) != protocol_hash(other)
@@ -92,7 +88,7 @@ def test_another_power_limit_is_another_protocol(tiny, detector, split, monkeypa
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_the_power_limit_of_a_gpu_is_read():
-    assert speed._power(torch.device("cuda", 0)).endswith(" W")
+    assert _power(torch.device("cuda", 0)).endswith(" W")
 
 
 def test_another_picture_is_another_protocol(tiny, detector, shapes_folder, tmp_path):

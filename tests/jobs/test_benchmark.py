@@ -12,7 +12,8 @@ from PIL import Image
 from gfl.checkpoint import About, take_snapshot
 from gfl.configfile import derive
 from gfl.detector import Detector
-from gfl.speed import STATE, YARDSTICK, Variant
+from gfl.protocol import STATE, Variant
+from gfl.speed import YARDSTICK
 from gfl_platform import benchmarking, registry
 from gfl_platform.benchmarking import Benchmark, Timing
 from gfl_platform.config import JobConfig

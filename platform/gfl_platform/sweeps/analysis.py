@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from math import isfinite, nan
 
-from gfl.speed import differences
+from gfl.protocol import differences
 from gfl_platform.sweeps.importance import parameter_importance
 from gfl_platform.sweeps.published import PublishedComparison, compare_published
 from gfl_platform.sweeps.results import SweepResults, Trial
