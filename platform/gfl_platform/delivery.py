@@ -64,31 +64,23 @@ class Delivery:
         return client_of(self._job)
 
     def deliver(self) -> None:
-        """Log some of what waits, oldest first, so that who has more to note can do so soon.
-
-        After a failure, wait longer and longer to try again.
-        """
+        """Log all that waits; after a failure not at once, and less and less often."""
         if time.monotonic() >= self._try_at:
-            self._deliver_batch()
+            self.deliver_all()
 
     def deliver_all(self) -> None:
         """Log all that waits, oldest first, until one fails; also if one failed a moment ago."""
-        while self.spool and self._deliver_batch():
-            pass
-
-    def _deliver_batch(self) -> bool:
-        """Log the oldest events; return whether that went well."""
         try:
-            for last, events in _together(self.spool.first(BATCH)):
-                self._log_or_drop(events)
-                self.spool.remove(last)
+            while waiting := self.spool.first(BATCH):
+                for last, events in _together(waiting):
+                    self._log_or_drop(events)
+                    self.spool.remove(last)
         except Exception as error:  # whatever a store and where its artifacts lie may raise
             self._delay = min(max(2 * self._delay, 1.0), LONGEST_DELAY)
             self._try_at = time.monotonic() + self._delay
             logger.warning("tracking: %s; %d events wait", reason_of(error), len(self.spool))
-            return False
-        self._delay = 0.0
-        return True
+        else:
+            self._delay = 0.0
 
     def require_run(self) -> str:
         """Return the MLflow run.

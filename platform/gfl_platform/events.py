@@ -6,9 +6,7 @@ tracking server nor a slow terminal ever holds up training.
 
 import logging
 import threading
-import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -87,21 +85,6 @@ def pumped(handle: Watcher) -> Iterator[Events]:
         done.set()
         thread.join()
         drain()
-
-
-@contextmanager
-def aside(handle: Watcher) -> Iterator[Watcher]:
-    """Give a watcher that does not wait: `handle` gets the events in their order in a thread.
-
-    Each has the time, `time_ms`, at which it was told. At the end `handle` has had all of them.
-    """
-
-    def tell(event: Event) -> None:
-        timed = {"time_ms": int(time.time() * 1000), **event}
-        thread.submit(_handle_or_log, handle, timed)
-
-    with ThreadPoolExecutor(1, "aside") as thread:
-        yield tell
 
 
 def _handle_or_log(handle: Watcher, event: Event) -> None:

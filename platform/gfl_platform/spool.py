@@ -19,7 +19,10 @@ LIMIT = 100_000
 
 
 class Spool:
-    """A queue of events in a file, and numbers that outlive the process; of one process only."""
+    """A queue of events in a file, and numbers that outlive the process; of one process only.
+
+    Who adds and who removes have one each.
+    """
 
     def __init__(self, path: Path, limit: int = LIMIT) -> None:
         """Open the spool at `path`, or make one."""

@@ -1,6 +1,7 @@
 """MLflow runs: the driver's process opens one, notes what happens, and closes it.
 
-Nothing here is called by a training process. Importing MLflow costs seconds, so it is imported
+Who notes never waits for MLflow: that is another thread's. Nothing here is called by a training
+process. Importing MLflow costs seconds, so it is imported
 where it is used.
 """
 
@@ -8,6 +9,7 @@ import logging
 import sqlite3
 import time
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -15,6 +17,7 @@ from gfl_platform.config import JobConfig
 from gfl_platform.delivery import RESTARTS, Delivery
 from gfl_platform.description import describe
 from gfl_platform.events import Event
+from gfl_platform.spool import SPOOL_FILE, Spool
 from gfl_platform.status import note_killed
 from gfl_platform.store import connect, reason_of
 
@@ -54,8 +57,9 @@ class RunTracker:
         self._folder = folder
         if job.tracking.unreachable == "fail" and not patient:
             connect(job)
+        self._spool = Spool(folder / SPOOL_FILE)
         self._delivery = Delivery(job, folder)
-        self._spool = self._delivery.spool
+        self._thread = ThreadPoolExecutor(1, "tracking")
         if self.run_id is None and not self._spool:
             self._add({"kind": "opened", **describe(job, name, tags or {})})
         else:
@@ -80,15 +84,16 @@ class RunTracker:
         return self._delivery.run_id
 
     def require_run(self) -> str:
-        """Return the MLflow run.
+        """Return the MLflow run, with what was noted of it, if the store answers.
 
         Raises:
             TrackingError: no store has answered yet, so there is none.
         """
+        self.flush()
         return self._delivery.require_run()
 
     def handle(self, event: Event) -> None:
-        """Note `event`, and log some of what waits if the server answers.
+        """Note `event`; it is logged when a store answers, and outlives this process until then.
 
         Steps and epochs that were noted before an interruption are not noted again.
         """
@@ -101,7 +106,11 @@ class RunTracker:
             if event["kind"] == "failure" and not event["final"]:
                 event = event | {"restarts": self._spool.count(RESTARTS)}
             self._add(event)
-        self._delivery.deliver()
+        self._thread.submit(self._delivery.deliver)
+
+    def flush(self) -> None:
+        """Wait until all that was noted is logged, or has been tried in vain."""
+        self._thread.submit(self._delivery.deliver_all).result()
 
     def _learn_what_is_logged(self) -> None:
         """Where another machine noted the run before: its last numbers are those in the store."""
@@ -115,7 +124,10 @@ class RunTracker:
         """End the run as FINISHED, FAILED or KILLED; never raises, lest it hide why a job ended."""
         with self._on_a_full_device():
             self._add({"kind": "end", "status": status})
-        self._delivery.deliver_all()
+        try:
+            self.flush()
+        finally:  # who interrupts this has lost nothing
+            self._thread.shutdown(wait=False, cancel_futures=True)
         if left := len(self._spool):
             logger.warning(
                 "tracking: %d events wait in %s; they are logged when the run goes on with "
@@ -124,6 +136,7 @@ class RunTracker:
                 self._spool.path,
                 self._folder.name,
             )
+        self._delivery.spool.close()
         self._spool.close()
 
     @contextmanager

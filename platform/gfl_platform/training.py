@@ -13,7 +13,7 @@ from gfl_platform import cluster, registration, registry, store, tracking
 from gfl_platform.card import lineage
 from gfl_platform.config import JobConfig
 from gfl_platform.description import CONFIG_FILE, require_same
-from gfl_platform.events import Event, Watcher, aside, pumped, straggler
+from gfl_platform.events import Event, Watcher, pumped, straggler
 from gfl_platform.fitting import fetch_sources, run
 from gfl_platform.gate import promote
 from gfl_platform.status import StatusFile
@@ -79,20 +79,19 @@ def train(job: JobConfig, name: str, *, resume: bool, watch: Watcher) -> Trainin
                 logger.warning("warning: %s; going on from the one before", event["reason"])
             if event["kind"] == "slow":
                 logger.warning("warning: %s; the others wait for it", straggler(event))
-            track(event)
+            tracker.handle(event)
             before = status.outages
             status.handle(event)
             if status.outages != before:
                 step = event.get("step", 0)
-                track({"kind": "outage", "step": step, "metrics": status.outages})
+                tracker.handle({"kind": "outage", "step": step, "metrics": status.outages})
             watch(event)
 
         share_state(job, folder)
         origins = {"kind": "tags", "tags": lineage(config, workers, sources)}
         tracker.handle(origins)
         watch(origins)
-        # A store that does not answer holds up neither the terminal nor the status.
-        with aside(tracker.handle) as track, pumped(handle) as events:
+        with pumped(handle) as events:
             measured, best, metrics = run(job, sources, workers, folder, events)
         checkpoint = cache_of(job).local(best)  # comes here if it lies on S3
         fps = measured["fps"]

@@ -340,6 +340,7 @@ def test_a_tracking_store_that_dies_does_not_hide_why_a_job_ends(tiny_file, tmp_
     with monkeypatch.context() as patch:
         patch.setattr("mlflow.MlflowClient.log_batch", fail)
         tracker.handle({"kind": "result", "fps": 3.0, "protocol": {"batch": 1}})
+        tracker.flush()
         assert connect(job).get_run(tracker.run_id).data.metrics == {}
     with pytest.raises(RuntimeError, match="the reason"), tracker:
         raise RuntimeError("the reason")
@@ -363,6 +364,7 @@ def test_an_evaluation_that_was_logged_in_part_is_completed(tiny_file, tmp_path,
         with monkeypatch.context() as patch:
             patch.setattr("mlflow.MlflowClient.log_metric", fail)
             tracker.handle(event)
+            tracker.flush()
         tracker.handle({**event, "epoch": 2, "step": 10, "metrics": {"AP": 0.6}})
         tracker.handle(event)  # as after an interruption
     client = connect(job)
