@@ -1,4 +1,4 @@
-"""A detector that only predicts: the norms of its body become part of the convolutions."""
+"""A detector that only predicts: no norms in its body, and convolutions that cannot learn."""
 
 from collections.abc import Iterator
 from copy import deepcopy
@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from gfl.convolution import Convolution, PredictingConvolution
 from gfl.detector import Detector
 
 
@@ -16,6 +17,7 @@ def folded(detector: Detector) -> Detector:
     """Return a copy that predicts the same to rounding, without a pass over maps for every norm.
 
     In evaluation mode a BatchNorm is a factor and a term per channel, which its convolution takes.
+    On CPUs, large maps have convolutions that multiply less (`convolution.py`).
     """
     copy = deepcopy(detector).eval().requires_grad_(False)
     for module in list(copy.backbone.modules()):
@@ -28,6 +30,9 @@ def folded(detector: Detector) -> Detector:
             weight.copy_(weight.double() * factor.view(-1, 1, 1, 1))
             convolution.bias = nn.Parameter(term.to(weight), requires_grad=False)
             setattr(module, name, nn.Identity())
+    for module in copy.modules():
+        if type(module) is Convolution:
+            module.__class__ = PredictingConvolution
     return copy
 
 

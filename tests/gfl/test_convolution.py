@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from gfl.convolution import Convolution, convert
+from gfl.convolution import Convolution, PredictingConvolution, convert
 
 
 @pytest.fixture(params=[1, 2])
@@ -63,3 +63,29 @@ def test_many_weights_on_tiny_maps_are_one_product(stride, bias):
         assert found.stride() == expected.stride()
     with torch.no_grad():
         torch.testing.assert_close(ours(images), plain(images))
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_what_only_predicts_multiplies_less_on_large_maps(bias, monkeypatch):
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
+    torch.manual_seed(0)
+    plain = nn.Conv2d(256, 40, 3, padding=1, bias=bias).requires_grad_(False)
+    ours = copy.deepcopy(plain)
+    ours.__class__ = PredictingConvolution
+    images = torch.randn(2, 256, 48, 50).contiguous(memory_format=torch.channels_last)
+    small = images[:, :, :40].contiguous(memory_format=torch.channels_last)
+    wide, narrow = kernels(ours, images), kernels(ours, small)
+    assert ("_nnpack_spatial_convolution" in wide, "_nnpack_spatial_convolution" in narrow) == (
+        torch.backends.nnpack.is_available(),
+        False,
+    )
+    found, expected = ours(images), plain(images)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-4 * expected.std().item())
+    assert torch.equal(found[:1], ours(images[:1]))
+    assert torch.equal(ours(small), plain(small))
+
+
+def kernels(model, images):
+    with torch.profiler.profile() as profile:
+        model(images)
+    return {event.key.removeprefix("aten::") for event in profile.key_averages()}
