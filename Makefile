@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: install demo test test-most test-platform test-detector drill test-all check lint types imports bench
+.PHONY: install demo test test-most test-ray test-rest drill test-all check lint types imports bench
 
 install: $(INSTALLED)
 
@@ -19,14 +19,14 @@ demo: $(INSTALLED)
 test: $(INSTALLED)
 	$(BIN)/python -m pytest -m "not slow and not cluster"
 
-# `make --jobs=2 test-most` runs them side by side: the first waits much.
-test-most: test-platform test-detector
+# `make --jobs=2 test-most` runs them side by side: what Ray does, waits much.
+test-most: test-ray test-rest
 
-test-platform: $(INSTALLED)
-	$(BIN)/python -m pytest -m "not slow" --ignore tests/gfl
+test-ray: $(INSTALLED)
+	$(BIN)/python -m pytest -m "ray and not slow"
 
-test-detector: $(INSTALLED)
-	$(BIN)/python -m pytest -m "not slow" tests/gfl
+test-rest: $(INSTALLED)
+	$(BIN)/python -m pytest -m "not ray and not slow"
 
 drill: $(INSTALLED)
 	$(BIN)/python -m pytest -s -m cluster tests/gfl_platform/test_drill.py

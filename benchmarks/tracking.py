@@ -44,9 +44,11 @@ class Server:
             *("--port", str(self._port), "--artifacts-destination", f"{self._folder}/artifacts"),
             *("--backend-store-uri", f"sqlite:///{self._folder}/server.db"),
         ]
+        # Else eight more processes start while the worker trains, for jobs that nobody submits.
+        alone = os.environ | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
         with (self._folder / "server.log").open("a") as log:
             self._process = subprocess.Popen(
-                command, stdout=log, stderr=log, start_new_session=True
+                command, stdout=log, stderr=log, start_new_session=True, env=alone
             )
         while True:
             try:

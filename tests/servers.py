@@ -50,6 +50,7 @@ class Server:
     """A server process that answers over HTTP."""
 
     health = ""
+    environment = {}  # noqa: RUF012
 
     def __init__(self, folder):
         self.folder, self.port, self._process = Path(folder), free_port(), None
@@ -61,8 +62,9 @@ class Server:
     def start(self):
         with (self.folder / f"{type(self).__name__}.log").open("a") as log:
             self._process = subprocess.Popen(
-                self.command(), stdout=log, stderr=log, start_new_session=True, cwd=self.folder
-            )
+                self.command(), stdout=log, stderr=log, start_new_session=True, cwd=self.folder,
+                env=os.environ | self.environment,
+            )  # fmt: skip
         deadline = time.monotonic() + 90
         while time.monotonic() < deadline:
             try:
@@ -85,6 +87,8 @@ class MLflow(Server):
     """An MLflow server; by default over a SQLite file and a folder of artifacts."""
 
     health = "health"
+    # Else eight more processes start, for jobs that nobody submits.
+    environment = {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}  # noqa: RUF012
 
     def __init__(self, folder, store=None, artifacts=None):
         super().__init__(folder)

@@ -5,6 +5,7 @@ Light to import: a sweep's processes need no torch, except where one trains.
 
 import logging
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +16,14 @@ from gfl.configfile import config_hash, dump_config, reproducible
 from gfl_platform import cluster
 from gfl_platform.config import JobConfig
 from gfl_platform.events import Events
-from gfl_platform.s3 import is_remote
-from gfl_platform.storage import cache_of, ray_storage, shared
+from gfl_platform.s3 import S3Error, is_remote
+from gfl_platform.storage import cache_of, discard, folders_in, ray_storage, shared
 from gfl_platform.weights import fetch_model, fetch_weights
 
 logger = logging.getLogger(__name__)
+
+RAY_FOLDER = "ray"
+"""In a run's: the checkpoints, and what Ray notes of them."""
 
 
 def fetch_sources(job: JobConfig) -> dict[str, Path | None]:
@@ -92,12 +96,13 @@ def run(
         [HashCheck(config), *callbacks],
         max_failures=job.cluster.max_failures,
         resize_seconds=job.cluster.resize_seconds,
-        name="ray",
+        name=RAY_FOLDER,
         **ray_storage(job, folder),
         checkpoint_config=CheckpointConfig(
             num_to_keep=job.storage.keep_checkpoints, checkpoint_score_attribute="AP"
         ),
     )
+    discard_others(job, folder / RAY_FOLDER, [kept for kept, _ in result.best_checkpoints])
     epochs = result.return_value["epochs"]
     if epochs < job.schedule.epochs:
         patience = job.schedule.patience
@@ -106,6 +111,15 @@ def run(
     # Of two that are alike the later: the first may be damaged, and its epoch trained again.
     best, facts = max(measured, key=lambda pair: (pair[1]["AP"], pair[0].path))
     return result.return_value, cluster.uri_of(best), facts["metrics"]
+
+
+def discard_others(job: JobConfig, folder: Path, kept: Sequence[Any]) -> None:
+    """Delete the checkpoints in `folder` but those `kept`: halves that killed workers left."""
+    names = {Path(checkpoint.path).name for checkpoint in kept}
+    with suppress(S3Error):  # they only take room
+        for name in folders_in(job, folder):
+            if name.startswith("checkpoint_") and name not in names:
+                discard(job, folder / name)
 
 
 def _for_workers(job: JobConfig, path: Path | None, origin: str | None) -> str | None:

@@ -148,6 +148,13 @@ def discard(job: JobConfig, folder: Path) -> None:
         remove(location_of(job, folder))
 
 
+def folders_in(job: JobConfig, folder: Path) -> set[str]:
+    """Return the names of the folders in one below `storage_root`, where all nodes see it."""
+    if not is_remote(job.storage.root):
+        return {path.name for path in folder.iterdir() if path.is_dir()}
+    return {key.split("/")[0] for key in list_objects(location_of(job, folder)) if "/" in key}
+
+
 def find_run_folder(
     job: JobConfig, name: str, *, resume: bool, kind: Literal["runs", "sweeps"] = "runs"
 ) -> Path:

@@ -1,6 +1,7 @@
 """Training as a worker of a Ray cluster does it: `gfl.engine.fit`, its reports, its checkpoints."""
 
 import json
+import shutil
 import socket
 import tempfile
 import threading
@@ -28,6 +29,12 @@ from gfl_platform.storage import StorageError, patiently, space_required
 
 LEAVE_SECONDS = 90.0
 """For the last checkpoint before a node goes: less than the notice of two minutes."""
+
+UNSTORED = "gfl-checkpoint-"
+"""Begins the names of folders, among the node's temporary files, of checkpoints to be stored."""
+
+UNSTORED_SECONDS = 3600.0
+"""After which nobody is storing such a checkpoint any more."""
 
 REPORTS_FILE = "reports.json"
 """In a checkpoint: the reports of steps since the one before."""
@@ -101,7 +108,7 @@ class WorkerListener:
             started = time.perf_counter()
             self._storing.acquire()
             # Ray wants a folder at once, and deletes it when `store` has filled and copied it.
-            checkpoint = Checkpoint.from_directory(tempfile.mkdtemp(prefix="gfl-checkpoint-"))
+            checkpoint = Checkpoint.from_directory(tempfile.mkdtemp(prefix=UNSTORED))
             snapshot = report.snapshot()
             held_up = {"checkpoint_blocked_seconds": time.perf_counter() - started}
             told = {"kind": "stored", "step": report.step, "metrics": held_up}
@@ -138,6 +145,14 @@ class WorkerListener:
         return store
 
 
+def remove_abandoned() -> None:
+    """Delete checkpoints that killed workers had not stored: they would fill the device."""
+    for folder in Path(tempfile.gettempdir()).glob(f"{UNSTORED}*"):
+        with suppress(OSError):  # another worker may delete it, too
+            if folder.stat().st_mtime < time.time() - UNSTORED_SECONDS:
+                shutil.rmtree(folder)
+
+
 def _remove(storage: Any, name: str) -> None:
     with suppress(OSError):
         storage.storage_filesystem.delete_dir(storage.build_checkpoint_path_from_name(name))
@@ -149,6 +164,7 @@ def train_worker(settings: dict[str, Any]) -> dict[str, Any]:
     events, cache = settings["events"], settings["cache"]
     device = cluster.worker_device()
     splits = same_on_all_nodes(lambda: load_splits(cache.localized(config)))
+    remove_abandoned()
     listener = WorkerListener(events)
     if listener.is_first:
         count = worker_rank()[1]

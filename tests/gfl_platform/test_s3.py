@@ -170,11 +170,14 @@ def test_a_run_lives_on_s3(remote, tmp_path):
     assert names >= {"weights.safetensors", "config.yaml", "about.json", "sha256.json"}
     with pytest.raises(StorageError, match=r"run 'far' exists"):
         training.train(remote, "far", resume=False, watch=events.append)
+    half = "runs/far/ray/checkpoint_2020-01-01_00-00-00.000000"  # of a worker that was killed
+    upload(checkpoint / "about.json", f"{remote.storage.root}/{half}/about.json")
     again = remote.model_copy(
         update={"storage": remote.storage.model_copy(update={"cache": f"{tmp_path}/elsewhere"})}
     )
     elsewhere = training.train(again, "far", resume=True, watch=events.append)
     assert elsewhere.run_id == result.run_id  # another machine goes on in the same MLflow run
+    assert not list_objects(f"{remote.storage.root}/{half}")
     with pytest.raises(ConfigError, match=r"another configuration \(seed 0 -> 1\)"):
         training.train(again.model_copy(update={"seed": 1}), "far", resume=True, watch=print)
 

@@ -1,6 +1,8 @@
 """From which checkpoint the workers of a training go on."""
 
+import os
 import shutil
+import tempfile
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -80,3 +82,15 @@ def test_where_it_is_damaged_on_one_node_all_use_the_one_before(stored, monkeypa
     others, told = ["", "elsewhere: damaged"], []
     assert _latest_whole_checkpoint(CACHE, told.append) == (stored[0], str(stored[0]))
     assert told == ["elsewhere: damaged"]
+
+
+def test_what_killed_workers_had_not_stored_is_deleted(tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    names = ("gfl-checkpoint-abandoned", "gfl-checkpoint-new", "another")
+    for name in names:
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "weights").write_text("half")
+    for name in (names[0], names[2]):
+        os.utime(tmp_path / name, (0, 0))
+    worker.remove_abandoned()
+    assert {path.name for path in tmp_path.iterdir()} == set(names[1:])

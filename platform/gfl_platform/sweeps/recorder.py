@@ -13,6 +13,7 @@ from gfl.configfile import config_hash
 from gfl_platform.config import JobConfig
 from gfl_platform.delivery import RUN_FILE
 from gfl_platform.events import Event, Events
+from gfl_platform.fitting import RAY_FOLDER
 from gfl_platform.s3 import S3Error
 from gfl_platform.spool import backlog
 from gfl_platform.storage import discard, read_json, share_state
@@ -119,7 +120,7 @@ class Recorder:
         for trial in self.trials.values():
             if trial.state in DISCARDED and trial.checkpoint:
                 with suppress(S3Error):  # they only take room
-                    discard(self._job, self._folder / trial.id / "ray")
+                    discard(self._job, self._folder / trial.id / RAY_FOLDER)
                 trial.checkpoint = None
                 self._write(trial)
 
