@@ -32,10 +32,10 @@ MANY = 2**20
 """Weights from which turning them costs more than the convolution."""
 
 WIDE = 256
-"""Channels and"""
+"""Channels from which NNPACK is faster, though it transforms the weights every time."""
 
 WIDE_CELLS = 2048
-"""cells of a map from which NNPACK is faster, transforming the weights every time."""
+"""Cells of a map from which it is, besides."""
 
 _backward = torch.ops.aten.convolution_backward
 
@@ -78,11 +78,11 @@ class PredictingConvolution(Convolution):
     """`nn.Conv2d`, with the same numbers to 1e-4 of their spread; for what learns no more."""
 
     def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:  # noqa: A002 (torch's name)
-        if not (self._may_be_winograd(input) and _is_float32_on_cpu(input, weight)):
+        if not (_is_float32_on_cpu(input, weight) and self._may_be_winograd(input)):
             return super()._conv_forward(input, weight, bias)
-        weight, padding = weight.contiguous(), self.padding
+        weight = weight.contiguous()
         found = [  # each image alone: NNPACK is fast, and for all batches the same, that way
-            torch._nnpack_spatial_convolution(image, weight, bias, padding)  # type: ignore[arg-type]
+            torch._nnpack_spatial_convolution(image, weight, bias, (1, 1))
             for image in input.contiguous().split(1)
         ]
         return found[0] if len(found) == 1 else torch.cat(found)
@@ -90,11 +90,14 @@ class PredictingConvolution(Convolution):
     def _may_be_winograd(self, images: Tensor) -> bool:
         return (
             self.in_channels >= WIDE
+            and images.dim() == 4
+            and len(images) > 0
             and images.shape[2] * images.shape[3] >= WIDE_CELLS
             and self.kernel_size == (3, 3)
-            and self.stride == self.dilation == (1, 1)
+            and self.stride == self.dilation == self.padding == (1, 1)
+            and self.padding_mode == "zeros"
             and self.groups == 1
-            and not _has_avx512()
+            and torch.backends.cpu.get_cpu_capability() == "AVX2"
             and torch.backends.nnpack.is_available()
         )
 
@@ -148,11 +151,9 @@ def _is_float32_on_cpu(images: Tensor, weight: Tensor) -> bool:
     )
 
 
-def _has_avx512() -> bool:
-    return "AVX512" in torch.backends.cpu.get_cpu_capability()
-
-
 def _is_slow(images: Tensor, weight: Tensor) -> bool:
     return (
-        not _has_avx512() and weight.shape[1] > FEW and images.shape[2] * images.shape[3] >= LARGE
+        "AVX512" not in torch.backends.cpu.get_cpu_capability()
+        and weight.shape[1] > FEW
+        and images.shape[2] * images.shape[3] >= LARGE
     )

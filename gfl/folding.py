@@ -14,10 +14,11 @@ from gfl.detector import Detector
 
 @torch.no_grad()
 def folded(detector: Detector) -> Detector:
-    """Return a copy that predicts the same to rounding, without a pass over maps for every norm.
+    """Return a copy that predicts the same, without a pass over maps for every norm.
 
     In evaluation mode a BatchNorm is a factor and a term per channel, which its convolution takes.
-    On CPUs, large maps have convolutions that multiply less (`convolution.py`).
+    On some CPUs, large maps have convolutions that multiply less, with a larger rounding error
+    (`PredictingConvolution`).
     """
     copy = deepcopy(detector).eval().requires_grad_(False)
     for module in list(copy.backbone.modules()):

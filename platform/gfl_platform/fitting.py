@@ -102,7 +102,8 @@ def run(
             num_to_keep=job.storage.keep_checkpoints, checkpoint_score_attribute="AP"
         ),
     )
-    discard_others(job, folder / RAY_FOLDER, [kept for kept, _ in result.best_checkpoints])
+    kept = [result.checkpoint, *(each for each, _ in result.best_checkpoints)]
+    discard_others(job, folder / RAY_FOLDER, kept)
     epochs = result.return_value["epochs"]
     if epochs < job.schedule.epochs:
         patience = job.schedule.patience
@@ -114,9 +115,15 @@ def run(
 
 
 def discard_others(job: JobConfig, folder: Path, kept: Sequence[Any]) -> None:
-    """Delete the checkpoints in `folder` but those `kept`: halves that killed workers left."""
+    """Delete checkpoints in `folder` that Ray did not keep: killed workers left them.
+
+    Args:
+        job: Says where nodes see the folder.
+        folder: Of a training that has ended.
+        kept: The latest, from which the run would go on, and the best.
+    """
     names = {Path(checkpoint.path).name for checkpoint in kept}
-    with suppress(S3Error):  # they only take room
+    with suppress(OSError, S3Error):  # they only take room
         for name in folders_in(job, folder):
             if name.startswith("checkpoint_") and name not in names:
                 discard(job, folder / name)

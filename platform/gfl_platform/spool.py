@@ -18,20 +18,25 @@ LIMIT = 100_000
 """Events; beyond, a tenth of the oldest training steps gives way. About 40 MB."""
 
 
+PATIENCE = 60.0
+"""Seconds to wait for another thread or process, whose disk may be slow."""
+
+
 class Spool:
     """A queue of events in a file, and numbers that outlive the process; of one process only.
 
-    Who adds and who removes have one each.
+    The threads that add and remove have one each.
     """
 
     def __init__(self, path: Path, limit: int = LIMIT) -> None:
         """Open the spool at `path`, or make one."""
         self.path, self._limit = path, limit
         # Outside `transaction` every statement is one of its own; a job's threads take turns.
-        self._db = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
+        self._db = sqlite3.connect(path, PATIENCE, isolation_level=None, check_same_thread=False)
         self._db.execute("PRAGMA synchronous = NORMAL")
         self._db.execute(
-            "CREATE TABLE IF NOT EXISTS events (id INTEGER PRIMARY KEY, kind TEXT, event TEXT)"
+            "CREATE TABLE IF NOT EXISTS events "
+            "(id INTEGER PRIMARY KEY AUTOINCREMENT, kind TEXT, event TEXT)"
         )
         self._db.execute("CREATE TABLE IF NOT EXISTS numbers (name TEXT PRIMARY KEY, value INT)")
 

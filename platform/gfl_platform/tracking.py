@@ -1,17 +1,18 @@
 """MLflow runs: the driver's process opens one, notes what happens, and closes it.
 
-Who notes never waits for MLflow: that is another thread's. Nothing here is called by a training
-process. Importing MLflow costs seconds, so it is imported
+Opening and closing may wait for MLflow; noting never does, for a thread delivers what is noted.
+Nothing here is called by a training process. Importing MLflow costs seconds, so it is imported
 where it is used.
 """
 
 import logging
 import sqlite3
+import threading
 import time
-from collections.abc import Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from queue import SimpleQueue
 
 from gfl_platform.config import JobConfig
 from gfl_platform.delivery import RESTARTS, Delivery
@@ -59,7 +60,6 @@ class RunTracker:
             connect(job)
         self._spool = Spool(folder / SPOOL_FILE)
         self._delivery = Delivery(job, folder)
-        self._thread = ThreadPoolExecutor(1, "tracking")
         if self.run_id is None and not self._spool:
             self._add({"kind": "opened", **describe(job, name, tags or {})})
         else:
@@ -68,6 +68,10 @@ class RunTracker:
             with self._spool.transaction():
                 self._add({"kind": "reopened", "restarts": self._spool.count(RESTARTS)})
         self._delivery.deliver()
+        self._asked: SimpleQueue[Callable[[], object] | None] = SimpleQueue()
+        # At its end the process waits for no such thread: what is noted is safe.
+        self._thread = threading.Thread(target=self._work, name="tracking", daemon=True)
+        self._thread.start()
 
     def __enter__(self) -> "RunTracker":
         return self
@@ -106,11 +110,23 @@ class RunTracker:
             if event["kind"] == "failure" and not event["final"]:
                 event = event | {"restarts": self._spool.count(RESTARTS)}
             self._add(event)
-        self._thread.submit(self._delivery.deliver)
+        self._asked.put(self._delivery.deliver)
 
     def flush(self) -> None:
         """Wait until all that was noted is logged, or has been tried in vain."""
-        self._thread.submit(self._delivery.deliver_all).result()
+        done = threading.Event()
+        self._asked.put(self._delivery.deliver_all)
+        self._asked.put(done.set)
+        while self._thread.is_alive() and not done.wait(1):
+            pass
+
+    def _work(self) -> None:
+        """Do what is asked for, in the thread."""
+        for task in iter(self._asked.get, None):
+            try:
+                task()
+            except Exception:  # what is not logged is still noted
+                logger.exception("tracking: %s", self._spool.path)
 
     def _learn_what_is_logged(self) -> None:
         """Where another machine noted the run before: its last numbers are those in the store."""
@@ -121,23 +137,26 @@ class RunTracker:
             logger.warning("tracking: %s; steps may be logged twice", reason_of(error))
 
     def close(self, status: str) -> None:
-        """End the run as FINISHED, FAILED or KILLED; never raises, lest it hide why a job ended."""
-        with self._on_a_full_device():
-            self._add({"kind": "end", "status": status})
+        """End the run as FINISHED, FAILED or KILLED; wait until that is logged or tried in vain.
+
+        Hides nothing of why a job ended: only an interruption comes of it, and loses no event.
+        """
+        self.handle({"kind": "end", "status": status})
         try:
             self.flush()
-        finally:  # who interrupts this has lost nothing
-            self._thread.shutdown(wait=False, cancel_futures=True)
-        if left := len(self._spool):
-            logger.warning(
-                "tracking: %d events wait in %s; they are logged when the run goes on with "
-                "--resume, or by `python -m jobs.status %s --deliver`",
-                left,
-                self._spool.path,
-                self._folder.name,
-            )
-        self._delivery.spool.close()
-        self._spool.close()
+        finally:
+            self._asked.put(None)
+        with self._on_a_full_device():
+            if left := len(self._spool):
+                logger.warning(
+                    "tracking: %d events wait in %s; they are logged when the run goes on with "
+                    "--resume, or by `python -m jobs.status %s --deliver`",
+                    left,
+                    self._spool.path,
+                    self._folder.name,
+                )
+            self._delivery.spool.close()
+            self._spool.close()
 
     @contextmanager
     def _on_a_full_device(self) -> Iterator[None]:

@@ -30,7 +30,7 @@ from gfl_platform.storage import StorageError, patiently, space_required
 LEAVE_SECONDS = 90.0
 """For the last checkpoint before a node goes: less than the notice of two minutes."""
 
-UNSTORED = "gfl-checkpoint-"
+UNSTORED = "gfl-unstored-"
 """Begins the names of folders, among the node's temporary files, of checkpoints to be stored."""
 
 UNSTORED_SECONDS = 3600.0

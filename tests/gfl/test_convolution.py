@@ -3,6 +3,7 @@ import copy
 import pytest
 import torch
 from torch import nn
+from torch._dynamo.testing import CompileCounter
 
 from gfl.convolution import Convolution, PredictingConvolution, convert
 
@@ -89,3 +90,14 @@ def kernels(model, images):
     with torch.profiler.profile() as profile:
         model(images)
     return {event.key.removeprefix("aten::") for event in profile.key_averages()}
+
+
+def test_what_only_predicts_compiles_as_one_graph_for_all_sizes(monkeypatch):
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
+    model = nn.Conv2d(256, 8, 3, padding=1).requires_grad_(False)
+    model.__class__ = PredictingConvolution
+    graphs = CompileCounter()
+    compiled = torch.compile(model, backend=graphs, fullgraph=True, dynamic=True)
+    for side in (30, 48, 60):
+        compiled(torch.randn(1, 256, side, side + 2))
+    assert graphs.frame_count == 1

@@ -53,7 +53,7 @@ def test_all_that_can_fail_fails_and_no_digit_changes(
         for part in ("train", "val")
     ]
     overrides = [
-        str(tiny_file), *data, "data.repeat=12", "schedule.epochs=2", "cluster.workers=2",
+        str(tiny_file), *data, "data.repeat=14", "schedule.epochs=2", "cluster.workers=2",
         "cluster.max_failures=5", "storage.root=s3://gfl/drill", f"storage.cache={tmp_path}/cache",
         f"storage.checkpoint_steps={STEPS_BETWEEN_CHECKPOINTS}", "storage.keep_checkpoints=9",
         f"tracking.uri={mlflow_server.uri}", "tracking.unreachable=spool",

@@ -128,7 +128,8 @@ def test_an_epoch_that_a_worker_repeats_is_noted_once(tiny_file, tmp_path):
 def test_a_store_that_hangs_holds_up_nobody_and_loses_nothing(tmp_path, monkeypatch):
     """Neither does who is killed meanwhile, nor a second Ctrl-C."""
     again = (threading.main_thread().ident, signal.SIGINT)
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background ignores it
+    # A shell's background ignores it.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     with socket.create_server(("127.0.0.1", 0)) as silent:
         uri = f"tracking.uri=http://127.0.0.1:{silent.getsockname()[1]}"
         job = load_job("configs/demo.yaml", [uri, f"storage.root={tmp_path}"])
@@ -140,9 +141,14 @@ def test_a_store_that_hangs_holds_up_nobody_and_loses_nothing(tmp_path, monkeypa
         for number in range(1, 4):
             tracker.handle(steps(number))
         assert backlog(tmp_path) == 4  # and the opening
-        threading.Timer(1, signal.pthread_kill, again).start()
-        with pytest.raises(KeyboardInterrupt):
-            tracker.close("KILLED")
+        timer = threading.Timer(1, signal.pthread_kill, again)
+        timer.start()
+        try:
+            with pytest.raises(KeyboardInterrupt):
+                tracker.close("KILLED")
+        finally:
+            timer.cancel()
+            signal.signal(signal.SIGINT, before)
         assert time.monotonic() - started < 30
     assert backlog(tmp_path) == 5
 

@@ -86,7 +86,7 @@ def test_where_it_is_damaged_on_one_node_all_use_the_one_before(stored, monkeypa
 
 def test_what_killed_workers_had_not_stored_is_deleted(tmp_path, monkeypatch):
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    names = ("gfl-checkpoint-abandoned", "gfl-checkpoint-new", "another")
+    names = ("gfl-unstored-abandoned", "gfl-unstored-new", "another")
     for name in names:
         (tmp_path / name).mkdir()
         (tmp_path / name / "weights").write_text("half")

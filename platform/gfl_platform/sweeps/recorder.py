@@ -101,10 +101,12 @@ class Recorder:
 
     def close(self) -> None:
         """Close the runs of trials that an interruption left running."""
-        for name in list(self._trackers):
+        for name, tracker in self._trackers.items():  # all, before any waits for a store
             self._tick(self.trials[name])
             self._write(self.trials[name])
-            self._trackers.pop(name).close("KILLED")
+            tracker.handle({"kind": "end", "status": "KILLED"})
+        while self._trackers:
+            self._trackers.popitem()[1].close("KILLED")
 
     def end_running(self, state: State) -> None:
         """Note that the search is over for trials that Ray Tune stopped without a word."""
