@@ -8,8 +8,8 @@ Where maps are tiny and weights are many, as in the last stage on small images, 
 the time on turning weights and their gradient from one layout to the other. There, a convolution is
 one matrix product, for which weights that are channels last lie as they should.
 
-What only predicts may multiply less, by Winograd's algorithm (Lavin and Gray, CVPR 2016): without
-AVX-512, NNPACK's takes half the time of oneDNN's kernel, once maps are large and channels many.
+What only predicts may multiply less, by Winograd's algorithm (Lavin and Gray, CVPR 2016): with no
+more than AVX2, NNPACK's takes half the time of oneDNN's kernel where maps are large and wide.
 """
 
 from typing import Any
