@@ -20,6 +20,8 @@ from gfl_platform.s3 import list_objects, upload
 STEPS_BETWEEN_CHECKPOINTS = 10
 OUTAGE = 60.0
 """Seconds without the MLflow server."""
+RESTART = float(os.environ.get("GFL_DRILL_RESTART", "20"))
+"""Seconds from a worker's death to the next steps, at most."""
 BUSY = 20.0
 """Seconds in which S3 answers 503."""
 
@@ -89,7 +91,7 @@ def test_all_that_can_fail_fails_and_no_digit_changes(
     tell(f"a worker is killed after step {before}")
     seconds, step = fit.steps_again(restarted=True)
     tell(f"step {step}, {seconds:.1f} s later")
-    assert seconds < 20
+    assert seconds < RESTART
     assert step > before - STEPS_BETWEEN_CHECKPOINTS - 5
 
     pid, node = training_processes(cluster)[0]
