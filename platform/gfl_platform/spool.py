@@ -17,7 +17,6 @@ SPOOL_FILE = "spool.db"
 LIMIT = 100_000
 """Events; beyond, a tenth of the oldest training steps gives way. About 40 MB."""
 
-
 PATIENCE = 60.0
 """Seconds to wait for another thread or process, whose disk may be slow."""
 
