@@ -1,13 +1,14 @@
 """What tracking and checkpoints add to a fit: `python -m benchmarks.tracking`, ten minutes.
 
-One fit in four ways, in turn: with a driver that drops what it is told, with an MLflow server, with
-that server dead, and with tracking and checkpoints within the epoch. The time is the worker's, from
-its first report of steps to its last. There is one worker: the driver has a core of its own, as the
-head of a cluster has.
+One fit, whose driver changes its ways every few seconds: it tells an MLflow server of a step and of
+a checkpoint, drops what it hears, tells a server, tells a server that is down. So a machine that
+grows slower does so in all ways. The time is the worker's, of its reports of steps. There is one
+worker: the driver has a core of its own, as the head of a cluster has.
 """
 
 import argparse
 import json
+import math
 import os
 import socket
 import statistics
@@ -17,13 +18,15 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections import defaultdict
 from pathlib import Path
+from typing import Any
 
 CONFIG = "configs/sweeps/demo_trial.yaml"
-WAYS = ("off", "on", "down", "checkpoints")
-CHECKPOINTS = 4
+WAYS = ("checkpoint", "off", "on", "down")
+"""Of the driver, each for a block of steps; the checkpoint falls into the middle of its block."""
+BLOCK, EVERY = 16, 2
+"""Steps of a block; steps between reports."""
 EPOCH_SECONDS = 60
 
 
@@ -63,76 +66,112 @@ class Server:
         self._process.wait()
 
 
-def fit(overrides: Sequence[str], root: Path, name: str, server: Server, way: str) -> float:
-    """Return the seconds of a fit."""
+class Turns:
+    """Hands events to the tracker of the way whose turn it is, and notes when steps were done."""
+
+    def __init__(self, trackers: dict[str, Any]) -> None:
+        self._trackers, self._block = trackers, 0
+        self.times: dict[int, list[float]] = defaultdict(list)
+        """Of every block, in seconds."""
+
+    def handle(self, event: dict[str, Any]) -> None:
+        """Note the time of `event`; let the tracker log it."""
+        if event["kind"] == "steps":
+            block = (event["step"] + BLOCK // 2) // BLOCK
+            if block != self._block:
+                if before := self._tracker:
+                    before.flush()
+                self._block = block
+            self.times[block].append(event["time_ms"] / 1000)
+        if tracker := self._tracker:
+            tracker.handle(event)
+
+    @property
+    def _tracker(self) -> Any:
+        return self._trackers[WAYS[self._block % len(WAYS)]]
+
+    def seconds(self) -> dict[str, list[float]]:
+        """Return what the blocks of every way took, of whole turns after the first.
+
+        From the second report on: before it the block before may be logged.
+        """
+        whole = BLOCK // EVERY
+        found: dict[str, list[float]] = {way: [] for way in WAYS}
+        blocks = [self.times[block] for block in range(max(self.times) + 1)]
+        for start in range(len(WAYS), len(blocks), len(WAYS)):
+            turn = blocks[start : start + len(WAYS)]
+            if [len(times) for times in turn] == [whole] * len(WAYS):
+                for way, times in zip(WAYS, turn, strict=True):
+                    found[way].append(times[-1] - times[1])
+        return found
+
+
+def fit(overrides: list[str], root: Path) -> dict[str, list[float]]:
+    """Return the seconds of the blocks of every way."""
     from gfl_platform import cluster
     from gfl_platform.config import load_job
-    from gfl_platform.events import Event, pumped
+    from gfl_platform.events import pumped
     from gfl_platform.fitting import fetch_sources, run
     from gfl_platform.storage import open_run_folder
     from gfl_platform.tracking import RunTracker
 
-    where = [f"storage.root={root}", f"tracking.uri={server.uri}", "tracking.unreachable=spool"]
-    job = load_job(CONFIG, [*where, *overrides])
+    server, nobody = Server(root), Server(root)
+    server.start()
+    where = [f"storage.root={root}", "tracking.unreachable=spool", *overrides]
     cluster.connect()
-    folder = open_run_folder(job, name, resume=False)
-    times = []
-    with ExitStack() as stack:
-        tracker = None if way == "off" else stack.enter_context(RunTracker(job, name, folder))
-
-        def handle(event: Event) -> None:
-            if event["kind"] == "steps":
-                times.append(event["time_ms"] / 1000)
-            if tracker:
-                tracker.handle(event)
-
-        events = stack.enter_context(pumped(handle))
-        run(job, fetch_sources(job), cluster.allot(job), folder, events)
-    return times[-1] - times[0]
+    job, job_down = (
+        load_job(CONFIG, [f"tracking.uri={each.uri}", *where]) for each in (server, nobody)
+    )
+    folder, folder_down = (
+        open_run_folder(job, name, resume=False) for name in ("reached", "unreached")
+    )
+    try:
+        with RunTracker(job, "on", folder) as on, RunTracker(job_down, "down", folder_down) as down:
+            turns = Turns({"checkpoint": on, "off": None, "on": on, "down": down})
+            with pumped(turns.handle) as events:
+                run(job, fetch_sources(job), cluster.allot(job), folder, events)
+    finally:
+        server.kill()
+    return turns.seconds()
 
 
 def main() -> None:
     """Print the seconds of each way, and what tracking and a checkpoint cost."""
     made = argparse.ArgumentParser(description=__doc__)
-    made.add_argument("overrides", nargs="*", help="key=value, such as data.repeat=2")
-    made.add_argument("--rounds", type=int, default=3)
+    made.add_argument("overrides", nargs="*", help="key=value, such as data.batch=8")
+    made.add_argument("--turns", type=int, default=24, help="of the four ways")
     made.add_argument("--out", type=Path, help="write the figures as JSON")
     arguments = made.parse_args()
     from gfl.configfile import load_config
     from gfl.data import load_splits
     from gfl.data.loading import TrainBatches
 
-    overrides = ["data.repeat=3", "schedule.epochs=1", *arguments.overrides]
-    config = load_config(CONFIG, overrides)
+    config = load_config(CONFIG, ["schedule.epochs=1", *arguments.overrides])
     train, _ = load_splits(config)  # renders the shapes before any clock
-    steps = TrainBatches(train.records, config, 0, 1, 0).total_steps
-    often = [*overrides, f"storage.checkpoint_steps={steps // (CHECKPOINTS + 1)}"]
-    seconds: dict[str, list[float]] = {way: [] for way in WAYS}
+    pass_steps = TrainBatches(train.records, config, 0, 1, 0).total_steps
+    turn = BLOCK * len(WAYS)
+    overrides = [
+        "schedule.epochs=1",
+        f"data.repeat={math.ceil((arguments.turns + 2) * turn / pass_steps)}",
+        f"tracking.every_steps={EVERY}",
+        f"storage.checkpoint_steps={turn}",
+        *arguments.overrides,
+    ]
     with tempfile.TemporaryDirectory() as folder:
-        server = Server(Path(folder))
-        for turn in range(arguments.rounds):
-            for way in WAYS:
-                if way != "down":
-                    server.start()
-                words = often if way == "checkpoints" else overrides
-                took = fit(words, Path(folder), f"{way}-{turn}", server, way)
-                seconds[way].append(took)
-                print(f"{way}: {took:.2f} s")
-                if way != "down":
-                    server.kill()
-    off, on, down, kept = (statistics.median(seconds[way]) for way in WAYS)
-    checkpoint = (kept - on) / CHECKPOINTS
+        seconds = fit(overrides, Path(folder))
+    rows = list(zip(*(seconds[way] for way in WAYS), strict=True))
+    checkpoint = statistics.median(kept - on for kept, _, on, _ in rows)
     figures = {
-        "steps": steps,
-        "seconds": seconds,
-        "on_ratio": on / off,
-        "down_ratio": down / off,
+        "turns": len(rows),
+        "seconds": {way: statistics.median(seconds[way]) for way in WAYS},
+        "on_ratio": statistics.median(on / off for _, off, on, _ in rows),
+        "down_ratio": statistics.median(down / off for _, off, _, down in rows),
         "checkpoint_s": checkpoint,
         "share_of_epoch": checkpoint / EPOCH_SECONDS,
     }
     print(json.dumps(figures, indent=1))
     if arguments.out:
-        arguments.out.write_text(json.dumps(figures, indent=1) + "\n")
+        arguments.out.write_text(json.dumps(figures | {"blocks": seconds}, indent=1) + "\n")
 
 
 if __name__ == "__main__":
