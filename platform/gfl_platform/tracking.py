@@ -136,12 +136,15 @@ class RunTracker:
         except Exception as error:  # as `Delivery` has it
             logger.warning("tracking: %s; steps may be logged twice", reason_of(error))
 
-    def close(self, status: str) -> None:
+    def close(self, status: str | None = None) -> None:
         """End the run as FINISHED, FAILED or KILLED; wait until that is logged or tried in vain.
+
+        Without a status its end has been noted.
 
         Hides nothing of why a job ended: only an interruption comes of it, and loses no event.
         """
-        self.handle({"kind": "end", "status": status})
+        if status:
+            self.handle({"kind": "end", "status": status})
         try:
             self.flush()
         finally:

@@ -106,7 +106,7 @@ class Recorder:
             self._write(self.trials[name])
             tracker.handle({"kind": "end", "status": "KILLED"})
         while self._trackers:
-            self._trackers.popitem()[1].close("KILLED")
+            self._trackers.popitem()[1].close()
 
     def end_running(self, state: State) -> None:
         """Note that the search is over for trials that Ray Tune stopped without a word."""
