@@ -5,7 +5,7 @@ BIN := .venv/bin
 unexport PYTHONDONTWRITEBYTECODE
 INSTALLED := .venv/.installed
 
-.PHONY: install demo test test-most test-ray test-rest test-cluster drill test-all check lint types imports bench
+.PHONY: install demo test test-most test-ray test-rest drill test-all check lint types imports bench
 
 install: $(INSTALLED)
 
@@ -31,10 +31,8 @@ test-ray: $(INSTALLED)
 test-rest: $(INSTALLED)
 	OMP_WAIT_POLICY=passive nice -n 19 $(BIN)/python -m pytest -m "not ray and not slow"
 
-test-cluster: $(INSTALLED)
-	$(BIN)/python -m pytest -m "cluster and slow"
-
 drill: $(INSTALLED)
+	@$(BIN)/python -c 'import sys; sys.path.append("tests"); import servers; sys.exit(servers.PostgreSQL.tools is None and "make drill needs PostgreSQL: apt install postgresql")'
 	$(BIN)/python -m pytest -s -m cluster tests/gfl_platform/test_drill.py
 
 test-all: $(INSTALLED)

@@ -42,7 +42,7 @@ def mlflow_server(tmp_path, postgres, s3):
     server.stop()
 
 
-@pytest.mark.slow
+@pytest.mark.ray
 @pytest.mark.cluster
 @pytest.mark.timeout(900)
 def test_all_that_can_fail_fails_and_no_digit_changes(

@@ -13,7 +13,6 @@ from gfl_platform.status import read_status
 
 pytestmark = [
     pytest.mark.cluster,
-    pytest.mark.slow,
     pytest.mark.ray,
     pytest.mark.usefixtures("ray_cluster"),
 ]

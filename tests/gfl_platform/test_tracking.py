@@ -320,10 +320,8 @@ def test_artifacts_wait_for_their_storage(s3, server, tmp_path, tmp_path_factory
         storing.stop()
 
 
-@pytest.mark.slow
 @pytest.mark.cluster
 @pytest.mark.ray
-@pytest.mark.timeout(240)
 @pytest.mark.usefixtures("ray_cluster")
 def test_a_model_that_could_not_be_registered_is_by_resuming(server, tiny_file, tmp_path):
     server.stop()

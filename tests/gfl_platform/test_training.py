@@ -8,7 +8,9 @@ import time
 from pathlib import Path
 
 import pytest
+import ray
 import torch
+from ray.exceptions import ActorDiedError
 from tests_support import as_rows
 
 from gfl.checkpoint import load_checkpoint, read_about
@@ -17,6 +19,7 @@ from gfl.evaluation import evaluate_detections
 from gfl_platform import cluster, registry, training
 from gfl_platform.config import JobConfig, load_job
 from gfl_platform.evaluating import evaluate_checkpoint
+from gfl_platform.events import pumped
 from gfl_platform.storage import StorageError
 from gfl_platform.store import TrackingError, connect
 
@@ -34,6 +37,15 @@ def test_the_driver_hears_of_steps_and_epochs(trained):
     assert [e["epoch"] for e in events if e["kind"] == "checkpoint"] == [1, 2, 3]
     assert result.fps > 0
     assert result.seconds > 0
+
+
+def test_the_queue_of_events_ends_with_its_job():
+    heard = []
+    with pumped(heard.append) as events:
+        events.tell({"kind": "steps"})
+    assert heard == [{"kind": "steps"}]
+    with pytest.raises(ActorDiedError):
+        ray.get(events.tell({"kind": "steps"}))
 
 
 def test_the_run_holds_all_that_reproduces_it(trained):
@@ -310,7 +322,7 @@ def test_coco128_trains_through_the_true_pipeline_at_320_px(real_data, tmp_path)
     job = load_job(
         "configs/coco128.yaml",
         [f"storage.root={tmp_path}", f"data.train={split}", f"data.val={split}",
-         "schedule.epochs=2", "data.batch=4", "tracking.every_steps=1"],
+         "data.repeat=2", "schedule.epochs=1", "data.batch=4", "tracking.every_steps=1"],
     )  # fmt: skip
     assert (job.data.short_side, job.data.long_side) == (320, 533)
     events = []

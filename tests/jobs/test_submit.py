@@ -15,7 +15,7 @@ import requests
 import servers
 from mlflow import MlflowClient
 
-pytestmark = [pytest.mark.cluster, pytest.mark.slow, pytest.mark.ray]
+pytestmark = [pytest.mark.cluster, pytest.mark.ray]
 
 ROOT = Path(__file__).parents[2]
 BIN = Path(sys.executable).parent
@@ -166,7 +166,7 @@ def tracked(place, experiment):
     return client.search_runs([found.experiment_id], order_by=["start_time"])
 
 
-@pytest.mark.timeout(400)
+@pytest.mark.timeout(600)
 def test_every_kind_of_job_runs_from_a_clean_clone(head, clone, place, tmp_path):
     train = ("jobs.train", "configs/tiny.yaml", "run.name=submitted", "registry.name=submitted")
     nobody = {"RAY_AUTH_MODE": "disabled", "RAY_AUTH_TOKEN": "", "HOME": str(tmp_path)}
