@@ -19,6 +19,7 @@ import time
 import urllib.error
 import urllib.request
 from collections import defaultdict
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -135,6 +136,12 @@ def fit(overrides: list[str], root: Path) -> dict[str, list[float]]:
     return turns.seconds()
 
 
+def quartiles(values: Iterable[float]) -> dict[str, float]:
+    """Return the median and the quartiles beside it."""
+    lower, median, upper = statistics.quantiles(values, n=4)
+    return {"median": median, "lower": lower, "upper": upper}
+
+
 def main() -> None:
     """Print the seconds of each way, and what tracking and a checkpoint cost."""
     made = argparse.ArgumentParser(description=__doc__)
@@ -159,15 +166,15 @@ def main() -> None:
     ]
     with tempfile.TemporaryDirectory() as folder:
         seconds = fit(overrides, Path(folder))
-    rows = list(zip(*(seconds[way] for way in WAYS), strict=True))
-    checkpoint = statistics.median(kept - on for kept, _, on, _ in rows)
+    turns = list(zip(*(seconds[way] for way in WAYS), strict=True))
+    checkpoint = quartiles(kept - on for kept, _, on, _ in turns)
     figures = {
-        "turns": len(rows),
-        "seconds": {way: statistics.median(seconds[way]) for way in WAYS},
-        "on_ratio": statistics.median(on / off for _, off, on, _ in rows),
-        "down_ratio": statistics.median(down / off for _, off, _, down in rows),
+        "turns": len(turns),
+        "seconds": {way: quartiles(seconds[way]) for way in WAYS},
+        "on_ratio": quartiles(on / off for _, off, on, _ in turns),
+        "down_ratio": quartiles(down / off for _, off, _, down in turns),
         "checkpoint_s": checkpoint,
-        "share_of_epoch": checkpoint / EPOCH_SECONDS,
+        "share_of_epoch": checkpoint["median"] / EPOCH_SECONDS,
     }
     print(json.dumps(figures, indent=1))
     if arguments.out:
