@@ -15,6 +15,7 @@ from gfl.errors import LeaveError, NonFiniteLossError
 from gfl_platform.capacity import most_resources, start_timeout
 from gfl_platform.config import JobConfig
 from gfl_platform.events import Events
+from gfl_platform.s3 import S3UnavailableError
 from gfl_platform.trainers import trainer_class
 
 if TYPE_CHECKING:
@@ -25,7 +26,7 @@ logger = logging.getLogger(__name__)
 DEFAULT_CPU_WORKERS = 2
 
 FINAL = (ValueError, NonFiniteLossError)
-"""What would stop every further attempt, too."""
+"""What would stop every further attempt, too, if it is not an `S3UnavailableError`."""
 
 
 class ClusterError(ValueError):
@@ -245,7 +246,7 @@ class ControllerCallback(UserCallback):
         # Those whose partner died stop, too: one loss, told of by the worker that explains it.
         rank = min(worker_exceptions, key=lambda rank: (*_explains(worker_exceptions[rank]), rank))
         cause = root_cause(worker_exceptions[rank])
-        final = isinstance(cause, FINAL)
+        final = _is_final(cause)
         reason = one_line(cause)
         self._events.tell({"kind": "failure", "rank": rank, "reason": reason, "final": final})
         if final:
@@ -256,9 +257,13 @@ class ControllerCallback(UserCallback):
             raise JobFailedError(reason)
 
 
+def _is_final(cause: BaseException) -> bool:
+    return isinstance(cause, FINAL) and not isinstance(cause, S3UnavailableError)
+
+
 def _explains(error: BaseException) -> tuple[bool, bool]:
     """Return a key that sorts what would end any attempt first, then processes that died."""
-    return not isinstance(root_cause(error), FINAL), not hasattr(error, "health_check_failure")
+    return not _is_final(root_cause(error)), not hasattr(error, "health_check_failure")
 
 
 def _left_its_node(error: BaseException) -> bool:

@@ -20,12 +20,20 @@ from gfl_platform.storage import (
     storage_root,
     write_atomically,
 )
-from gfl_platform.store import TrackingError, client_of, reason_of, tracking_uri, without_password
+from gfl_platform.store import (
+    TrackingError,
+    chosen_uri,
+    client_of,
+    on_all_pages,
+    reason_of,
+    tracking_uri,
+    without_password,
+)
 
 logger = logging.getLogger(__name__)
 
 RUN_FILE = "run.json"
-"""Beside the checkpoints: which MLflow run they belong to, for a job that resumes."""
+"""Beside the checkpoints: which MLflow run they belong to, and in which store it is."""
 
 RESTARTS = "restarts"
 """Tag: how often a run went on after it had lost a worker, a node or its driver."""
@@ -114,6 +122,8 @@ class Delivery:
                 if error.error_code not in REFUSALS:
                     raise
                 if last:
+                    if self.run_id:
+                        self.client.get_run(self.run_id)  # in another store: nothing is dropped
                     what = events[0]["kind"]
                     logger.warning("tracking: %s; not logged: %s", reason_of(error), what)
             else:
@@ -147,7 +157,7 @@ class Delivery:
         found = self.client.search_runs([experiment], filter_string=same, max_results=1)
         run = found[0] if found else self._create(experiment, event)
         self.run_id = run.info.run_id
-        write_atomically(self._folder / RUN_FILE, f'{{"run_id": "{self.run_id}"}}\n')
+        note(self._folder, run_id=self.run_id)
         share_state(self._job, self._folder)
         from mlflow.entities import Param
 
@@ -229,6 +239,8 @@ class Delivery:
                 tags={"uri": event["uri"]},
                 experiment_id=self._experiment(),
             )
+        elif model.tags.get("uri") != event["uri"]:  # the epoch's first checkpoint was damaged
+            self.client.set_logged_model_tags(model.model_id, {"uri": event["uri"]})
         logged = {metric.key for metric in model.metrics or []}
         metrics = [
             Metric(key, value, event["time_ms"], event["step"], model_id=model.model_id)
@@ -248,10 +260,30 @@ class Delivery:
         return str(self.client.get_run(self._run).info.experiment_id)
 
     def _models(self) -> list[Any]:
-        found = self.client.search_logged_models(
-            [self._experiment()], filter_string=f"source_run_id = '{self._run}'"
+        where, what = [self._experiment()], f"source_run_id = '{self._run}'"
+        return on_all_pages(
+            lambda token: self.client.search_logged_models(where, what, page_token=token)
         )
-        return list(found)
+
+
+def note(folder: Path, **facts: str) -> None:
+    """Note facts in a run's `RUN_FILE`."""
+    known = read_json(folder / RUN_FILE)
+    if known | facts != known:
+        write_atomically(folder / RUN_FILE, json.dumps(known | facts) + "\n")
+
+
+def require_store(job: JobConfig, folder: Path) -> None:
+    """Check that a run whose store was chosen once does not end up in the default one.
+
+    Raises:
+        TrackingError: no store is chosen now.
+    """
+    store = read_json(folder / RUN_FILE).get("store")
+    if store and not chosen_uri(job):
+        raise TrackingError(
+            f"run '{folder.name}' is kept in {store}: set tracking.uri or MLFLOW_TRACKING_URI to it"
+        )
 
 
 def _together(waiting: Mapping[int, Event]) -> Iterator[tuple[int, list[Event]]]:

@@ -65,12 +65,19 @@ class Events:
 def pumped(handle: Watcher) -> Iterator[Events]:
     """Hand all events to `handle`, in a thread of its own; the last ones at the end."""
     import ray
+    from ray.exceptions import RayActorError
 
     events = Events(_start_queue())
     done = threading.Event()
 
     def drain() -> None:
-        for event in ray.get(events.queue.drain.remote()):
+        try:
+            told = ray.get(events.queue.drain.remote())
+        except RayActorError as error:  # which ends no training, and hides no error of it
+            logger.warning("no more is heard of the job's processes: %s", str(error).split("\n")[0])
+            done.set()
+            return
+        for event in told:
             _handle_or_log(handle, event)
 
     def pump() -> None:

@@ -19,10 +19,12 @@ from gfl_platform.s3 import (
     SCHEME,
     Object,
     S3Error,
+    S3UnavailableError,
     client,
     explained,
     is_remote,
     list_objects,
+    patiently,
     split_location,
 )
 
@@ -137,15 +139,19 @@ class _Mirror:
         self._have = {
             name: facts for name, facts in self._have.items() if self._is_there(name, facts)
         }
-        missing = [name for name in self._objects if name not in self._have]
-        if not missing:
-            return
-        try:
-            with explained(self._location), ThreadPoolExecutor(DOWNLOADS) as pool:
-                for _ in pool.map(self._fetch, missing):
-                    pass
-        finally:
-            self._write_manifest()
+        if self._missing():
+            try:
+                patiently(self._fetch_missing, S3UnavailableError)
+            finally:
+                self._write_manifest()
+
+    def _missing(self) -> list[str]:
+        return [name for name in self._objects if name not in self._have]
+
+    def _fetch_missing(self) -> None:
+        with explained(self._location), ThreadPoolExecutor(DOWNLOADS) as pool:
+            for _ in pool.map(self._fetch, self._missing()):
+                pass
 
     def _path(self, name: str) -> Path:
         return self._copy / FILES / (name or Path(self._key).name)

@@ -3,11 +3,13 @@
 Credentials come through the usual AWS chain, another endpoint from AWS_ENDPOINT_URL.
 """
 
+import errno
 import os
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from pyarrow.fs import AwsStandardS3RetryStrategy, S3FileSystem
 
@@ -16,6 +18,9 @@ SCHEME = "s3://"
 ATTEMPTS = 12
 """At every request; the pauses between them grow to 20 s, so a minute's outage is waited for."""
 
+PASSING = ("SlowDown", "RequestTimeout", "RequestTimeTooSkewed", "ExpiredToken")
+"""Refusals that do not last, besides those of status 5xx."""
+
 DOWNLOADS = 16
 """At once."""
 
@@ -23,8 +28,18 @@ Object = tuple[str, int]
 """ETag and size: what tells versions of an object apart."""
 
 
+PATIENCE = 120.0
+"""Seconds that storage may refuse a file before the training stops."""
+
+FoundT = TypeVar("FoundT")
+
+
 class S3Error(ValueError):
     """A location on S3 that cannot be used."""
+
+
+class S3UnavailableError(S3Error):
+    """S3, or the way to it, fails at the moment: the same may succeed later."""
 
 
 def is_remote(location: str) -> bool:
@@ -75,7 +90,7 @@ def explained(location: str) -> Iterator[None]:
     """Say in one line why `location` cannot be used.
 
     Raises:
-        S3Error: says where, what, and what to do.
+        S3Error: says where, what, and what to do; an `S3UnavailableError` if it may pass.
     """
     from boto3.exceptions import Boto3Error
     from botocore.exceptions import BotoCoreError, ClientError, NoCredentialsError
@@ -97,10 +112,31 @@ def explained(location: str) -> Iterator[None]:
             "403": "access denied; let these credentials list, read and write it",
             "404": "not there any more",
         }
-        raise S3Error(f"{location}: {hints.get(code, str(error))}") from error
+        passes = error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0) >= 500
+        kind = S3UnavailableError if passes or code in PASSING else S3Error
+        raise kind(f"{location}: {hints.get(code, str(error))}") from error
     except (BotoCoreError, Boto3Error) as error:
         reason = str(error).splitlines()[0]
-        raise S3Error(f"{location}: {reason}; check AWS_ENDPOINT_URL and the network") from error
+        raise S3UnavailableError(
+            f"{location}: {reason}; check AWS_ENDPOINT_URL and the network"
+        ) from error
+
+
+def patiently(do: Callable[[], FoundT], passing: type[Exception]) -> FoundT:
+    """Return what `do` does; try again while it fails with `passing`, as S3 does for a while.
+
+    Raises:
+        Exception: `passing` for good, or another; that no space is left, at once.
+    """
+    deadline, pause = time.monotonic() + PATIENCE, 1.0
+    while True:
+        try:
+            return do()
+        except passing as error:
+            if getattr(error, "errno", None) == errno.ENOSPC or time.monotonic() > deadline:
+                raise
+            time.sleep(pause)
+            pause = min(2 * pause, 20.0)
 
 
 def list_objects(location: str) -> dict[str, Object]:

@@ -13,6 +13,7 @@ import torch.distributed as dist
 
 from gfl.data.split import Split
 from gfl.trainer import worker_rank
+from gfl_platform.s3 import S3UnavailableError
 
 CLOCK_TOLERANCE = 60.0
 """Seconds; far more than NTP leaves, less than S3 forgives."""
@@ -51,6 +52,7 @@ def same_on_all_nodes(load: Callable[[], tuple[Split, Split]]) -> tuple[Split, S
     Raises:
         DifferentNodesError: they differ; the same words on all.
         ValueError: none of them could load.
+        S3UnavailableError: this one could not, at the moment.
     """
     _, world = worker_rank()
     if world == 1:
@@ -58,6 +60,8 @@ def same_on_all_nodes(load: Callable[[], tuple[Split, Split]]) -> tuple[Split, S
     splits, problem = None, None
     try:
         splits = load()
+    except S3UnavailableError:  # no difference of nodes: all start again
+        raise
     except ValueError as error:
         problem = error
     dist.barrier()  # so that clocks are read at the same time

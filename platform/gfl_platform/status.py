@@ -63,7 +63,7 @@ class StatusFile:
         """Note what `event` tells."""
         facts = self._facts
         match event["kind"]:
-            case "steps":
+            case "steps" if not event.get("repeated"):
                 if self._lost_at is not None:  # it steps again
                     facts["lost_seconds"] += time.time() - self._lost_at
                     self._lost_at = None
@@ -112,9 +112,11 @@ def note_killed(folder: Path) -> bool:
 def read_status(folder: Path) -> dict[str, Any]:
     """Return where the run in `folder` stands, as `jobs.status` shows it."""
     facts = read_json(folder / STATUS_FILE)
-    rows: dict[str, Any] = {"state": facts.get("state", "not started")}
+    run_id = read_json(folder / RUN_FILE).get("run_id")
+    elsewhere = "unknown here; ask on its driver's machine" if run_id else "not started"
+    rows: dict[str, Any] = {"state": facts.get("state", elsewhere)}
     age = time.time() - facts.get("time", time.time())
-    if rows["state"] not in ENDED and age > SILENCE:
+    if facts and rows["state"] not in ENDED and age > SILENCE:
         rows["state"] += f"; no word for {age / 60:.0f} min: if its driver is gone, use --resume"
     if "step" in facts:
         left = facts["seconds_left"] if rows["state"] == "training" else 0
@@ -131,7 +133,7 @@ def read_status(folder: Path) -> dict[str, Any]:
     lost = facts.get("lost_seconds", 0.0)
     rows["restarts"] = f"{facts.get('restarts', 0)}, {lost / 60:.1f} min lost"
     rows["last word"] = f"{age:.0f} s ago"
-    rows["MLflow run"] = read_json(folder / RUN_FILE).get("run_id", "none yet")
+    rows["MLflow run"] = run_id or "none yet"
     rows["waits for MLflow"] = f"{backlog(folder)} events"
     return rows
 

@@ -9,11 +9,10 @@ import os
 import shutil
 import socket
 import tempfile
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path, PurePath
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 from gfl_platform.config import JobConfig
 from gfl_platform.mirror import Cache
@@ -26,11 +25,6 @@ from gfl_platform.s3 import (
     require_bucket,
     upload,
 )
-
-StoredT = TypeVar("StoredT")
-
-PATIENCE = 120.0
-"""Seconds that storage may refuse a checkpoint before the training stops."""
 
 LOCK_FILE = "lock"
 """In a run's folder: who holds it."""
@@ -69,9 +63,18 @@ def shared(job: JobConfig, path: Path) -> str:
     if not is_remote(job.storage.root):
         return str(path.resolve())
     location = f"{job.storage.root.rstrip('/')}/shared/{_digest_of(path)}/{path.name}"
-    if not list_objects(location):
+    stored = {name: size for name, (_, size) in list_objects(location).items()}
+    if stored != _sizes(path):  # not there, or in part: an upload may have been killed
         upload(path, location)
     return location
+
+
+def _sizes(path: Path) -> dict[str, int]:
+    """Return the sizes of the files below `path` by relative name, as `list_objects` has them."""
+    if path.is_file():
+        return {"": path.stat().st_size}
+    files = [each for each in path.rglob("*") if each.is_file()]
+    return {each.relative_to(path).as_posix(): each.stat().st_size for each in files}
 
 
 def _digest_of(path: Path) -> str:
@@ -93,23 +96,6 @@ def ray_storage(job: JobConfig, folder: Path) -> dict[str, Any]:
     return {"storage_path": path, "storage_filesystem": PatientS3()}
 
 
-def patiently(store: Callable[[], StoredT]) -> StoredT:
-    """Return what `store` does; try again while the storage refuses, as S3 does for a while.
-
-    Raises:
-        OSError: for good, or because no space is left.
-    """
-    deadline, pause = time.monotonic() + PATIENCE, 1.0
-    while True:
-        try:
-            return store()
-        except OSError as error:
-            if error.errno == errno.ENOSPC or time.monotonic() > deadline:
-                raise
-            time.sleep(pause)
-            pause = min(2 * pause, 20.0)
-
-
 @contextmanager
 def space_required(where: str) -> Iterator[None]:
     """Say in one line that a checkpoint found no space.
@@ -123,7 +109,7 @@ def space_required(where: str) -> Iterator[None]:
         if getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error):
             raise StorageError(
                 f"{where}: no space left on the device for a checkpoint; the one before is whole: "
-                "free some space and go on with --resume"
+                "free some space, but no checkpoint of this run, and go on with --resume"
             ) from error
         raise
 
@@ -190,7 +176,10 @@ def open_run_folder(
         StorageError: as `find_run_folder`.
     """
     folder = find_run_folder(job, name, resume=resume, kind=kind)
-    folder.mkdir(parents=True, exist_ok=resume)  # of two at a time, one fails
+    try:
+        folder.mkdir(parents=True, exist_ok=resume)
+    except FileExistsError as error:  # of two at a time, one fails
+        raise StorageError(f"{folder}: another job has just begun it") from error
     return folder
 
 

@@ -45,10 +45,14 @@ def imported_meanwhile() -> Iterator[None]:
         thread.join()
 
 
+def chosen_uri(job: JobConfig) -> str | None:
+    """Return the URI configured, or MLFLOW_TRACKING_URI, if there is one."""
+    return job.tracking.uri or os.environ.get("MLFLOW_TRACKING_URI")
+
+
 def tracking_uri(job: JobConfig) -> str:
-    """Return the URI configured, or MLFLOW_TRACKING_URI, else a SQLite file under storage.root."""
-    chosen = job.tracking.uri or os.environ.get("MLFLOW_TRACKING_URI")
-    return chosen or f"sqlite:///{storage_root(job) / 'mlflow.db'}"
+    """Return the URI chosen, else that of a SQLite file under storage.root."""
+    return chosen_uri(job) or f"sqlite:///{storage_root(job) / 'mlflow.db'}"
 
 
 def without_password(text: str) -> str:

@@ -15,12 +15,12 @@ from pathlib import Path
 from queue import SimpleQueue
 
 from gfl_platform.config import JobConfig
-from gfl_platform.delivery import RESTARTS, Delivery
+from gfl_platform.delivery import RESTARTS, Delivery, note, require_store
 from gfl_platform.description import describe
 from gfl_platform.events import Event
 from gfl_platform.spool import SPOOL_FILE, Spool
 from gfl_platform.status import note_killed
-from gfl_platform.store import connect, reason_of
+from gfl_platform.store import chosen_uri, connect, reason_of, tracking_uri, without_password
 
 logger = logging.getLogger(__name__)
 
@@ -55,11 +55,14 @@ class RunTracker:
         Raises:
             TrackingError: no store answers, and none may later.
         """
-        self._folder = folder
+        self._folder, self._job = folder, job
+        require_store(job, folder)
         if job.tracking.unreachable == "fail" and not patient:
             connect(job)
         self._spool = Spool(folder / SPOOL_FILE)
         self._delivery = Delivery(job, folder)
+        if self.run_id is None and (uri := chosen_uri(job)):
+            note(folder, store=without_password(uri))
         if self.run_id is None and not self._spool:
             self._add({"kind": "opened", **describe(job, name, tags or {})})
         else:
@@ -153,10 +156,13 @@ class RunTracker:
             if left := len(self._spool):
                 logger.warning(
                     "tracking: %d events wait in %s; they are logged when the run goes on with "
-                    "--resume, or by `python -m jobs.status %s --deliver`",
+                    "--resume, or by `python -m jobs.status %s storage.root=%s tracking.uri=%s "
+                    "--deliver`",
                     left,
                     self._spool.path,
                     self._folder.name,
+                    self._job.storage.root,
+                    without_password(tracking_uri(self._job)),
                 )
             self._delivery.spool.close()
             self._spool.close()
@@ -182,8 +188,9 @@ def settle(job: JobConfig, folder: Path) -> None:
         folder: The run's, held by the caller.
 
     Raises:
-        TrackingError: no store answers.
+        TrackingError: no store answers, or it is not the run's.
     """
+    require_store(job, folder)
     connect(job)
     delivery = Delivery(job, folder)
     if note_killed(folder):

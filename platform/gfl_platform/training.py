@@ -60,7 +60,7 @@ def train(job: JobConfig, name: str, *, resume: bool, watch: Watcher) -> Trainin
     cluster.connect()
     workers = cluster.allot(job)
     share_of_batch(config, workers.count)
-    if job.tracking.unreachable == "fail" or job.registry.name:
+    if job.tracking.unreachable == "fail":
         store.connect(job)  # before anything is written
     sources = fetch_sources(job)
     logger.info("learning rate %g for %d images a step", scaled_lr(config), config.data.batch)

@@ -24,8 +24,9 @@ from gfl.trainer import worker_rank
 from gfl_platform import cluster
 from gfl_platform.events import Event, Events
 from gfl_platform.mirror import Cache
+from gfl_platform.s3 import patiently
 from gfl_platform.sameness import problem_of_any_worker, same_on_all_nodes
-from gfl_platform.storage import StorageError, patiently, space_required
+from gfl_platform.storage import StorageError, space_required
 
 LEAVE_SECONDS = 90.0
 """For the last checkpoint before a node goes: less than the notice of two minutes."""
@@ -130,9 +131,12 @@ class WorkerListener:
         def store(checkpoint: Any, name: str) -> Any:
             folder, started = Path(checkpoint.path), time.perf_counter()
             try:
-                with space_required(storage.experiment_fs_path):
+                with space_required(tempfile.gettempdir()):
                     snapshot.write(folder, {REPORTS_FILE: reports})
-                    stored = patiently(lambda: storage.persist_current_checkpoint(checkpoint, name))
+                with space_required(storage.experiment_fs_path):
+                    stored = patiently(
+                        lambda: storage.persist_current_checkpoint(checkpoint, name), OSError
+                    )
             except BaseException:
                 _remove(storage, name)  # a half, which on a full device would be in the way
                 raise

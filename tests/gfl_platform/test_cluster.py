@@ -1,5 +1,6 @@
 """What a job asks of the cluster, and what is said of workers that stop."""
 
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from gfl_platform import cluster
 from gfl_platform.capacity import of_autoscaler
 from gfl_platform.cluster import ControllerCallback, JobFailedError, one_line, root_cause
 from gfl_platform.config import load_job
+from gfl_platform.s3 import S3Error, S3UnavailableError
 
 
 @pytest.mark.parametrize("processes", [0, 1])
@@ -71,6 +73,16 @@ def test_a_node_that_is_drained_is_no_failure():
     callback.after_exception(None, {0: RuntimeError("first")})
     with pytest.raises(JobFailedError, match="second"):
         callback.after_exception(None, {0: RuntimeError("second")})
+
+
+@pytest.mark.parametrize(
+    ("error", "final"), [(S3Error("denied"), True), (S3UnavailableError("503"), False)]
+)
+def test_a_service_that_fails_for_a_while_ends_no_training(error, final):
+    heard = Heard()
+    with pytest.raises(JobFailedError) if final else nullcontext():
+        ControllerCallback(heard, max_failures=1).after_exception(None, {0: error})
+    assert heard.events[0]["final"] == final
 
 
 def test_a_worker_that_stops_its_partners_is_one_loss():

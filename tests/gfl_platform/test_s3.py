@@ -11,11 +11,11 @@ import pytest
 
 from gfl.configfile import ConfigError
 from gfl_platform import training
-from gfl_platform.config import load_job
+from gfl_platform.config import JobConfig, load_job
 from gfl_platform.mirror import MANIFEST, Cache
 from gfl_platform.registry import fetch_checkpoint
-from gfl_platform.s3 import S3Error, list_objects, remove, upload
-from gfl_platform.storage import StorageError
+from gfl_platform.s3 import S3Error, S3UnavailableError, list_objects, patiently, remove, upload
+from gfl_platform.storage import StorageError, shared
 
 
 @pytest.fixture
@@ -124,6 +124,42 @@ def test_what_does_not_fit_besides_what_is_in_use_is_said(bucket, cache):
     with pytest.raises(S3Error, match=r"set/b\.txt: .* raise it, or wait until those have ended"):
         cache.local("s3://gfl/set/b.txt")
     assert first.read_text() == "x" * 600
+
+
+def test_what_passes_is_tried_again(monkeypatch):
+    monkeypatch.setattr("gfl_platform.s3.time.sleep", lambda _: None)
+    failures = [S3UnavailableError("503"), S3UnavailableError("refused"), None, S3Error("denied")]
+
+    def fail_or(found):
+        if error := failures.pop(0):
+            raise error
+        return found
+
+    assert patiently(lambda: fail_or("found"), S3UnavailableError) == "found"
+    with pytest.raises(S3Error, match="denied"):
+        patiently(lambda: fail_or("found"), S3UnavailableError)
+
+
+def test_a_service_that_is_away_is_no_mistake(s3, monkeypatch):
+    monkeypatch.setattr("gfl_platform.s3.ATTEMPTS", 1)
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
+    with pytest.raises(S3UnavailableError, match="check AWS_ENDPOINT_URL and the network"):
+        upload(s3.folder, "s3://gfl/away")
+
+
+def test_an_upload_that_was_killed_is_completed(bucket, s3, tmp_path):
+    (tmp_path / "teacher").mkdir()
+    for name in ("a.txt", "b.txt"):
+        (tmp_path / "teacher" / name).write_text(name)
+    job = JobConfig(storage={"root": "s3://gfl/set", "cache": str(tmp_path / "cache")})
+    location = shared(job, tmp_path / "teacher")
+    whole = list_objects(location)
+    assert set(whole) == {"a.txt", "b.txt"}
+    boto3.client("s3").delete_object(
+        Bucket="gfl", Key=f"{location.removeprefix('s3://gfl/')}/b.txt"
+    )
+    assert shared(job, tmp_path / "teacher") == location
+    assert list_objects(location) == whole
 
 
 def test_what_is_not_there_is_named(bucket, cache, monkeypatch, tmp_path):

@@ -61,6 +61,18 @@ def test_a_run_that_goes_on_counts_its_restarts(tmp_path):
     assert facts["lost_seconds"] > 0
 
 
+def test_reports_that_are_repeated_are_no_steps(tmp_path):
+    with StatusFile(tmp_path, 1, 1) as status:
+        status.handle(LOST)
+        status.handle(STEPS | {"repeated": True})
+        assert read_status(tmp_path)["state"].startswith("restarting")
+        assert status._lost_at is not None
+        status._written = 0.0
+        status.handle(STEPS)
+        assert status._lost_at is None
+        assert read_status(tmp_path)["state"] == "training"
+
+
 def test_a_silent_driver_is_asked_for(tmp_path, monkeypatch):
     status = StatusFile(tmp_path, 1, 1)
     status.handle(STEPS)

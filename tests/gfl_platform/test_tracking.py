@@ -114,6 +114,44 @@ def test_a_run_that_goes_on_elsewhere_is_logged_once(tiny_file, tmp_path):
     assert sorted(each.step for each in history) == [1, 2, 3, 4]
 
 
+def test_a_run_stays_in_the_store_that_was_chosen_for_it(tiny_file, tmp_path, caplog):
+    def job_in(*store):
+        return load_job(tiny_file, [f"storage.root={tmp_path}", *store])
+
+    folder = tmp_path / "runs" / "chosen"
+    folder.mkdir(parents=True)
+    chosen = job_in(f"tracking.uri=sqlite:///{tmp_path}/chosen.db")
+    with RunTracker(chosen, "chosen", folder) as tracker:
+        tracker.handle(steps(1))
+        run_id = tracker.require_run()
+    with pytest.raises(TrackingError, match=r"'chosen' is kept in sqlite:.*set tracking\.uri"):
+        settle(job_in(), folder)
+    with pytest.raises(TrackingError, match="'chosen' is kept in"):
+        RunTracker(job_in(), "chosen", folder, patient=True)
+    assert not (tmp_path / "mlflow.db").exists()
+    other = job_in(f"tracking.uri=sqlite:///{tmp_path}/other.db")
+    with RunTracker(other, "chosen", folder) as lost:
+        lost.handle(steps(2))
+    assert "tracking.uri=sqlite" in caplog.text
+    assert backlog(folder) == 3  # that it goes on, a report, its end
+    settle(chosen, folder)
+    assert backlog(folder) == 0
+    history = connect(chosen).get_metric_history(run_id, "loss")
+    assert [each.step for each in history] == [1, 2]
+
+
+def test_a_checkpoint_of_an_epoch_trained_again_takes_the_place_of_the_first(tiny_file, tmp_path):
+    job = load_job(tiny_file, [f"storage.root={tmp_path}"])
+    event = {"kind": "checkpoint", "step": 4, "epoch": 1, "metrics": {"AP": 0.1}}
+    with RunTracker(job, "again", tmp_path) as tracker:
+        for uri in ("damaged", "whole"):
+            tracker.handle(event | {"uri": str(tmp_path / uri)})
+    client = connect(job)
+    experiment = client.get_run(tracker.run_id).info.experiment_id
+    (model,) = client.search_logged_models([experiment])
+    assert model.tags["uri"] == str(tmp_path / "whole")
+
+
 def test_an_epoch_that_a_worker_repeats_is_noted_once(tiny_file, tmp_path):
     job = load_job(tiny_file, [f"storage.root={tmp_path}"])
     tracker = RunTracker(job, "repeated", tmp_path)
@@ -325,17 +363,16 @@ def test_artifacts_wait_for_their_storage(s3, server, tmp_path, tmp_path_factory
 @pytest.mark.usefixtures("ray_cluster")
 def test_a_model_that_could_not_be_registered_is_by_resuming(server, tiny_file, tmp_path):
     server.stop()
-    server.start()
-    job = load_job(tiny_file, [f"tracking.uri={server.uri}", f"storage.root={tmp_path}",
-                               "schedule.epochs=1", "cluster.workers=1", "registry.name=late",
-                               "tracking.experiment=late"])  # fmt: skip
-
-    def watch(event):
-        if event["kind"] == "checkpoint":
-            server.stop()
-
+    words = [
+        "schedule.epochs=1",
+        "cluster.workers=1",
+        "registry.name=late",
+        "tracking.experiment=late",
+    ]
+    spooling = ["tracking.unreachable=spool", f"storage.root={tmp_path}"]
+    job = load_job(tiny_file, [f"tracking.uri={server.uri}", *spooling, *words])
     with pytest.raises(TrackingError, match=r"late: not registered .* --resume registers it"):
-        training.train(job, "late", resume=False, watch=watch)
+        training.train(job, "late", resume=False, watch=print)
     server.start()
     result = training.train(job, "late", resume=True, watch=print)
     assert result.version == 1
