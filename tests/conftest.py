@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import settings
 
 from gfl.config import Config
 from gfl.configfile import load_config
@@ -17,6 +18,9 @@ GOLDEN = Path(__file__).parent / "golden"
 sys.path[:0] = [str(GOLDEN), str(Path(__file__).parent)]  # recipe.py, servers.py and others
 
 import servers  # noqa: E402
+
+settings.register_profile("untimed", deadline=None)
+settings.load_profile("untimed")
 
 
 @pytest.fixture(scope="session")

@@ -174,7 +174,7 @@ further = st.fixed_dictionaries(
 )
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(
     st.lists(st.tuples(images, kinds, boxes, further), max_size=15),
     st.lists(st.tuples(images, kinds, boxes, st.integers(1, 4)), min_size=1, max_size=30),

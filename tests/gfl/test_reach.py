@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from tests_support import level_sizes
 
@@ -80,7 +80,6 @@ def test_the_last_bin_is_reached_up_to_the_margin_of_the_loss(distance, bin_widt
     near=st.integers(0, 5000),
     bin_width=st.sampled_from(BIN_WIDTHS),
 )
-@settings(deadline=None)
 def test_the_suggestion_clips_little_enough_and_a_smaller_one_does_not(sixteenths, near, bin_width):
     # In sixteenths, no distance lies on the border of reach.
     distance = torch.tensor([n / 16 for n in sixteenths] + [0.5] * near)
