@@ -42,7 +42,7 @@ def test_neither_a_full_device_nor_a_damaged_checkpoint_changes_a_digit(trained,
         JobFailedError, match="no space left on the device for a checkpoint"
     ) as told:
         training.train(job, "full", resume=False, watch=print)
-    assert "the one before is whole: free some space and go on with --resume" in str(told.value)
+    assert "but no checkpoint of this run, and go on with --resume" in str(told.value)
     assert "\n" not in str(told.value)
     (kept,) = (root / "runs" / "full" / "ray").glob("checkpoint_2*")  # nothing is half there
     require_whole(kept)
