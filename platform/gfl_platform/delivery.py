@@ -269,8 +269,7 @@ class Delivery:
 def note(folder: Path, **facts: str) -> None:
     """Note facts in a run's `RUN_FILE`."""
     known = read_json(folder / RUN_FILE)
-    if known | facts != known:
-        write_atomically(folder / RUN_FILE, json.dumps(known | facts) + "\n")
+    write_atomically(folder / RUN_FILE, json.dumps(known | facts) + "\n")
 
 
 def require_store(job: JobConfig, folder: Path) -> None:

@@ -18,7 +18,7 @@ SCHEME = "s3://"
 ATTEMPTS = 12
 """At every request; the pauses between them grow to 20 s, so a minute's outage is waited for."""
 
-PASSING = ("SlowDown", "RequestTimeout", "RequestTimeTooSkewed", "ExpiredToken")
+PASSING = ("SlowDown", "RequestTimeout", "ExpiredToken")
 """Refusals that do not last, besides those of status 5xx."""
 
 DOWNLOADS = 16

@@ -83,18 +83,21 @@ def test_all_that_can_fail_fails_and_no_digit_changes(
     tell("the disturbed run starts")
     fit = driver("disturbed")
     fit.start()
-    fit.wait_for(lambda s: s.get("step", 0) > STEPS_BETWEEN_CHECKPOINTS and CHECKPOINT in s)
+    fit.wait_for(lambda s: s.get("step", 0) > 0)
     mlflow_server.stop()
     dead_since = time.monotonic()
     tell("the MLflow server is killed")
 
+    fit.wait_for(lambda s: s.get("step", 0) > STEPS_BETWEEN_CHECKPOINTS and CHECKPOINT in s)
+    time.sleep(1)  # for Ray to note it
     before = fit.status()["step"]
     os.kill(training_processes(cluster)[0][0], signal.SIGKILL)
     tell(f"a worker is killed after step {before}")
     seconds, step = fit.steps_again(restarted=True)
     tell(f"step {step}, {seconds:.1f} s later")
     assert seconds < RESTART
-    assert step - STEPS_BETWEEN_REPORTS >= before - STEPS_BETWEEN_CHECKPOINTS
+    assert step > STEPS_BETWEEN_CHECKPOINTS
+    assert step > before - STEPS_BETWEEN_CHECKPOINTS - 5  # made while the next was on its way
 
     pid, node = training_processes(cluster)[0]
     os.kill(node.all_processes["raylet"][0].process.pid, signal.SIGKILL)
