@@ -1,65 +1,71 @@
-"""Convolutions at full speed on CPUs: those that learn, and those that predict.
+"""Convolutions at full speed on CPUs without AVX-512.
 
-Without AVX-512, oneDNN's gradient of the weights takes two to three times as long where large maps
-are channels last, and is the only one of its kernels that does: so both maps are laid out plainly
-for this one product.
-
-Where maps are tiny and weights are many, as in the last stage on small images, torch spends most of
-the time on turning weights and their gradient from one layout to the other. There, a convolution is
-one matrix product, for which weights that are channels last lie as they should.
-
-What only predicts may multiply less, by Winograd's algorithm (Lavin and Gray, CVPR 2016): with no
-more than AVX2, NNPACK's takes half the time of oneDNN's kernel where maps are large and wide.
+What oneDNN's kernels are slow at there, matrix products do faster, with the same numbers to
+rounding: 3 x 3 convolutions of many cells by Winograd's algorithm (`winograd.py`), in training and
+in prediction, and all of few cells and many weights, as in the last stages on small images, as one
+product, for which weights that are channels last lie as they should.
 """
-
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
-LARGE = 4096
-"""Cells of a map from which the way round pays, by far; small ones are not worth two copies."""
+from gfl import winograd
 
-FEW = 3
-"""Input channels, of the pixels themselves, with which oneDNN deals otherwise."""
+MANY_CELLS = 1500
+"""Cells of a batch from which Winograd's algorithm repays what it makes of the weights,"""
 
-TINY = 128
-"""Locations of a batch up to which a matrix product pays."""
+WIDE = 128
+"""with this many channels coming in,"""
 
-MANY = 2**20
-"""Weights from which turning them costs more than the convolution."""
+WIDE_OUT = 64
+"""and this many going out."""
 
-WIDE = 256
-"""Channels from which NNPACK is faster, though it transforms the weights every time."""
+FEW_CELLS = 128
+"""Cells of a batch up to which a single product pays,"""
 
-WIDE_CELLS = 2048
-"""Cells of a map from which it is, besides."""
-
-_backward = torch.ops.aten.convolution_backward
+MANY_WEIGHTS = 2**20
+"""if there are so many weights."""
 
 
 class Convolution(nn.Conv2d):
     """`nn.Conv2d`, with the same numbers to rounding."""
 
     def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:  # noqa: A002 (torch's name)
-        # Without gradients, too, while it trains: what losses are divided by has the same digits.
-        learns = weight.requires_grad and (self.training or torch.is_grad_enabled())
-        if learns and _may_be_faster(input, weight):
-            if self._is_tiny(input):
+        if self._may_choose(input):
+            if self._is_one_product(input):
                 return self._product(input, weight, bias)
-            if _is_slow(input, weight):
-                where = (self.stride, self.padding, self.dilation, self.groups)
-                return _PlainWeightGradient.apply(input, weight, bias, *where)
+            if self._multiplies_less(input):
+                return self._winograd([input])[0]
         return super()._conv_forward(input, weight, bias)
 
-    def _is_tiny(self, images: Tensor) -> bool:
-        locations = images.shape[0] * images.shape[2] * images.shape[3]
-        locations //= self.stride[0] * self.stride[1]
+    def _may_choose(self, *maps: Tensor) -> bool:
+        # Without gradients, too, while it trains: what losses are divided by has the same digits.
         return (
-            locations <= TINY
-            and self.weight.numel() >= MANY
+            _is_float32_on_cpu(*maps, self.weight)
+            and self.weight.requires_grad
+            and (self.training or torch.is_grad_enabled())
+            and all(one.is_contiguous(memory_format=torch.channels_last) for one in maps)
+        )
+
+    def _multiplies_less(self, *maps: Tensor) -> bool:
+        return (
+            sum(one.shape[0] * one.shape[2] * one.shape[3] for one in maps) >= MANY_CELLS
+            and self.in_channels >= WIDE
+            and self.out_channels >= WIDE_OUT
+            and self.kernel_size == (3, 3)
+            and self.stride == self.dilation == self.padding == (1, 1)
+            and self.padding_mode == "zeros"
+            and self.groups == 1
+            and torch.backends.cpu.get_cpu_capability() == "AVX2"
+        )
+
+    def _is_one_product(self, images: Tensor) -> bool:
+        cells = images.shape[0] * images.shape[2] * images.shape[3]
+        return (
+            cells <= FEW_CELLS * self.stride[0] * self.stride[1]
+            and self.weight.numel() >= MANY_WEIGHTS
+            and self.kernel_size != (1, 1)
             and self.groups == 1
             and self.dilation == (1, 1)
         )
@@ -73,33 +79,45 @@ class Convolution(nn.Conv2d):
         found = F.linear(rows, weight.permute(0, 2, 3, 1).flatten(1), bias)
         return found.permute(0, 3, 1, 2)
 
+    def over(self, levels: list[Tensor]) -> list[Tensor]:
+        """Return `self(level)` of each level; Winograd's algorithm takes them together."""
+        watched = bool(self._forward_hooks)
+        if watched or not (self._may_choose(*levels) and self._multiplies_less(*levels)):
+            return [self(level) for level in levels]
+        return self._winograd(levels)
+
+    def _winograd(self, maps: list[Tensor]) -> list[Tensor]:
+        return winograd.convolution(maps, self.weight, self.bias)
+
 
 class PredictingConvolution(Convolution):
-    """`nn.Conv2d`, with the same numbers to 1e-4 of their spread; for what learns no more."""
+    """The same for what learns no more; an image has the same digits in every batch."""
 
-    def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:  # noqa: A002 (torch's name)
-        if not (_is_float32_on_cpu(input, weight) and self._may_be_winograd(input)):
-            return super()._conv_forward(input, weight, bias)
-        weight = weight.contiguous()
-        found = [  # each image alone: NNPACK is fast, and for all batches the same, that way
-            torch._nnpack_spatial_convolution(image, weight, bias, (1, 1))
-            for image in input.contiguous().split(1)
-        ]
-        return found[0] if len(found) == 1 else torch.cat(found)
+    def _may_choose(self, *maps: Tensor) -> bool:
+        return _is_float32_on_cpu(*maps, self.weight)
 
-    def _may_be_winograd(self, images: Tensor) -> bool:
-        return (
-            self.in_channels >= WIDE
-            and images.dim() == 4
-            and len(images) > 0
-            and images.shape[2] * images.shape[3] >= WIDE_CELLS
-            and self.kernel_size == (3, 3)
-            and self.stride == self.dilation == self.padding == (1, 1)
-            and self.padding_mode == "zeros"
-            and self.groups == 1
-            and torch.backends.cpu.get_cpu_capability() == "AVX2"
-            and torch.backends.nnpack.is_available()
-        )
+    def _is_one_product(self, images: Tensor) -> bool:
+        return False
+
+    def _multiplies_less(self, *maps: Tensor) -> bool:
+        return super()._multiplies_less(*(images[:1] for images in maps))
+
+    def _winograd(self, maps: list[Tensor]) -> list[Tensor]:
+        images = zip(*(one.split(1) for one in maps), strict=True)
+        found = [super(PredictingConvolution, self)._winograd(list(levels)) for levels in images]
+        levels = zip(*found, strict=True)
+        return [level[0] if len(level) == 1 else torch.cat(level) for level in levels]
+
+
+def over(module: nn.Module, levels: list[Tensor]) -> list[Tensor]:
+    """Return `module(level)` of each level, layer by layer."""
+    if isinstance(module, nn.Sequential):
+        for layer in module:
+            levels = over(layer, levels)
+        return levels
+    if isinstance(module, Convolution):
+        return module.over(levels)
+    return [module(level) for level in levels]
 
 
 def convert(model: nn.Module) -> None:
@@ -109,51 +127,9 @@ def convert(model: nn.Module) -> None:
             module.__class__ = Convolution
 
 
-class _PlainWeightGradient(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, *arguments: Any) -> Tensor:
-        images, weight, bias, *where = arguments
-        ctx.save_for_backward(images, weight)
-        stride, padding, dilation, groups = where
-        ctx.geometry = stride, padding, dilation, False, (0, 0), groups
-        return nn.functional.conv2d(images, weight, bias, *where)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        images, weight = ctx.saved_tensors
-        of_images, _, of_bias = ctx.needs_input_grad[:3]
-        found = None
-        if of_images:
-            only = (True, False, False)
-            found, _, _ = _backward(gradient, images, weight, None, *ctx.geometry, only)
-        plain = (gradient.contiguous(), images.contiguous(), weight.contiguous())
-        biases = [len(weight)] if of_bias else None
-        _, weights, bias = _backward(*plain, biases, *ctx.geometry, (False, True, of_bias))
-        weights = weights.contiguous(memory_format=torch.channels_last)
-        return found, weights, bias, None, None, None, None
-
-
-def _may_be_faster(images: Tensor, weight: Tensor) -> bool:
+def _is_float32_on_cpu(*tensors: Tensor) -> bool:
     return (
-        _is_float32_on_cpu(images, weight)
-        and weight.shape[2:] != (1, 1)
-        and images.is_contiguous(memory_format=torch.channels_last)
-    )
-
-
-def _is_float32_on_cpu(images: Tensor, weight: Tensor) -> bool:
-    return (
-        images.device.type == "cpu"
-        and images.dtype == weight.dtype == torch.float32
+        not torch.compiler.is_compiling()
         and not torch.is_autocast_enabled("cpu")
-        and not torch.compiler.is_compiling()
-    )
-
-
-def _is_slow(images: Tensor, weight: Tensor) -> bool:
-    return (
-        "AVX512" not in torch.backends.cpu.get_cpu_capability()
-        and weight.shape[1] > FEW
-        and images.shape[2] * images.shape[3] >= LARGE
+        and all(one.device.type == "cpu" and one.dtype == torch.float32 for one in tensors)
     )

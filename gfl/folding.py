@@ -17,8 +17,6 @@ def folded(detector: Detector) -> Detector:
     """Return a copy that predicts the same, without a pass over maps for every norm.
 
     In evaluation mode a BatchNorm is a factor and a term per channel, which its convolution takes.
-    On some CPUs, large maps have convolutions that multiply less, with a larger rounding error
-    (`PredictingConvolution`).
     """
     copy = deepcopy(detector).eval().requires_grad_(False)
     for module in list(copy.backbone.modules()):

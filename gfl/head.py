@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from gfl.config import ModelConfig
+from gfl.convolution import over
 from gfl.points import STRIDES
 from gfl.quality import QualityPredictor, joint_logits
 
@@ -62,11 +63,11 @@ class Head(nn.Module):
 
         With `model.quality: centerness` a third list follows: centerness logits (B, 1, H, W).
         """
-        cls_logits = [self.cls_logits(self.cls_tower(level)) for level in levels]
-        features = [self.reg_tower(level) for level in levels]
+        cls_logits = over(self.cls_logits, over(self.cls_tower, levels))
+        features = over(self.reg_tower, levels)
         reg_logits = [
-            self.reg_logits(feature) * scale
-            for feature, scale in zip(features, self.scales, strict=True)
+            logits * scale
+            for logits, scale in zip(over(self.reg_logits, features), self.scales, strict=True)
         ]
         if self.centerness_logits is not None:
             return cls_logits, reg_logits, [self.centerness_logits(f) for f in features]

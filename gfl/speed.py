@@ -23,6 +23,7 @@ from gfl.data.loading import Batch, DetectionDataset, collate
 from gfl.data.split import Split
 from gfl.detector import Detector, place
 from gfl.folding import folded
+from gfl.heap import return_freed_memory
 from gfl.protocol import STATE, WARM_UP, Variant, record
 
 IMAGES = 2000
@@ -144,6 +145,7 @@ def peak_memory(device: torch.device) -> Iterator[dict[str, int]]:
         yield found
         found["bytes"] = torch.cuda.max_memory_allocated(device)
         return
+    return_freed_memory()
     with suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")
     yield found

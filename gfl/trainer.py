@@ -27,6 +27,7 @@ from gfl.data.split import Split
 from gfl.detector import Detector, place
 from gfl.diagnosis import first_non_finite
 from gfl.errors import NonFiniteLossError
+from gfl.heap import keep_freed_memory
 from gfl.objective import Objective
 from gfl.optim import build_optimizer, build_scheduler, scaled_lr
 from gfl.pretrained import load_weights
@@ -56,6 +57,8 @@ class Trainer:
             teacher: Folder of the checkpoint that `loss.distillation` learns from.
             shares: Into which global batches are cut, as `fit` says.
         """
+        if device.type == "cpu":
+            keep_freed_memory()
         torch.manual_seed(config.seed)
         # On a GPU, too, a resumed training is the uninterrupted one to the last digit.
         torch.backends.cudnn.deterministic = True

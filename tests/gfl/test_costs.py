@@ -4,6 +4,7 @@ Bounds are a little above what it takes today. Host waits are counted in `test_d
 and recompilations of a compiled step in `test_recipe.py`.
 """
 
+import platform
 import subprocess
 import sys
 
@@ -68,6 +69,22 @@ def test_a_step_of_the_trainer_takes_few_operations(tiny):
     found = count(lambda: trainer.train_step(batch))
     assert found["waits"] == 0
     assert found["operations"] <= 1700
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another allocator")
+def test_freed_memory_is_taken_again():
+    script = """if True:
+        import resource, torch
+        from gfl.heap import keep_freed_memory
+        keep_freed_memory()
+        for _ in range(5):
+            before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+            maps = [torch.ones(2**24) for _ in range(4)]
+            del maps
+        print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+    """
+    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert int(run.stdout) < 4 * 2**14 / 10  # of the pages that they take
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ from PIL import Image
 import gfl
 from gfl.configfile import derive
 from gfl.data import load_splits
+from gfl.heap import keep_freed_memory
 from gfl.protocol import Variant, _power, data_digest, differences, protocol_hash
 from gfl.speed import (
     UnavailableError,
@@ -119,6 +120,9 @@ def test_a_variant_leaves_the_detector_as_it_was(tiny, detector, split):
 
 
 def test_peaks_are_of_what_is_measured():
+    """After a training in this process, too."""
+    keep_freed_memory()
+
     def peak(size):
         with peak_memory(CPU) as found:
             torch.ones(size, dtype=torch.uint8).sum()

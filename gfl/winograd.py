@@ -1,0 +1,200 @@
+"""3 x 3 convolutions that multiply a quarter as often: Winograd's minimal filtering.
+
+F(4 x 4, 3 x 3) of Lavin and Gray (CVPR 2016): tiles of 6 x 6 cells, which overlap, and the weights
+are brought to 36 points, the convolution is a matrix product at each point, and 4 x 4 cells are
+made of the 36 products. All of this is linear, and gradients go the same way back. Matrix products
+bring tiles to their points and back, too. Tiles are taken some rows at a time, so that they stay in
+the cache, and those of small maps together, so that weights are fetched for all of them once.
+
+Shapes: B images; C channels in, O out; Y rows and X columns of tiles; T tiles at a time.
+"""
+
+from collections.abc import Iterator, Sequence
+from itertools import product
+from math import isqrt, prod
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+TILES = 224
+"""How many tiles to take at a time."""
+
+
+class Piece(NamedTuple):
+    """Some rows of tiles of one of the maps."""
+
+    map: int
+    rows: slice
+    shape: tuple[int, int, int]  # (B, Y, X)
+
+
+def _square(*rows: tuple[float, ...]) -> Tensor:
+    """Give the matrix that does to both sides of a square what `rows` does to a line."""
+    line = torch.tensor(rows, dtype=torch.float64)
+    return torch.kron(line, line)
+
+
+TILE = _square(
+    (4, 0, -5, 0, 1, 0),
+    (0, -4, -4, 1, 1, 0),
+    (0, 4, -4, -1, 1, 0),
+    (0, -2, -1, 2, 1, 0),
+    (0, 2, -1, -2, 1, 0),
+    (0, 4, 0, -5, 0, 1),
+)  # (36, 6 * 6)
+WEIGHT = _square(
+    (1 / 4, 0, 0),
+    (-1 / 6, -1 / 6, -1 / 6),
+    (-1 / 6, 1 / 6, -1 / 6),
+    (1 / 24, 1 / 12, 1 / 6),
+    (1 / 24, -1 / 12, 1 / 6),
+    (0, 0, 1),
+)  # (36, 3 * 3)
+RESULT = _square(
+    (1, 1, 1, 1, 1, 0),
+    (0, 1, -1, 2, -2, 0),
+    (0, 1, 1, 4, 4, 0),
+    (0, 1, -1, 8, -8, 1),
+)  # (4 * 4, 36)
+
+
+def convolution(maps: list[Tensor], weight: Tensor, bias: Tensor | None) -> list[Tensor]:
+    """Return what `conv2d` with a padding of 1 makes of each map, to 1e-4 of its spread.
+
+    Args:
+        maps: (B, C, H, W) each; channels last is quickest.
+        weight: (O, C, 3, 3).
+        bias: (O,).
+
+    Returns:
+        (B, O, H, W) each, channels last.
+    """
+    return list(_Winograd.apply(weight, bias, *maps))
+
+
+class _Winograd(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, bias: Tensor | None, *maps: Tensor) -> tuple[Tensor, ...]:
+        ctx.save_for_backward(weight, *maps)
+        weights = _weights_at_points(weight).mT  # (36, C, O)
+        blocks = [one.new_empty(_blocks(one, len(weight))) for one in maps]
+        for pieces in _together(maps):
+            points = torch.bmm(_at_points(TILE, maps, pieces), weights)  # (36, T, O)
+            for piece, cells in _from_points(RESULT, points, pieces):
+                blocks[piece.map][:, piece.rows] = cells
+        if bias is not None:
+            for block in blocks:
+                block += bias
+        return tuple(_cells(*pair, start=0) for pair in zip(blocks, maps, strict=True))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        weight, *maps = ctx.saved_tensors
+        _, of_bias, *of_maps = ctx.needs_input_grad
+        weights = _weights_at_points(weight)
+        found = torch.empty_like(weights)
+        blocks = [one.new_zeros(_blocks(one, weight.shape[1], more=1)) for one in maps]
+        for turn, pieces in enumerate(_together(maps)):
+            points = _at_points(RESULT.T, gradients, pieces)  # (36, T, O)
+            found.baddbmm_(points.mT, _at_points(TILE, maps, pieces), beta=min(turn, 1))
+            if any(of_maps):
+                tiles = torch.bmm(points, weights)  # (36, T, C)
+                for piece, cells in _from_points(TILE.T, tiles, pieces):
+                    _add(cells, blocks[piece.map], piece.rows)
+        nine = (
+            (WEIGHT.to(weight).T @ found.flatten(1))
+            .view(3, 3, *weight.shape[:2])
+            .permute(2, 3, 0, 1)
+        )
+        return (
+            nine.contiguous(memory_format=torch.channels_last),
+            torch.stack([one.sum((0, 2, 3)) for one in gradients]).sum(0) if of_bias else None,
+            *(_cells(*pair, start=1) for pair in zip(blocks, maps, strict=True)),
+        )
+
+
+def _weights_at_points(weight: Tensor) -> Tensor:
+    nine = weight.permute(2, 3, 0, 1).reshape(9, -1)
+    return (WEIGHT.to(nine) @ nine).view(36, *weight.shape[:2])  # (36, O, C)
+
+
+def _blocks(one: Tensor, channels: int, more: int = 0) -> tuple[int, ...]:
+    """Give the shape of a map in blocks of 4 x 4 cells."""
+    rows, columns = (-(-size // 4) + more for size in one.shape[2:])
+    return len(one), rows, 4, columns, 4, channels
+
+
+def _cells(blocks: Tensor, like: Tensor, start: int) -> Tensor:
+    """Give the map (B, C, H, W) that blocks hold, from cell (`start`, `start`) on."""
+    height, width = like.shape[2:]
+    cells = blocks.flatten(3, 4).flatten(1, 2)[:, start : start + height, start : start + width]
+    return cells.permute(0, 3, 1, 2).contiguous(memory_format=torch.channels_last)
+
+
+def _together(maps: Sequence[Tensor]) -> Iterator[list[Piece]]:
+    """Give the tiles of all maps, `TILES` at a time."""
+    pieces: list[Piece] = []
+    room = TILES
+    for number, one in enumerate(maps):
+        images, rows, _, columns, _, _ = _blocks(one, 0)
+        start = 0
+        while start < rows:
+            more = room // (images * columns)
+            if pieces and not more:
+                yield pieces
+                pieces, room = [], TILES
+                continue
+            stop = min(start + max(1, more), rows)
+            pieces.append(Piece(number, slice(start, stop), (images, stop - start, columns)))
+            room -= prod(pieces[-1].shape)
+            start = stop
+    yield pieces
+
+
+def _at_points(matrix: Tensor, maps: Sequence[Tensor], pieces: Sequence[Piece]) -> Tensor:
+    """Cut tiles out of maps and bring them to their points, (36, T, C)."""
+    counts = [prod(piece.shape) for piece in pieces]
+    found = maps[0].new_empty(len(matrix), sum(counts), maps[0].shape[1])
+    for piece, points in zip(pieces, found.split(counts, dim=1), strict=True):
+        tiles = _tiles(maps[piece.map].permute(0, 2, 3, 1), piece, isqrt(matrix.shape[1]))
+        cells = tiles.reshape(matrix.shape[1], -1)
+        torch.mm(matrix.to(cells), cells, out=points.flatten(1))
+    return found
+
+
+def _tiles(cells: Tensor, piece: Piece, size: int) -> Tensor:
+    """Cut tiles of `size` cells a side, four apart, out of (B, H, W, C).
+
+    Returns (size, size, B, Y, X, C).
+    """
+    before = size - 4 >> 1
+    first, stop = 4 * piece.rows.start - before, 4 * piece.rows.stop + before
+    some = cells[:, max(first, 0) : stop]
+    above, right = max(-first, 0), 4 * piece.shape[2] + before - cells.shape[2]
+    around = (0, 0, before, right, above, stop - first - above - some.shape[1])
+    tiles = F.pad(some, around).unfold(1, size, 4).unfold(2, size, 4)
+    return tiles.permute(4, 5, 0, 1, 2, 3)
+
+
+def _from_points(
+    matrix: Tensor, points: Tensor, pieces: Sequence[Piece]
+) -> Iterator[tuple[Piece, Tensor]]:
+    """Bring points (36, T, C) to cells: (B, Y, size, X, size, C) of each piece."""
+    size = isqrt(len(matrix))
+    cells = (matrix.to(points) @ points.flatten(1)).view(size, size, -1, points.shape[2])
+    parts = cells.split([prod(piece.shape) for piece in pieces], dim=2)
+    for piece, part in zip(pieces, parts, strict=True):
+        yield piece, part.unflatten(2, piece.shape).permute(2, 3, 0, 4, 1, 5)
+
+
+def _add(tiles: Tensor, blocks: Tensor, rows: slice) -> None:
+    """Add tiles of 6 x 6 cells to the blocks of 4 x 4 that each of them overlaps."""
+    for down, right in product((0, 1), (0, 1)):
+        part = tiles[:, :, 4 * down : 4 * down + 4, :, 4 * right : 4 * right + 4]
+        _, _, height, columns, width, _ = part.shape
+        under = slice(rows.start + down, rows.stop + down)
+        blocks[:, under, :height, right : right + columns, :width] += part
