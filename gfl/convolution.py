@@ -36,7 +36,7 @@ class Convolution(nn.Conv2d):
             if self._is_one_product(input):
                 return self._product(input, weight, bias)
             if self._multiplies_less(input):
-                return self._winograd([input])[0]
+                return self._winograd([input], weight, bias)[0]
         return super()._conv_forward(input, weight, bias)
 
     def _may_choose(self, *maps: Tensor) -> bool:
@@ -66,6 +66,7 @@ class Convolution(nn.Conv2d):
             cells <= FEW_CELLS * self.stride[0] * self.stride[1]
             and self.weight.numel() >= MANY_WEIGHTS
             and self.kernel_size != (1, 1)
+            and self.padding_mode == "zeros"
             and self.groups == 1
             and self.dilation == (1, 1)
         )
@@ -81,17 +82,19 @@ class Convolution(nn.Conv2d):
 
     def over(self, levels: list[Tensor]) -> list[Tensor]:
         """Return `self(level)` of each level; Winograd's algorithm takes them together."""
-        watched = bool(self._forward_hooks)
-        if watched or not (self._may_choose(*levels) and self._multiplies_less(*levels)):
-            return [self(level) for level in levels]
-        return self._winograd(levels)
+        if self._may_choose(*levels) and self._multiplies_less(*levels):
+            return self._winograd(levels, self.weight, self.bias)
+        return [self(level) for level in levels]
 
-    def _winograd(self, maps: list[Tensor]) -> list[Tensor]:
-        return winograd.convolution(maps, self.weight, self.bias)
+    def _winograd(self, maps: list[Tensor], weight: Tensor, bias: Tensor | None) -> list[Tensor]:
+        return winograd.convolution(maps, weight, bias)
 
 
 class PredictingConvolution(Convolution):
-    """The same for what learns no more; an image has the same digits in every batch."""
+    """The same for what learns no more; images go through Winograd's algorithm one by one.
+
+    So one has the same digits in every batch, as far as oneDNN sees to that, too.
+    """
 
     def _may_choose(self, *maps: Tensor) -> bool:
         return _is_float32_on_cpu(*maps, self.weight)
@@ -102,22 +105,33 @@ class PredictingConvolution(Convolution):
     def _multiplies_less(self, *maps: Tensor) -> bool:
         return super()._multiplies_less(*(images[:1] for images in maps))
 
-    def _winograd(self, maps: list[Tensor]) -> list[Tensor]:
+    def _winograd(self, maps: list[Tensor], weight: Tensor, bias: Tensor | None) -> list[Tensor]:
         images = zip(*(one.split(1) for one in maps), strict=True)
-        found = [super(PredictingConvolution, self)._winograd(list(levels)) for levels in images]
+        found = [winograd.convolution(list(levels), weight, bias) for levels in images]
         levels = zip(*found, strict=True)
         return [level[0] if len(level) == 1 else torch.cat(level) for level in levels]
 
 
 def over(module: nn.Module, levels: list[Tensor]) -> list[Tensor]:
-    """Return `module(level)` of each level, layer by layer."""
-    if isinstance(module, nn.Sequential):
-        for layer in module:
-            levels = over(layer, levels)
-        return levels
-    if isinstance(module, Convolution):
-        return module.over(levels)
+    """Return `module(level)` of each level; layer by layer, if no hook wants to see them."""
+    if not _is_watched(module):
+        if isinstance(module, nn.Sequential):
+            for layer in module:
+                levels = over(layer, levels)
+            return levels
+        if isinstance(module, Convolution):
+            return module.over(levels)
     return [module(level) for level in levels]
+
+
+def _is_watched(module: nn.Module) -> bool:
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or nn.modules.module._has_any_global_hook()
+    )
 
 
 def convert(model: nn.Module) -> None:
@@ -131,5 +145,8 @@ def _is_float32_on_cpu(*tensors: Tensor) -> bool:
     return (
         not torch.compiler.is_compiling()
         and not torch.is_autocast_enabled("cpu")
-        and all(one.device.type == "cpu" and one.dtype == torch.float32 for one in tensors)
+        and all(
+            one.dim() == 4 and one.device.type == "cpu" and one.dtype == torch.float32
+            for one in tensors
+        )
     )

@@ -25,6 +25,7 @@ from gfl.data.split import Split
 from gfl.detector import Detector, mean_over_workers
 from gfl.errors import LeaveError
 from gfl.evaluation import evaluate
+from gfl.heap import return_freed_memory
 from gfl.pace import Pace, of_all
 from gfl.trainer import Trainer, worker_rank
 
@@ -155,6 +156,8 @@ def fit(
             listener.on_steps(report)
         if end_of_epoch:
             _share_buffers(trainer.detector, trainer.model)
+            if device.type == "cpu":
+                return_freed_memory()  # or loaders, which are forked, would share it, page by page
             metrics = evaluate(trainer.model, val, evaluation, device)
             trainer.parallel.train()
             trainer.note_quality(metrics["AP"])
@@ -172,6 +175,7 @@ def fit(
         if leaving and trainer.step < trainer.batches.total_steps:
             raise LeaveError(f"stopped after step {trainer.step}, where a checkpoint is")
     window.pace.end()
+    return_freed_memory()
     return trainer
 
 

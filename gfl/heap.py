@@ -10,6 +10,14 @@ from collections.abc import Callable
 TRIM_THRESHOLD, MMAP_MAX, ARENA_MAX = -1, -4, -8
 """Of `mallopt(3)`."""
 
+KEEPING = {
+    "MALLOC_TRIM_THRESHOLD_": str(2**40),
+    "MALLOC_MMAP_MAX_": "0",
+    "MALLOC_ARENA_MAX": "1",
+}
+"""The environment that does what `keep_freed_memory` does, also for threads that are there already
+when it is called, as Ray's are."""
+
 
 def keep_freed_memory() -> None:
     """Tell glibc to return no freed memory to the kernel, for new pages cost more than a copy.

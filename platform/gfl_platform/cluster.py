@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from ray.train import UserCallback
 
 from gfl.errors import LeaveError, NonFiniteLossError
+from gfl.heap import KEEPING
 from gfl_platform.capacity import most_resources, start_timeout
 from gfl_platform.config import JobConfig
 from gfl_platform.events import Events
@@ -194,6 +195,7 @@ def run_workers(
                 # Each lost node can cost some starts, for Ray's picture of the cluster is old.
                 controller_failure_limit=3 * (1 + max_failures * workers.elastic),
             ),
+            worker_runtime_env={} if workers.use_gpu else {"env_vars": KEEPING},
             **run_options,
         ),
     )
