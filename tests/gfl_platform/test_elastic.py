@@ -81,6 +81,7 @@ def train_on_a_fixed_number(_rank, job, last, folder):
     return curve.rows
 
 
+@pytest.mark.slow
 @pytest.mark.ray
 @pytest.mark.cluster
 @pytest.mark.timeout(600)

@@ -12,6 +12,7 @@ from gfl_platform.config import load_job
 from gfl_platform.status import read_status
 
 pytestmark = [
+    pytest.mark.slow,
     pytest.mark.cluster,
     pytest.mark.ray,
     pytest.mark.usefixtures("ray_cluster"),
