@@ -4,7 +4,7 @@
 
 PYTHON has mmdet 3.3.0: MMDetection's GFL then takes its turns beside ours and torchvision's.
 Parts are cases such as "train-2x256x320" and "predict-1x800x1216-bfloat16" (see `cases.py`), and
-"machine", "loading", "evaluation" and "ray".
+"machine", "convolution", "loading", "evaluation" and "ray".
 """
 
 import argparse
@@ -17,11 +17,11 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks import detectors, evaluation, loading, machine, ray_overhead
+from benchmarks import convolution, detectors, evaluation, loading, machine, ray_overhead
 from benchmarks.cases import CASES, parse
 from benchmarks.ours import network_flops
 
-OTHERS = ("machine", "loading", "evaluation", "ray")
+OTHERS = ("machine", "convolution", "loading", "evaluation", "ray")
 
 
 def main() -> None:
@@ -42,7 +42,7 @@ def main() -> None:
         try:
             parse(part)
         except ValueError as error:
-            made.error(str(error))
+            made.error(f"{error}, or one of {', '.join(OTHERS)}")
     torch.set_num_threads(arguments.threads)
     found: dict[str, Any] = {
         "torch": torch.__version__,
@@ -62,6 +62,8 @@ def measure(part: str, arguments: argparse.Namespace) -> dict[str, Any]:
     match part:
         case "machine":
             return {"peak": machine.peaks(arguments.device)}
+        case "convolution":
+            return convolution.compare(arguments.rounds)
         case "loading":
             data = Path(os.environ.get("GFL_TEST_DATA", "data"))
             folder = arguments.images or data / "coco128" / "images"
