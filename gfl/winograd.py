@@ -2,16 +2,16 @@
 
 F(4 x 4, 3 x 3) of Lavin and Gray (CVPR 2016): tiles of 6 x 6 cells, which overlap, and the weights
 are brought to 36 points, the convolution is a matrix product at each point, and 4 x 4 cells are
-made of the 36 products. All of this is linear, and gradients go the same way back. Matrix products
-bring tiles to their points and back, too. Tiles are taken some rows at a time, so that they stay in
-the cache, and those of small maps together, so that weights are fetched for all of them once.
+made of the 36 products. All of this is linear, and gradients go the same way back. Small matrices
+bring tiles to their points and back, along one side and then along the other. Tiles are taken some
+rows at a time, which bounds their memory, and those of small maps together, so that weights are
+fetched for all of them once.
 
 Shapes: B images; C channels in, O out; Y rows and X columns of tiles; T tiles at a time.
 """
 
 from collections.abc import Iterator, Sequence
-from itertools import product
-from math import isqrt, prod
+from math import prod
 from typing import Any, NamedTuple
 
 import torch
@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-TILES = 224
+TILES = 336
 """How many tiles to take at a time."""
 
 
@@ -32,34 +32,33 @@ class Piece(NamedTuple):
     shape: tuple[int, int, int]  # (B, Y, X)
 
 
-def _square(*rows: tuple[float, ...]) -> Tensor:
-    """Give the matrix that does to both sides of a square what `rows` does to a line."""
-    line = torch.tensor(rows, dtype=torch.float64)
-    return torch.kron(line, line)
+def _line(*rows: tuple[float, ...]) -> Tensor:
+    """Give what is done along one side of a square, and then along the other."""
+    return torch.tensor(rows, dtype=torch.float64)
 
 
-TILE = _square(
+TILE = _line(
     (4, 0, -5, 0, 1, 0),
     (0, -4, -4, 1, 1, 0),
     (0, 4, -4, -1, 1, 0),
     (0, -2, -1, 2, 1, 0),
     (0, 2, -1, -2, 1, 0),
     (0, 4, 0, -5, 0, 1),
-)  # (36, 6 * 6)
-WEIGHT = _square(
+)
+WEIGHT = _line(
     (1 / 4, 0, 0),
     (-1 / 6, -1 / 6, -1 / 6),
     (-1 / 6, 1 / 6, -1 / 6),
     (1 / 24, 1 / 12, 1 / 6),
     (1 / 24, -1 / 12, 1 / 6),
     (0, 0, 1),
-)  # (36, 3 * 3)
-RESULT = _square(
+)
+RESULT = _line(
     (1, 1, 1, 1, 1, 0),
     (0, 1, -1, 2, -2, 0),
     (0, 1, 1, 4, 4, 0),
     (0, 1, -1, 8, -8, 1),
-)  # (4 * 4, 36)
+)
 
 
 def convolution(maps: list[Tensor], weight: Tensor, bias: Tensor | None) -> list[Tensor]:
@@ -83,12 +82,13 @@ class _Winograd(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, weight: Tensor, bias: Tensor | None, *maps: Tensor) -> tuple[Tensor, ...]:
         ctx.save_for_backward(weight, *maps)
+        tile, result = TILE.to(weight), RESULT.to(weight)
         weights = _weights_at_points(weight).mT  # (36, C, O)
         found = [_whole_tiles(one, len(weight)) for one in maps]
         blocks = [_blocks(one) for one in found]
         for pieces in _together(maps):
-            points = torch.bmm(_at_points(TILE, maps, pieces), weights)  # (36, T, O)
-            for piece, cells in _from_points(RESULT, points, pieces):
+            points = torch.bmm(_at_points(tile, maps, pieces), weights)  # (36, T, O)
+            for piece, cells in _from_points(result, points, pieces):
                 blocks[piece.map][piece.images, piece.rows] = cells
         if bias is not None:
             for block in blocks:
@@ -100,28 +100,40 @@ class _Winograd(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         weight, *maps = ctx.saved_tensors
         _, of_bias, *of_maps = ctx.needs_input_grad
+        tile, result = TILE.to(weight), RESULT.to(weight)
         weights = _weights_at_points(weight)
         by_weight = torch.empty_like(weights)
         by_maps = [_whole_tiles(one, one.shape[1], more=1).zero_() for one in maps]
         blocks = [_blocks(one) for one in by_maps]
         for turn, pieces in enumerate(_together(maps)):
-            points = _at_points(RESULT.T, gradients, pieces)  # (36, T, O)
-            by_weight.baddbmm_(points.mT, _at_points(TILE, maps, pieces), beta=min(turn, 1))
+            points = _at_points(result.T, gradients, pieces)  # (36, T, O)
+            by_weight.baddbmm_(points.mT, _at_points(tile, maps, pieces), beta=min(turn, 1))
             if any(of_maps):
                 tiles = torch.bmm(points, weights)  # (36, T, C)
-                for piece, cells in _from_points(TILE.T, tiles, pieces):
+                for piece, cells in _from_points(tile.T, tiles, pieces):
                     _add(cells, blocks[piece.map][piece.images], piece.rows)
-        nine = (WEIGHT.to(weight).T @ by_weight.flatten(1)).view(3, 3, *weight.shape[:2])
+        squares = _on_both_sides(WEIGHT.T.to(weight), by_weight.view(6, 6, -1))
+        nine = squares.unflatten(2, weight.shape[:2]).permute(2, 3, 0, 1)
         return (
-            nine.permute(2, 3, 0, 1).contiguous(memory_format=torch.channels_last),
+            nine.contiguous(memory_format=torch.channels_last),
             torch.stack([one.sum((0, 2, 3)) for one in gradients]).sum(0) if of_bias else None,
             *(_cut(*pair, start=1) for pair in zip(by_maps, maps, strict=True)),
         )
 
 
 def _weights_at_points(weight: Tensor) -> Tensor:
-    nine = weight.permute(2, 3, 0, 1).reshape(9, -1)
-    return (WEIGHT.to(nine) @ nine).view(36, *weight.shape[:2])  # (36, O, C)
+    nine = weight.permute(2, 3, 0, 1).reshape(3, 3, -1)
+    return _on_both_sides(WEIGHT.to(nine), nine).view(36, *weight.shape[:2])  # (36, O, C)
+
+
+def _on_both_sides(line: Tensor, squares: Tensor) -> Tensor:
+    """Multiply both sides of squares, (side, side, N), by `line`."""
+    return (line @ _each(line, squares).flatten(1)).unflatten(1, (len(line), -1))
+
+
+def _each(line: Tensor, sides: Tensor) -> Tensor:
+    """Multiply each of a batch of sides of squares, (B, side, N), by `line`."""
+    return torch.bmm(line.expand(len(sides), *line.shape), sides)
 
 
 def _whole_tiles(like: Tensor, channels: int, more: int = 0) -> Tensor:
@@ -137,7 +149,8 @@ def _whole_tiles(like: Tensor, channels: int, more: int = 0) -> Tensor:
 
 def _blocks(whole: Tensor) -> Tensor:
     """Give a view of a map of whole tiles: (B, Y, 4, X, 4, C)."""
-    return whole.permute(0, 2, 3, 1).unflatten(2, (-1, 4)).unflatten(1, (-1, 4))
+    images, channels, height, width = whole.shape
+    return whole.permute(0, 2, 3, 1).view(images, height // 4, 4, width // 4, 4, channels)
 
 
 def _cut(whole: Tensor, like: Tensor, start: int) -> Tensor:
@@ -172,38 +185,33 @@ def _together(maps: Sequence[Tensor]) -> Iterator[list[Piece]]:
     yield pieces
 
 
-def _at_points(matrix: Tensor, maps: Sequence[Tensor], pieces: Sequence[Piece]) -> Tensor:
+def _at_points(line: Tensor, maps: Sequence[Tensor], pieces: Sequence[Piece]) -> Tensor:
     """Cut tiles out of maps and bring them to their points, (36, T, C)."""
+    size = line.shape[1]
     counts = [prod(piece.shape) for piece in pieces]
-    found = maps[0].new_empty(len(matrix), sum(counts), maps[0].shape[1])
-    for piece, points in zip(pieces, found.split(counts, dim=1), strict=True):
-        images = maps[piece.map][piece.images].permute(0, 2, 3, 1)
-        tiles = _tiles(images, piece, isqrt(matrix.shape[1]))
-        cells = tiles.reshape(matrix.shape[1], -1)
-        torch.mm(matrix.to(cells), cells, out=points.flatten(1))
-    return found
+    across = maps[0].new_empty(6, size, sum(counts), maps[0].shape[1])
+    for piece, part in zip(pieces, across.split(counts, dim=2), strict=True):
+        cells = _padded(maps[piece.map][piece.images].permute(0, 2, 3, 1), piece, size - 4 >> 1)
+        down = cells.unfold(1, size, 4).movedim(4, 2)  # (B, Y, size, W, C)
+        rows = _each(line, down.reshape(-1, size, prod(cells.shape[2:])))
+        tiles = rows.unflatten(2, cells.shape[2:]).unfold(2, size, 4)  # (B * Y, 6, X, C, size)
+        part.unflatten(2, (-1, piece.shape[2])).copy_(tiles.permute(1, 4, 0, 2, 3))
+    return _each(line, across.flatten(2)).view(36, -1, across.shape[3])
 
 
-def _tiles(cells: Tensor, piece: Piece, size: int) -> Tensor:
-    """Cut tiles of `size` cells a side, four apart, out of (B, H, W, C).
-
-    Returns (size, size, B, Y, X, C).
-    """
-    before = size - 4 >> 1
+def _padded(cells: Tensor, piece: Piece, before: int) -> Tensor:
+    """Cut what a piece's tiles see out of (B, H, W, C): 4 cells each and `before` on all sides."""
     first, stop = 4 * piece.rows.start - before, 4 * piece.rows.stop + before
     some = cells[:, max(first, 0) : stop]
     above, right = max(-first, 0), 4 * piece.shape[2] + before - cells.shape[2]
-    around = (0, 0, before, right, above, stop - first - above - some.shape[1])
-    tiles = F.pad(some, around).unfold(1, size, 4).unfold(2, size, 4)
-    return tiles.permute(4, 5, 0, 1, 2, 3)
+    return F.pad(some, (0, 0, before, right, above, stop - first - above - some.shape[1]))
 
 
 def _from_points(
-    matrix: Tensor, points: Tensor, pieces: Sequence[Piece]
+    line: Tensor, points: Tensor, pieces: Sequence[Piece]
 ) -> Iterator[tuple[Piece, Tensor]]:
     """Bring points (36, T, C) to cells: (B, Y, size, X, size, C) of each piece."""
-    size = isqrt(len(matrix))
-    cells = (matrix.to(points) @ points.flatten(1)).view(size, size, -1, points.shape[2])
+    cells = _on_both_sides(line, points.view(6, 6, -1)).unflatten(2, points.shape[1:])
     parts = cells.split([prod(piece.shape) for piece in pieces], dim=2)
     for piece, part in zip(pieces, parts, strict=True):
         yield piece, part.unflatten(2, piece.shape).permute(2, 3, 0, 4, 1, 5)
@@ -211,8 +219,8 @@ def _from_points(
 
 def _add(tiles: Tensor, blocks: Tensor, rows: slice) -> None:
     """Add tiles of 6 x 6 cells to the blocks of 4 x 4 that each of them overlaps."""
-    for down, right in product((0, 1), (0, 1)):
-        part = tiles[:, :, 4 * down : 4 * down + 4, :, 4 * right : 4 * right + 4]
-        _, _, height, columns, width, _ = part.shape
-        under = slice(rows.start + down, rows.stop + down)
-        blocks[:, under, :height, right : right + columns, :width] += part
+    columns = tiles.shape[3]
+    for down, part in enumerate(tiles.split(4, dim=2)):
+        under = blocks[:, rows.start + down : rows.stop + down, : part.shape[2]]
+        for right, corner in enumerate(part.split(4, dim=4)):
+            under[:, :, :, right : right + columns, : corner.shape[4]] += corner
