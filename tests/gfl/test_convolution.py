@@ -146,7 +146,7 @@ def test_small_narrow_or_plain_maps_and_other_processors_take_torchs_own_way(mon
     half = images[:, ::2].contiguous(memory_format=torch.channels_last)
     assert "Winograd" not in str(pair(64, 64, 3, padding=1)[1](half).grad_fn)
     assert "Winograd" not in str(pair(128, 32, 3, padding=1)[1](images).grad_fn)
-    assert "Winograd" not in str(ours(images[:, :, :30]).grad_fn)
+    assert "Winograd" not in str(ours(images[:, :, :12]).grad_fn)
     assert "Winograd" not in str(ours(images.contiguous()).grad_fn)
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
     assert "Winograd" not in str(ours(images).grad_fn)
