@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from gfl import winograd
 
-MANY_CELLS = 600
+MANY_CELLS = 900
 """Cells of a batch from which Winograd's algorithm repays what it makes of the weights,"""
 
 WIDE = 128

@@ -12,7 +12,6 @@ paths, which would be those of its own machine, unless GFL_SERVE_PATHS=1 allows 
 import base64
 import binascii
 import os
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -28,9 +27,6 @@ SERVED = "__pyfunc_model_path__"
 """In the environment of MLflow's scoring server, and of nothing else."""
 
 LONGEST_PATH = 4096
-
-# Of `predict`'s list[Any], at every registration: what an image is, `_content` says.
-warnings.filterwarnings("ignore", ".*Any type hint is inferred as AnyType", UserWarning)
 
 
 class Detections(BaseModel):
