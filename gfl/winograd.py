@@ -159,7 +159,7 @@ def _cut(whole: Tensor, like: Tensor, start: int) -> Tensor:
         return whole
     height, width = like.shape[2:]
     cells = whole[:, :, start : start + height, start : start + width]
-    return cells.clone(memory_format=torch.channels_last)  # no view, that may be changed in place
+    return cells.clone(memory_format=torch.channels_last)  # a view may not be changed in place
 
 
 def _together(maps: Sequence[Tensor]) -> Iterator[list[Piece]]:
