@@ -66,7 +66,7 @@ def record(
         "cuda": torch.version.cuda if on_gpu else None,
         "cudnn": _cudnn() if on_gpu else None,
         "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
+        "torch": str(torch.__version__),  # no `TorchVersion`: who reads it need not import torch
         "precision": variant.precision,
         "channels_last": variant.channels_last,
         "compiled": variant.compiled,

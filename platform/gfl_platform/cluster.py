@@ -17,7 +17,7 @@ from gfl_platform.capacity import most_resources, start_timeout
 from gfl_platform.config import JobConfig
 from gfl_platform.events import Events
 from gfl_platform.s3 import S3UnavailableError
-from gfl_platform.trainers import trainer_class
+from gfl_platform.trainers import ProcessGroup, trainer_class
 
 if TYPE_CHECKING:
     import torch
@@ -179,8 +179,9 @@ def run_workers(
     from ray.train import FailureConfig, RunConfig, ScalingConfig
 
     resources = {"CPU": workers.cpus} | ({"GPU": 1} if workers.use_gpu else {})
-    trainer = trainer_class(several=workers.count > 1, stoppable=workers.stoppable)(
+    trainer = trainer_class(stoppable=workers.stoppable)(
         loop,
+        backend_config=ProcessGroup() if workers.count > 1 else None,
         train_loop_config=settings | {"events": events},
         scaling_config=ScalingConfig(
             num_workers=(workers.least, workers.count) if workers.elastic else workers.count,

@@ -40,6 +40,7 @@ def test_the_protocol_says_what_decides_the_figure(tiny, detector, split):
     assert protocol["images"] == 4
     expected = {"device", "driver", "precision", "threads", "torch", "annotations", "postprocess"}
     assert expected <= protocol.keys()
+    assert type(protocol["torch"]) is str
     _, again = measure_fps(detector, split, tiny, CPU, images=4)
     assert protocol_hash(again) == protocol_hash(protocol)
     assert protocol_hash(dict(reversed(protocol.items()))) == protocol_hash(protocol)
