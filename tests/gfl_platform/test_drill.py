@@ -59,16 +59,15 @@ def test_all_that_can_fail_fails_and_no_digit_changes(
     overrides = [
         str(tiny_file), *data, "data.repeat=14", "schedule.epochs=2", "cluster.workers=2",
         "cluster.max_failures=5", "storage.root=s3://gfl/drill", f"storage.cache={tmp_path}/cache",
-        f"storage.checkpoint_steps={STEPS_BETWEEN_CHECKPOINTS}", "storage.keep_checkpoints=9",
-        f"tracking.uri={mlflow_server.uri}", "tracking.unreachable=spool",
-        f"tracking.every_steps={STEPS_BETWEEN_REPORTS}",
+        "storage.keep_checkpoints=9", f"tracking.uri={mlflow_server.uri}",
+        "tracking.unreachable=spool", f"tracking.every_steps={STEPS_BETWEEN_REPORTS}",
     ]  # fmt: skip
     began = time.monotonic()
 
-    def driver(name):
+    def driver(name, *more):
         # Where a driver keeps what it knows of a run on S3.
         status = tmp_path / "cache" / "roots" / "gfl" / "drill" / "runs" / name / "status.json"
-        return drivers.Driver(overrides, name, tmp_path, status)
+        return drivers.Driver([*overrides, *more], name, tmp_path, status)
 
     def tell(what):
         with capsys.disabled():
@@ -81,7 +80,7 @@ def test_all_that_can_fail_fails_and_no_digit_changes(
     assert calm.process.wait(600) == 0, calm.log()
 
     tell("the disturbed run starts")
-    fit = driver("disturbed")
+    fit = driver("disturbed", f"storage.checkpoint_steps={STEPS_BETWEEN_CHECKPOINTS}")
     fit.start()
     fit.wait_for(lambda s: s.get("step", 0) > 0)
     mlflow_server.stop()
