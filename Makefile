@@ -4,8 +4,6 @@ BIN := .venv/bin
 # Modules are compiled when they are first imported, which of most is never; if not, then every time.
 unexport PYTHONDONTWRITEBYTECODE
 INSTALLED := .venv/.installed
-# What runs beside Ray's tests, which watch clocks, lets them go first. Ray's workers are at nice 15.
-ASIDE :=
 
 .PHONY: install demo test test-most test-ray test-rest drill test-all check lint types imports bench
 
@@ -19,12 +17,12 @@ $(INSTALLED): pyproject.toml constraints.txt
 	@touch $@
 
 demo: $(INSTALLED)
-	$(ASIDE) $(BIN)/python -m jobs.demo
+	$(BIN)/python -m jobs.demo
 
 test: $(INSTALLED)
 	$(BIN)/python -m pytest -m "not slow and not cluster"
 
-# `make --jobs=2 test-most` runs them side by side.
+# `make --jobs=2 test-most` runs them side by side. Ray runs its workers at nice 15: the rest yields.
 test-most: test-ray test-rest
 
 test-ray: $(INSTALLED)

@@ -127,6 +127,11 @@ def test_winograds_algorithm_takes_the_levels_together():
         ("import jobs.train", set()),
         ("from gfl import load_config", {"numpy"}),
         ("import gfl_platform.sweeps.trial", {"ray", "pandas", "numpy"}),
+        ("import gfl_platform.trainers", {"ray", "pandas", "numpy"}),
+        (
+            "from gfl_platform.trainers import ProcessGroup as P; P().backend_cls()",
+            {"ray", "pandas", "numpy"},
+        ),
     ],
 )
 def test_starts_import_what_they_need_alone(statement, allowed):

@@ -17,7 +17,7 @@ from gfl.data import load_splits
 from gfl.data.images import list_images
 from gfl.export import METADATA, Exportable, ExportError, Form
 from gfl.exporting import export, quantize
-from gfl.parity import compare, open_onnx, open_pt2
+from gfl.parity import compare, open_onnx, open_pt2, run_pt2
 from gfl.predict import Model
 
 ABOUT = About(["rectangle", "ellipse", "triangle"], [1, 2, 3], 0, 0, {})
@@ -45,16 +45,24 @@ def exported(model, files, tmp_path_factory):
     return folder, figures
 
 
+@pytest.fixture(scope="module")
+def program(exported):
+    """The .pt2 file as torch opens it, which takes seconds, and what it says of itself."""
+    extra = {METADATA: ""}
+    opened = torch.export.load(exported[0] / "model.pt2", extra_files=extra)
+    return opened, json.loads(extra[METADATA])
+
+
 def images():
     generator = torch.Generator().manual_seed(3)
     return [torch.randint(0, 256, (1, 3, *size), generator=generator).float() for size in SIZES]
 
 
-def test_files_do_what_the_detector_does_at_any_size(model, exported):
+def test_files_do_what_the_detector_does_at_any_size(model, exported, program):
     folder, figures = exported
     for name, run in (
         ("model.onnx", open_onnx(folder / "model.onnx")),
-        ("model.pt2", open_pt2(folder / "model.pt2")),
+        ("model.pt2", run_pt2(program[0])),
     ):
         assert figures[name]["detections"] > 0
         difference = compare(model, run, Form(True, True), images())
@@ -101,12 +109,10 @@ def test_an_export_replaces_older_files_and_warns_where_nothing_is_detected(
     assert left == {"model.onnx", "model.json", "notes.txt"}  # of an earlier model there is none
 
 
-def test_files_say_what_they_are(exported, tiny):
+def test_files_say_what_they_are(exported, program, tiny):
     folder, _ = exported
+    _, about = program
     properties = {p.key: p.value for p in onnx.load(folder / "model.onnx").metadata_props}
-    extra = {METADATA: ""}
-    torch.export.load(folder / "model.pt2", extra_files=extra)
-    about = json.loads(extra[METADATA])
     for found in (about, {k: json.loads(v) for k, v in properties.items() if k in ("classes",)}):
         assert found["classes"] == ABOUT.classes
     assert about["postprocess"] == tiny.postprocess.model_dump(mode="json")
