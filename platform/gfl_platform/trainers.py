@@ -2,8 +2,8 @@
 
 import logging
 import os
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any
 
 import ray
@@ -16,8 +16,8 @@ from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
 logger = logging.getLogger(__name__)
 
-LEAVE_SECONDS = 30.0
-"""For workers to leave their process group; then they are ended. Ray's own limit."""
+DISBAND_SECONDS = 30.0
+"""For workers to leave their process group; then they are ended. Ray's own default."""
 
 
 def trainer_class(*, stoppable: bool) -> Any:
@@ -43,8 +43,8 @@ def trainer_class(*, stoppable: bool) -> Any:
 class ProcessGroup(BackendConfig):
     """`torch.distributed` among several workers, as Ray's `TorchConfig` sets it up in them.
 
-    Only workers import that, and torch with it: it would hold up driver and controller for
-    seconds, and take them half a gigabyte.
+    Only workers import that, and torch with it: it would hold up the controller for seconds, and
+    take it half a gigabyte.
     """
 
     @property
@@ -64,38 +64,44 @@ class _Backend(Backend):
     share_cuda_visible_devices = True
 
     def on_start(self, worker_group: Any, backend_config: BackendConfig) -> None:
-        address, port = worker_group.execute_single(0, get_address_and_port)
+        address = worker_group.execute(_prepare)[0]
         backend = "nccl" if worker_group.get_resources_per_worker().get("GPU", 0) else "gloo"
         count = len(worker_group)
-        group = {"MASTER_ADDR": address, "MASTER_PORT": str(port)}
-        joined = [worker_group.execute_single_async(rank, _join, backend, group, rank, count)
+        joined = [worker_group.execute_single_async(rank, _join, backend, rank, count, address)
                   for rank in range(count)]  # fmt: skip
         ray.get(joined)
 
     def on_shutdown(self, worker_group: Any, backend_config: BackendConfig) -> None:
+        several = len(worker_group) > 1
         try:
-            ray.get(worker_group.execute_async(_leave), timeout=LEAVE_SECONDS)
+            ray.get(worker_group.execute_async(_disband, several), timeout=DISBAND_SECONDS)
         except GetTimeoutError:
             logger.warning("workers did not leave their process group in time")
 
 
-@contextmanager
-def _own_device() -> Iterator[None]:
+def _own_device() -> AbstractContextManager[None]:
     from ray.train.torch.config import TorchConfigContextManager
 
-    with TorchConfigContextManager():
-        yield
+    found: AbstractContextManager[None] = TorchConfigContextManager()
+    return found
 
 
-def _join(backend: str, group: dict[str, str], rank: int, count: int) -> None:
+def _prepare() -> tuple[str, int]:
+    """Import torch and return an address and a free port, which nobody shall take meanwhile."""
     from ray.train.torch import config
 
-    os.environ.update(group)
     config._set_torch_distributed_env_vars()
+    return get_address_and_port()
+
+
+def _join(backend: str, rank: int, count: int, address: tuple[str, int]) -> None:
+    from ray.train.torch import config
+
+    os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"] = map(str, address)
     config._setup_torch_process_group(backend, rank, count, "env://")
 
 
-def _leave() -> None:
+def _disband(several: bool) -> None:
     from ray.train.torch import config
 
-    config._shutdown_torch(destroy_process_group=True)
+    config._shutdown_torch(destroy_process_group=several)

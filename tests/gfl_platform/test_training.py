@@ -45,7 +45,9 @@ def test_the_queue_of_events_ends_with_its_job():
         events.tell({"kind": "steps"})
     assert heard == [{"kind": "steps"}]
     with pytest.raises(ActorDiedError):
-        ray.get(events.tell({"kind": "steps"}))
+        for _ in range(100):  # Ray does not wait until it is dead
+            ray.get(events.tell({"kind": "steps"}))
+            time.sleep(0.1)
 
 
 def test_the_run_holds_all_that_reproduces_it(trained):
