@@ -44,10 +44,14 @@ def test_the_queue_of_events_ends_with_its_job():
     with pumped(heard.append) as events:
         events.tell({"kind": "steps"})
     assert heard == [{"kind": "steps"}]
-    with pytest.raises(ActorDiedError):
-        for _ in range(100):  # Ray does not wait until it is dead
+
+    def tell_until_it_is_dead():  # Ray does not wait for that
+        for _ in range(100):
             ray.get(events.tell({"kind": "steps"}))
             time.sleep(0.1)
+
+    with pytest.raises(ActorDiedError):
+        tell_until_it_is_dead()
 
 
 def test_the_run_holds_all_that_reproduces_it(trained):
