@@ -68,12 +68,7 @@ def open_onnx(path: Path, threads: int | None = None) -> Run:
 
 def open_pt2(path: Path) -> Run:
     """Return what runs a .pt2 file on the CPU."""
-    return run_pt2(torch.export.load(path))
-
-
-def run_pt2(program: torch.export.ExportedProgram) -> Run:
-    """Return what runs a .pt2 file that is open."""
-    module = program.module()
+    module = torch.export.load(path).module()
 
     def run(images: Tensor) -> list[NDArray[Any]]:
         with torch.no_grad():

@@ -178,7 +178,6 @@ def run_workers(
     """
     from ray.train import FailureConfig, RunConfig, ScalingConfig
 
-    resources = {"CPU": workers.cpus} | ({"GPU": 1} if workers.use_gpu else {})
     trainer = trainer_class(stoppable=workers.stoppable)(
         loop,
         backend_config=ProcessGroup() if workers.count > 1 else None,
@@ -187,7 +186,7 @@ def run_workers(
             num_workers=(workers.least, workers.count) if workers.elastic else workers.count,
             elastic_resize_monitor_interval_s=resize_seconds,
             use_gpu=workers.use_gpu,
-            resources_per_worker=resources,
+            resources_per_worker={"CPU": workers.cpus} | ({"GPU": 1} if workers.use_gpu else {}),
         ),
         run_config=RunConfig(
             callbacks=[ControllerCallback(events, max_failures), *callbacks],

@@ -87,7 +87,7 @@ def _own_device() -> AbstractContextManager[None]:
 
 
 def _prepare() -> tuple[str, int]:
-    """Import torch and return an address and a free port, which nobody shall take meanwhile."""
+    """Return an address and a free port; torch is there then, so that nobody takes it meanwhile."""
     from ray.train.torch import config
 
     config._set_torch_distributed_env_vars()

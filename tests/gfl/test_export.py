@@ -11,13 +11,14 @@ from torchvision.ops import batched_nms
 
 import gfl
 from benchmarks import export as benchmark
+from gfl import exporting
 from gfl.checkpoint import About
 from gfl.configfile import derive
 from gfl.data import load_splits
 from gfl.data.images import list_images
 from gfl.export import METADATA, Exportable, ExportError, Form
 from gfl.exporting import export, quantize
-from gfl.parity import compare, open_onnx, open_pt2, run_pt2
+from gfl.parity import compare, open_onnx, open_pt2
 from gfl.predict import Model
 
 ABOUT = About(["rectangle", "ellipse", "triangle"], [1, 2, 3], 0, 0, {})
@@ -39,18 +40,23 @@ def files(shapes_folder):
 
 
 @pytest.fixture(scope="module")
-def exported(model, files, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("export") / "files"
-    figures = export(model, folder, ("onnx", "pt2"), Form(True, True), files[:3], {"device": "x"})
-    return folder, figures
+def opened():
+    """What runs the files of `exported`, for which .pt2 takes seconds to open."""
+    return {}
 
 
 @pytest.fixture(scope="module")
-def program(exported):
-    """The .pt2 file as torch opens it, which takes seconds, and what it says of itself."""
-    extra = {METADATA: ""}
-    opened = torch.export.load(exported[0] / "model.pt2", extra_files=extra)
-    return opened, json.loads(extra[METADATA])
+def exported(model, files, opened, tmp_path_factory):
+    def noted(path):
+        opened[path.name] = (open_onnx if path.suffix == ".onnx" else open_pt2)(path)
+        return opened[path.name]
+
+    folder = tmp_path_factory.mktemp("export") / "files"
+    formats, form = ("onnx", "pt2"), Form(True, True)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(exporting, "OPENERS", dict.fromkeys(formats, noted))
+        figures = export(model, folder, formats, form, files[:3], {"device": "x"})
+    return folder, figures
 
 
 def images():
@@ -58,12 +64,10 @@ def images():
     return [torch.randint(0, 256, (1, 3, *size), generator=generator).float() for size in SIZES]
 
 
-def test_files_do_what_the_detector_does_at_any_size(model, exported, program):
-    folder, figures = exported
-    for name, run in (
-        ("model.onnx", open_onnx(folder / "model.onnx")),
-        ("model.pt2", run_pt2(program[0])),
-    ):
+def test_files_do_what_the_detector_does_at_any_size(model, exported, opened):
+    _, figures = exported
+    assert opened.keys() == {"model.onnx", "model.pt2"}
+    for name, run in opened.items():
         assert figures[name]["detections"] > 0
         difference = compare(model, run, Form(True, True), images())
         assert difference.detections > 50
@@ -109,10 +113,12 @@ def test_an_export_replaces_older_files_and_warns_where_nothing_is_detected(
     assert left == {"model.onnx", "model.json", "notes.txt"}  # of an earlier model there is none
 
 
-def test_files_say_what_they_are(exported, program, tiny):
+def test_files_say_what_they_are(exported, tiny):
     folder, _ = exported
-    _, about = program
     properties = {p.key: p.value for p in onnx.load(folder / "model.onnx").metadata_props}
+    extra = {METADATA: ""}
+    torch.export.load(folder / "model.pt2", extra_files=extra)
+    about = json.loads(extra[METADATA])
     for found in (about, {k: json.loads(v) for k, v in properties.items() if k in ("classes",)}):
         assert found["classes"] == ABOUT.classes
     assert about["postprocess"] == tiny.postprocess.model_dump(mode="json")
@@ -155,8 +161,6 @@ def test_int8_states_what_it_costs(model, exported, tiny, files):
 
 @pytest.mark.slow
 def test_a_file_that_does_something_else_is_not_published(model, files, tmp_path, monkeypatch):
-    from gfl import exporting
-
     def wrong(path):
         run = open_pt2(path)
         return lambda image: [output + np.float32(1) for output in run(image)[:2]]
