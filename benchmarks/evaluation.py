@@ -15,8 +15,8 @@ from typing import Any
 import hotcoco
 import numpy as np
 
-from gfl.evaluation import evaluate_detections
-from gfl.postprocess import Rows, coco_records
+from gfl.ap import evaluate_detections
+from gfl.rows import Rows, coco_records
 
 REPEATS = 7
 IMAGES, OBJECTS, DETECTIONS, CLASSES = 5000, 36_000, 500_000, 80
@@ -86,7 +86,7 @@ def make_boxes(random: np.random.Generator, count: int) -> Rows:
 def measure(
     annotations: Path, rows: Rows, ids: list[int], *, official: bool = False
 ) -> list[float]:
-    """Return the twelve statistics through `gfl.evaluation`."""
+    """Return the twelve statistics through `gfl.ap`."""
     return list(evaluate_detections(annotations, rows, ids, official=official).metrics.values())
 
 

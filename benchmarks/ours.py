@@ -41,7 +41,7 @@ def _train(case: Case, config: Config, device: torch.device) -> Callable[[], Any
     """Return a step as `jobs.train` does it: normalisation of uint8 pixels to finite gradients."""
     size = (case.height, case.width)
     boxes, labels = objects(case)
-    record = ImageRecord(1, Path("none"), size, boxes[0], labels[0])
+    record = ImageRecord(1, Path("none"), size, boxes[0].numpy(), labels[0].numpy())
     split = Split(
         [record] * case.batch,
         [str(n) for n in range(CLASSES)],

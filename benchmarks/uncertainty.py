@@ -43,12 +43,13 @@ def edges(model: Model) -> tuple[Tensor, Tensor]:
         (found,) = model.predict(record.path, min_score=MIN_SCORE)
         if not len(found) or not len(record.boxes):
             continue
-        iou = box_iou(found.boxes, record.boxes)
-        iou = iou * (found.labels[:, None] == record.labels)
+        boxes, labels = torch.tensor(record.boxes), torch.tensor(record.labels)
+        iou = box_iou(found.boxes, boxes)
+        iou = iou * (found.labels[:, None] == labels)
         best, which = iou.max(dim=1)
         hits = best >= MIN_IOU
         spread.append(found.edge_std[hits])
-        errors.append((found.boxes - record.boxes[which]).abs()[hits])
+        errors.append((found.boxes - boxes[which]).abs()[hits])
     return torch.cat(spread), torch.cat(errors)
 
 

@@ -13,10 +13,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from gfl.ap import Floats, match_split
 from gfl.config import Config
 from gfl.data.split import Split
-from gfl.evaluation import Floats, match_split
-from gfl.postprocess import Rows
+from gfl.rows import Rows
 
 RECALLS = np.linspace(0, 1, 101)
 DRAWS_AT_ONCE = 50

@@ -23,7 +23,7 @@ from torch.nn.functional import pad
 from torchvision.ops import nms
 
 from gfl.boxes import ltrb_to_xyxy
-from gfl.checkpoint import About
+from gfl.checkpoint_files import About
 from gfl.config import Config
 from gfl.configfile import config_hash
 from gfl.data.loading import SIZE_MULTIPLE

@@ -14,13 +14,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from gfl.ap import evaluate_split
 from gfl.data.images import read_image
 from gfl.data.split import Split
-from gfl.evaluation import evaluate_split
 from gfl.export import INPUT, Exportable, ExportError, Form, metadata, save_onnx, save_pt2, trace
 from gfl.parity import Run, compare, open_onnx, open_pt2, scaled
-from gfl.postprocess import Predictions, Rows, coco_rows
+from gfl.postprocess import Predictions, coco_rows
 from gfl.predict import Model
+from gfl.rows import Rows
 
 FileFormat = Literal["onnx", "pt2"]
 OPENERS = {"onnx": open_onnx, "pt2": open_pt2}

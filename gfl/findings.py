@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from math import ceil
 from pathlib import Path
 
-import torch
+import numpy as np
 
 from gfl.config import Config, ModelConfig
 from gfl.data.errors import DataError
@@ -114,8 +114,8 @@ def check_files(paths: Collection[Path]) -> Iterator[tuple[Path, ImageFile]]:
 
 def boxes_of_classes(split: Split) -> dict[str, int]:
     """Return how many boxes every class has."""
-    labels = torch.cat([record.labels for record in split.records])
-    counts = torch.bincount(labels, minlength=len(split.classes))
+    labels = np.concatenate([record.labels for record in split.records])
+    counts = np.bincount(labels, minlength=len(split.classes))
     return dict(zip(split.classes, counts.tolist(), strict=True))
 
 
@@ -210,9 +210,9 @@ def _box_findings(name: str, split: Split) -> Iterator[Finding]:
 
 def _overhanging(record: ImageRecord) -> int:
     height, width = record.size
-    low, high = -OVERHANG_PX, torch.tensor([width, height]) + OVERHANG_PX
+    low, high = -OVERHANG_PX, np.array([width, height]) + OVERHANG_PX
     outside = (record.boxes[:, :2] < low) | (record.boxes[:, 2:] > high)
-    return int(outside.any(dim=1).sum())
+    return int(outside.any(axis=1).sum())
 
 
 def _empty_classes(name: str, split: Split) -> Iterator[Finding]:

@@ -1,27 +1,21 @@
 """From logits to the detections of an image: top-k per level, decoding, clipping, classwise NMS.
 
-And on to COCO's forms of them.
-
 Shapes: B images, N detections, R bins (`ModelConfig.bins`), K candidates of an image over all
 levels, P locations.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from typing import Any
 
-import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
+from torchvision.ops import batched_nms
 
 from gfl.boxes import ltrb_to_xyxy
 from gfl.config import PostprocessConfig
 from gfl.integral import Dirac, Integral
 from gfl.points import Points
-
-Rows = npt.NDArray[np.float64]
-"""Detections in pycocotools' columns, (N, 7): image_id, x, y, width, height, score, category_id."""
+from gfl.rows import Rows
 
 
 @dataclass(frozen=True)
@@ -117,8 +111,6 @@ def _candidates(cls_logits: list[Tensor], per_level: int) -> tuple[Tensor, Tenso
 
 
 def _suppress(predictions: Predictions, config: PostprocessConfig) -> Predictions:
-    from torchvision.ops import batched_nms  # imports all of torchvision: late, for who only counts
-
     keep = batched_nms(predictions.boxes, predictions.scores, predictions.labels, config.nms_iou)
     return predictions.select(keep[: config.detections_per_image])
 
@@ -136,11 +128,3 @@ def coco_rows(predictions: Predictions, image_id: int, category_ids: Sequence[in
     ]
     # Ids of images are not always exact in float32.
     return torch.cat([column.double() for column in columns], dim=1).cpu().numpy()
-
-
-def coco_records(rows: Rows) -> list[dict[str, Any]]:
-    """Return detections as COCO's results format has them, in full precision."""
-    return [
-        {"image_id": int(image), "category_id": int(category), "bbox": box, "score": score}
-        for image, *box, score, category in rows.tolist()
-    ]

@@ -12,7 +12,8 @@ from PIL import Image
 from torch import Tensor
 from torchvision.ops import batched_nms
 
-from gfl.checkpoint import About, load_checkpoint
+from gfl.checkpoint import load_checkpoint
+from gfl.checkpoint_files import About
 from gfl.config import Config
 from gfl.data.images import list_images, pixels_of, read_image
 from gfl.data.loading import Sample, collate

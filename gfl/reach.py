@@ -178,13 +178,15 @@ def network_boxes(record: ImageRecord, short: int, long: int) -> tuple[Tensor, t
     new_height, new_width = fitted_size(height, width, short, long)
     x, y = new_width / width, new_height / height
     limits = torch.tensor([new_width, new_height, new_width, new_height])
-    boxes = (record.boxes * torch.tensor([x, y, x, y])).clamp(min=0).minimum(limits)
+    boxes = torch.tensor(record.boxes) * torch.tensor([x, y, x, y])
+    boxes = boxes.clamp(min=0).minimum(limits)
     return boxes, (new_height, new_width)
 
 
 def _edges(records: Sequence[ImageRecord], short: int, long: int, topk: int) -> Edges:
     boxes, sizes = zip(*(network_boxes(r, short, long) for r in records), strict=True)
-    targets = pad_targets(boxes, [r.labels for r in records], torch.tensor(sizes))
+    labels = [torch.tensor(r.labels) for r in records]
+    targets = pad_targets(boxes, labels, torch.tensor(sizes))
     points = _cover(max(h for h, _ in sizes), max(w for _, w in sizes))
     assigned = assign(points, targets, topk)  # (B, P)
     image, location = (assigned >= 0).nonzero(as_tuple=True)

@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from gfl.postprocess import Predictions, coco_records, coco_rows
+from gfl.postprocess import Predictions, coco_rows
+from gfl.rows import coco_records
 
 if TYPE_CHECKING:
     import supervision

@@ -24,16 +24,8 @@ from gfl.data.split import Split
 from gfl.detector import Detector, place
 from gfl.folding import folded
 from gfl.heap import return_freed_memory
-from gfl.protocol import STATE, WARM_UP, Variant, record
-
-IMAGES = 2000
-"""How many are measured at most, as GFocal did."""
-
-SECONDS = 60.0
-"""How long a benchmark goes over fewer images than that: machines drift by percents in a minute."""
-
-YARDSTICK = "yardstick_mean_ms"
-"""In a CPU's state: the mean time of a fixed convolution after the passes, see `_Yardstick`."""
+from gfl.protocol import IMAGES, STATE, WARM_UP, YARDSTICK, Variant
+from gfl.recording import record
 
 
 class UnavailableError(ValueError):

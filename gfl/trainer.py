@@ -11,15 +11,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from gfl.accumulation import Pass, cut, divisors, statistics_kept
 from gfl.average import Average
-from gfl.checkpoint import (
-    WEIGHTS,
-    About,
-    Snapshot,
-    load_checkpoint,
-    read_about,
-    read_training,
-    take_snapshot,
-)
+from gfl.checkpoint import Snapshot, load_checkpoint, read_training, take_snapshot
+from gfl.checkpoint_files import WEIGHTS, About, read_about
 from gfl.config import Config
 from gfl.configfile import ConfigError, dump_config
 from gfl.data.loading import Batch, DetectionDataset, TrainBatches, collate
@@ -29,8 +22,9 @@ from gfl.diagnosis import first_non_finite
 from gfl.errors import NonFiniteLossError
 from gfl.heap import keep_freed_memory
 from gfl.objective import Objective
-from gfl.optim import build_optimizer, build_scheduler, scaled_lr
+from gfl.optim import build_optimizer, build_scheduler
 from gfl.pretrained import load_weights
+from gfl.rates import scaled_lr
 
 
 class Trainer:

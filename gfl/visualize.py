@@ -14,7 +14,8 @@ from matplotlib.patches import Rectangle
 from torch import Tensor
 
 from gfl.data.loading import DetectionDataset
-from gfl.postprocess import Predictions, Rows
+from gfl.postprocess import Predictions
+from gfl.rows import Rows
 
 DPI = 120
 PANEL_INCHES = 3.0

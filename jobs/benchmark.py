@@ -26,9 +26,9 @@ def main() -> None:
 
 def benchmark(arguments: argparse.Namespace) -> None:
     """Measure a model, show and keep what was found."""
-    from gfl.checkpoint import read_config
+    from gfl.checkpoint_files import read_config
     from gfl.configfile import derive
-    from gfl.speed import IMAGES
+    from gfl.protocol import IMAGES
     from gfl_platform import benchmarking, registry
     from gfl_platform.config import JobConfig, job_of, load_job
     from gfl_platform.storage import scratch_folder, write_atomically

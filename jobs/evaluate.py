@@ -26,7 +26,7 @@ def main() -> None:
 
 def evaluate(arguments: argparse.Namespace) -> None:
     """Evaluate a model with the configuration it was trained with, changed by the overrides."""
-    from gfl.checkpoint import read_config
+    from gfl.checkpoint_files import read_config
     from gfl.configfile import derive
     from gfl_platform import registry
     from gfl_platform.config import JobConfig, job_of

@@ -26,7 +26,7 @@ def main() -> None:
 def export(arguments: argparse.Namespace) -> None:
     """Export, check, and show by how much the files differ."""
     import gfl
-    from gfl.checkpoint import read_config
+    from gfl.checkpoint_files import read_config
     from gfl.configfile import derive
     from gfl.data import load_splits
     from gfl.data.images import list_images

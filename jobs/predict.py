@@ -31,7 +31,7 @@ def main() -> None:
 def predict(arguments: argparse.Namespace) -> None:
     """Predict on every image; write `predictions.json` and a picture of each."""
     import gfl
-    from gfl.checkpoint import read_config
+    from gfl.checkpoint_files import read_config
     from gfl.configfile import derive
     from gfl.data.images import read_image
     from gfl.outputs import require_own_names, write_detections

@@ -13,13 +13,14 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+from gfl.ap import evaluate_split
 from gfl.boxes import box_iou
 from gfl.config import Config
 from gfl.data.split import Split
 from gfl.detector import Detector
-from gfl.evaluation import evaluate_split
 from gfl.points import STRIDES
-from gfl.postprocess import Predictions, Rows
+from gfl.postprocess import Predictions
+from gfl.rows import Rows
 
 # Workers start with what takes most of their time to import.
 mp.get_context("forkserver").set_forkserver_preload(["gfl.engine", "gfl.evaluation"])
@@ -47,7 +48,7 @@ def _work(rank: int, count: int, port: int, folder: str, work: Any, arguments: A
 
 
 def as_rows(records: Iterable[dict[str, Any]]) -> Rows:
-    """Return COCO's result records as `gfl.evaluation` takes them."""
+    """Return COCO's result records as `gfl.ap` takes them."""
     rows = [[d["image_id"], *d["bbox"], d["score"], d["category_id"]] for d in records]
     return np.array(rows, dtype=float).reshape(-1, 7)
 

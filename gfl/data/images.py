@@ -8,14 +8,16 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from io import BytesIO
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from PIL import ExifTags, Image, ImageOps
-from torch import Tensor
 
 from gfl.data.errors import DataError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff"})
 
@@ -38,7 +40,7 @@ def list_images(folder: Path) -> list[Path]:
     return sorted(found)
 
 
-def read_image(path: Path) -> Tensor:
+def read_image(path: Path) -> "Tensor":
     """Return the RGB pixels (3, H, W), uint8, of an image file.
 
     Transparency is dropped; 16 bits of grey are scaled to 8, not clipped. In memory the channels of
@@ -51,12 +53,14 @@ def read_image(path: Path) -> Tensor:
         return pixels_of(image)
 
 
-def pixels_of(image: bytes | Image.Image) -> Tensor:
+def pixels_of(image: bytes | Image.Image) -> "Tensor":
     """Return the RGB pixels (3, H, W), uint8, of an image file's content or of a PIL image.
 
     Raises:
         DataError: it is no image.
     """
+    import torch  # late, for who only wants sizes
+
     if isinstance(image, bytes):
         with _opened(BytesIO(image)) as opened:
             pixels = _rgb(_upright(opened))

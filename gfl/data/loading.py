@@ -86,9 +86,10 @@ class DetectionDataset(Dataset[Sample]):
         record = self.split.records[image]
         pixels = self._read(record)
         with _seeded(self._seed, epoch, image):
-            pixels, boxes = self._transforms(*as_sample(pixels, record.boxes))
+            pixels, boxes = self._transforms(*as_sample(pixels, torch.tensor(record.boxes)))
+        labels = torch.tensor(record.labels)
         return Sample(
-            pixels.as_subclass(Tensor), boxes.as_subclass(Tensor), record.labels, image, record.size
+            pixels.as_subclass(Tensor), boxes.as_subclass(Tensor), labels, image, record.size
         )
 
     def _read(self, record: ImageRecord) -> Tensor:

@@ -15,8 +15,8 @@ from math import isfinite
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
-from torch import Tensor
+import numpy as np
+import numpy.typing as npt
 
 from gfl.config import DataConfig, SplitConfig
 from gfl.data.coco import read_coco
@@ -45,8 +45,8 @@ class ImageRecord:
     image_id: int
     path: Path
     size: tuple[int, int]
-    boxes: Tensor
-    labels: Tensor
+    boxes: npt.NDArray[np.float32]
+    labels: npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True)
@@ -231,7 +231,7 @@ def _records(
                 path=folder / image["file_name"],
                 size=(height, width),
                 boxes=_xyxy([annotation["bbox"] for annotation in kept]),
-                labels=torch.tensor([label_of[a["category_id"]] for a in kept], dtype=torch.long),
+                labels=np.array([label_of[a["category_id"]] for a in kept], dtype=np.int64),
             )
         )
     return records, dict(dropped)
@@ -263,6 +263,7 @@ def _untrainable(annotation: Mapping[str, Any], height: int, width: int) -> str 
     return None
 
 
-def _xyxy(xywh: list[list[float]]) -> Tensor:
-    boxes = torch.tensor(xywh, dtype=torch.float32).reshape(-1, 4)
-    return torch.cat([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]], dim=1)
+def _xyxy(xywh: list[list[float]]) -> npt.NDArray[np.float32]:
+    boxes = np.array(xywh, dtype=np.float32).reshape(-1, 4)
+    boxes[:, 2:] += boxes[:, :2]
+    return boxes

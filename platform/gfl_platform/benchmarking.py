@@ -10,24 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from gfl.checkpoint import About, load_checkpoint, take_snapshot
-from gfl.config import Config
-from gfl.configfile import dump_config, parse_config, reproducible
-from gfl.data import render_shapes
-from gfl.data.split import read_split
-from gfl.detector import Detector
-from gfl.predict import Model
-from gfl.protocol import STATE, WARM_UP, Variant, differences, protocol_hash
-from gfl.speed import (
-    SECONDS,
-    YARDSTICK,
-    UnavailableError,
-    count_flops,
-    count_parameters,
-    measure_latency,
-    peak_memory,
-    repeated,
-)
+from gfl.configfile import dump_config, reproducible
+from gfl.protocol import STATE, YARDSTICK, Variant, differences, protocol_hash
 from gfl_platform import cluster
 from gfl_platform.config import JobConfig
 from gfl_platform.events import Watcher, pumped
@@ -37,8 +21,6 @@ from gfl_platform.tracking import RunTracker
 
 FOLDER = "benchmarks"
 """Among the artifacts of a run: a JSON file for each benchmark, and its picture."""
-
-PERCENTILES = (50, 90, 99)
 
 
 @dataclass(frozen=True)
@@ -111,57 +93,28 @@ def benchmark(
     workers = cluster.allot(alone)
     config = reproducible(job)
     with scratch_folder(job) as scratch, pumped(watch) as events:
+        if checkpoint is None:
+            from gfl_platform.benchmark_worker import write_untrained  # which needs torch
+
+            checkpoint = write_untrained(config, scratch)
         settings = {
             "config": dump_config(config),
-            "checkpoint": shared(job, checkpoint or _untrained(config, scratch)),
+            "checkpoint": shared(job, checkpoint),
             "cache": cache_of(job),
             "variants": [Variant(), *(v for v in variants if v != Variant())],
             "images": images,
         }
         result = cluster.run_workers(
-            benchmark_worker, settings, workers, events, **ray_storage(job, scratch)
+            _measure, settings, workers, events, **ray_storage(job, scratch)
         )
     found: Benchmark = result.return_value
     return found
 
 
-def benchmark_worker(settings: dict[str, Any]) -> Benchmark:
-    """Measure on this worker's device."""
-    config = parse_config(settings["config"], "job")
-    device = cluster.worker_device()
-    cache = settings["cache"]
-    config = cache.localized(config)
-    detector, about = load_checkpoint(cache.local(settings["checkpoint"]), config)
-    render_shapes(config)
-    split = read_split(config.data, "val", config.model.num_classes, about.classes)
-    timings: list[Timing] = []
-    variants = settings["variants"]
-    for number, variant in enumerate(variants, start=1):
-        try:
-            with peak_memory(device) as peak:
-                seconds, protocol = measure_latency(
-                    detector, split, config, device, variant, settings["images"], SECONDS
-                )
-        except UnavailableError as error:
-            if not timings:  # what all others are compared with
-                raise
-            timings.append(Timing(variant.name, 0, {}, 0, {}, [], str(error)))
-            continue
-        finally:
-            done = {"kind": "measured", "variants": number, "total": len(variants)}
-            settings["events"].tell(done)
-        timings.append(_timing(variant.name, seconds, variant.batch, peak["bytes"], protocol))
-    model = Model(detector, about, device)
-    paths = [record.path for record in split.records[: settings["images"]]]
-    timings.append(_end_to_end(model, paths, settings["images"], timings[0]))
-    height, width = config.data.short_side, config.data.long_side
-    return Benchmark(
-        timings=timings,
-        parameters=count_parameters(detector),
-        flops=count_flops(detector, _padded(height), _padded(width)),
-        size=(_padded(height), _padded(width)),
-        time_s=time.time(),
-    )
+def _measure(settings: dict[str, Any]) -> Benchmark:
+    from gfl_platform.benchmark_worker import benchmark_worker  # which needs torch
+
+    return benchmark_worker(settings)
 
 
 def keep(job: JobConfig, model: str, run_id: str | None, found: Benchmark, picture: Path) -> str:
@@ -254,41 +207,3 @@ def _compare(found: Benchmark, last: dict[str, Any]) -> str:
 
 def _percent(ratio: Any) -> str:
     return f"{100 * (ratio - 1):+.1f} %"
-
-
-def _end_to_end(model: Model, paths: Sequence[Path], images: int, standard: Timing) -> Timing:
-    """Time predictions from the image file on."""
-
-    def measure() -> list[float]:
-        seconds = []
-        for path in paths:
-            start = time.perf_counter()
-            model.predict(path)  # brings the boxes to the host, hence waits for the device
-            seconds.append(time.perf_counter() - start)
-        return seconds
-
-    for path in paths[:WARM_UP]:
-        model.predict(path)
-    seconds = repeated(measure, images, SECONDS)
-    return _timing("end to end", seconds, 1, 0, standard.protocol | {"from": "file", STATE: {}})
-
-
-def _timing(
-    name: str, seconds: Sequence[float], batch: int, peak: int, protocol: dict[str, Any]
-) -> Timing:
-    milliseconds = [1000 * each for each in seconds]
-    percentiles = np.percentile(milliseconds, PERCENTILES).tolist()
-    named = {f"p{p}": value for p, value in zip(PERCENTILES, percentiles, strict=True)}
-    return Timing(name, batch * len(seconds) / sum(seconds), named, peak, protocol, milliseconds)
-
-
-def _untrained(config: Config, folder: Path) -> Path:
-    count = config.model.num_classes
-    about = About([f"class {n}" for n in range(count)], list(range(1, count + 1)), 0, 0, {})
-    (checkpoint := folder / "untrained").mkdir()
-    take_snapshot(Detector(config), config, about, {}).write(checkpoint)
-    return checkpoint
-
-
-def _padded(side: int) -> int:
-    return -(-side // 32) * 32

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gfl.checkpoint import WEIGHTS
+from gfl.checkpoint_files import WEIGHTS
 from gfl.config import Config
 from gfl.configfile import config_hash
 from gfl_platform import registry

@@ -5,12 +5,12 @@ from pathlib import Path
 
 import numpy as np
 
+from gfl.ap import score_images
 from gfl.bootstrap import Gain, measure_gain
 from gfl.configfile import flatten, reproducible
 from gfl.data.images import read_image
-from gfl.evaluation import score_images
-from gfl.postprocess import Rows
 from gfl.protocol import differences
+from gfl.rows import Rows
 from gfl.visualize import draw_pairs
 from gfl_platform.config import JobConfig
 from gfl_platform.events import Watcher

@@ -10,13 +10,13 @@ from typing import Any
 
 import numpy as np
 
-from gfl.checkpoint import read_config
+from gfl.checkpoint_files import read_config
 from gfl.config import SplitConfig
 from gfl.configfile import derive
 from gfl.data import render_shapes
 from gfl.data.split import Split, read_split
-from gfl.postprocess import Rows
 from gfl.protocol import protocol_hash
+from gfl.rows import Rows
 from gfl_platform import registry
 from gfl_platform.config import JobConfig
 from gfl_platform.evaluating import evaluate_checkpoint

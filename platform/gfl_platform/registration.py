@@ -29,7 +29,7 @@ def register(
     client = connect(job)
     import mlflow
 
-    from gfl.checkpoint import TRAINING
+    from gfl.checkpoint_files import TRAINING
 
     here = Path(__file__).parent
     status = client.get_run(run_id).info.status

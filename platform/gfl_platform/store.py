@@ -3,13 +3,10 @@
 Importing MLflow costs seconds, so it is imported where it is used.
 """
 
-import importlib
 import logging
 import os
 import re
-import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from gfl_platform.config import JobConfig
@@ -32,17 +29,6 @@ DATABASES = ("postgresql", "mysql")
 
 class TrackingError(ValueError):
     """A tracking store that cannot be used."""
-
-
-@contextmanager
-def imported_meanwhile() -> Iterator[None]:
-    """Import MLflow in a thread while other processes are waited for."""
-    thread = threading.Thread(target=importlib.import_module, args=("mlflow",), daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        thread.join()
 
 
 def chosen_uri(job: JobConfig) -> str | None:

@@ -8,7 +8,7 @@ from pathlib import Path
 from gfl.configfile import reproducible
 from gfl.data import load_splits
 from gfl.data.sampling import share_of_batch
-from gfl.optim import scaled_lr
+from gfl.rates import scaled_lr
 from gfl_platform import cluster, registration, registry, store, tracking
 from gfl_platform.card import lineage
 from gfl_platform.config import JobConfig
@@ -16,6 +16,7 @@ from gfl_platform.description import CONFIG_FILE, require_same
 from gfl_platform.events import Event, Watcher, pumped, straggler
 from gfl_platform.fitting import fetch_sources, run
 from gfl_platform.gate import promote
+from gfl_platform.imports import imported_meanwhile
 from gfl_platform.status import StatusFile
 from gfl_platform.storage import cache_of, held, open_run_folder, share_state
 from gfl_platform.trail import Decision
@@ -57,7 +58,8 @@ def train(job: JobConfig, name: str, *, resume: bool, watch: Watcher) -> Trainin
     config = reproducible(job)
     if not cluster.in_cluster():
         load_splits(cache_of(job).localized(config))  # here workers see the same: say what is wrong
-    cluster.connect()
+    with imported_meanwhile("mlflow"):
+        cluster.connect()
     workers = cluster.allot(job)
     share_of_batch(config, workers.count)
     if job.tracking.unreachable == "fail":
@@ -91,7 +93,7 @@ def train(job: JobConfig, name: str, *, resume: bool, watch: Watcher) -> Trainin
         origins = {"kind": "tags", "tags": lineage(config, workers, sources)}
         tracker.handle(origins)
         watch(origins)
-        with pumped(handle) as events:
+        with pumped(handle) as events, imported_meanwhile(*_used_at_the_end(job)):
             measured, best, metrics = run(job, sources, workers, folder, events)
         checkpoint = cache_of(job).local(best)  # comes here if it lies on S3
         fps = measured["fps"]
@@ -105,6 +107,11 @@ def train(job: JobConfig, name: str, *, resume: bool, watch: Watcher) -> Trainin
         decision = _point(job, version, job.registry.alias, watch)
     seconds = time.perf_counter() - started
     return TrainingResult(tracker.run_id, checkpoint, metrics, fps, seconds, version, decision)
+
+
+def _used_at_the_end(job: JobConfig) -> tuple[str, ...]:
+    """Return what is imported once the workers are done: the gate loads the model, with torch."""
+    return ("gfl.predict",) if job.registry.alias == "champion" else ()
 
 
 def _register(

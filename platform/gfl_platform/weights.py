@@ -25,7 +25,7 @@ def fetch_weights(job: JobConfig, location: str) -> Path:
     Raises:
         StorageError: a location that cannot be reached.
     """
-    from gfl.checkpoint import WEIGHTS
+    from gfl.checkpoint_files import WEIGHTS
 
     if location.startswith(("models:/", "runs:/")):
         return fetch_model(job, location) / WEIGHTS

@@ -11,7 +11,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from gfl.checkpoint import Snapshot, require_whole
+from gfl.checkpoint import Snapshot
+from gfl.checkpoint_files import require_whole
 from gfl.config import Config
 from gfl.configfile import config_hash, parse_config
 from gfl.data import load_splits

@@ -11,7 +11,8 @@ from gfl import detector as detector_module
 from gfl.architecture import infer_model
 from gfl.assigner import pad_targets
 from gfl.boxes import ltrb_centerness
-from gfl.checkpoint import About, load_checkpoint, take_snapshot
+from gfl.checkpoint import load_checkpoint, take_snapshot
+from gfl.checkpoint_files import About
 from gfl.config import ModelConfig
 from gfl.configfile import ConfigError, derive
 from gfl.data import load_splits

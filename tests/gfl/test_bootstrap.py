@@ -4,13 +4,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 
 from gfl import bootstrap
+from gfl.ap import evaluate_detections, evaluate_split
 from gfl.bootstrap import measure_gain
 from gfl.config import Config
 from gfl.data.split import ImageRecord, Split
-from gfl.evaluation import evaluate_detections, evaluate_split
 
 
 def split_of(annotations, images):
@@ -25,7 +24,7 @@ def split_of(annotations, images):
         ],
     }  # fmt: skip
     records = [
-        ImageRecord(n, Path(f"{n}.jpg"), (99, 99), torch.empty(0, 4), torch.empty(0))
+        ImageRecord(n, Path(f"{n}.jpg"), (99, 99), np.empty((0, 4)), np.empty(0))
         for n in range(1, images + 1)
     ]
     return Split(records=records, classes=["a", "b"], category_ids=[3, 7], truth=truth,

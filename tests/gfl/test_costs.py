@@ -127,7 +127,9 @@ def test_winograds_algorithm_takes_the_levels_together():
         ("import jobs.train", set()),
         ("from gfl import load_config", {"numpy"}),
         ("import gfl_platform.sweeps.trial", {"ray", "pandas", "numpy"}),
-        ("import gfl_platform.trainers", {"ray", "pandas", "numpy"}),
+        ("import gfl_platform.training", {"ray", "pandas", "numpy", "hotcoco"}),
+        ("import gfl_platform.sweeps.run", {"ray", "pandas", "numpy", "hotcoco"}),
+        ("import gfl_platform.evaluating, gfl_platform.benchmarking", {"ray", "pandas", "numpy"}),
         (
             "from gfl_platform.trainers import ProcessGroup as P; P().backend_cls()",
             {"ray", "pandas", "numpy"},

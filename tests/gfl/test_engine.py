@@ -6,7 +6,8 @@ import pytest
 import torch
 from tests_support import run_workers
 
-from gfl.checkpoint import CHECKSUMS, TRAINING, load_checkpoint, read_about, require_whole
+from gfl.checkpoint import load_checkpoint
+from gfl.checkpoint_files import CHECKSUMS, TRAINING, read_about, require_whole
 from gfl.configfile import derive
 from gfl.data import load_splits
 from gfl.data.loading import collate
@@ -14,7 +15,8 @@ from gfl.detector import loss_names
 from gfl.diagnosis import first_non_finite
 from gfl.engine import fit
 from gfl.errors import LeaveError, NonFiniteLossError
-from gfl.optim import build_optimizer, lr_factor, scaled_lr
+from gfl.optim import build_optimizer
+from gfl.rates import lr_factor, scaled_lr
 from gfl.trainer import Trainer
 
 CPU = torch.device("cpu")

@@ -15,11 +15,12 @@ from pycocotools.cocoeval import COCOeval
 from tests_support import as_rows, run_workers
 
 import gfl
+from gfl.ap import evaluate_detections, evaluate_split
 from gfl.configfile import derive
 from gfl.data import load_splits
 from gfl.engine import build_evaluation_loader
-from gfl.evaluation import detect, evaluate, evaluate_detections, evaluate_split, gather
-from gfl.postprocess import coco_records
+from gfl.evaluation import detect, evaluate, gather
+from gfl.rows import coco_records
 from gfl.speed import measure_fps
 
 CPU = torch.device("cpu")

@@ -12,7 +12,7 @@ from torchvision.ops import batched_nms
 import gfl
 from benchmarks import export as benchmark
 from gfl import exporting
-from gfl.checkpoint import About
+from gfl.checkpoint_files import About
 from gfl.configfile import derive
 from gfl.data import load_splits
 from gfl.data.images import list_images

@@ -6,7 +6,8 @@ import torch
 from torch.nn import functional as F
 
 import gfl
-from gfl.checkpoint import About, take_snapshot
+from gfl.checkpoint import take_snapshot
+from gfl.checkpoint_files import About
 from gfl.config import QualityPredictorConfig
 from gfl.configfile import derive
 from gfl.data import load_splits

@@ -5,7 +5,7 @@ import torch
 from tests_support import attentive_detector
 
 import gfl
-from gfl.checkpoint import About
+from gfl.checkpoint_files import About
 from gfl.configfile import derive
 from gfl.data import load_splits
 from gfl.data.images import list_images

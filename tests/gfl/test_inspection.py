@@ -107,8 +107,8 @@ def test_a_class_without_boxes_is_named(tiny, prepared):
 
 def test_boxes_beyond_their_image_are_counted_with_its_name(tiny, prepared):
     train, val = prepared
-    boxes = torch.tensor([[-9.0, 5, 20, 20], [3, 3, 20, 80], [-0.5, 0, 64.5, 64]])
-    broken = changed(train, 4, boxes=boxes, labels=torch.zeros(3, dtype=torch.long))
+    boxes = np.array([[-9.0, 5, 20, 20], [3, 3, 20, 80], [-0.5, 0, 64.5, 64]], np.float32)
+    broken = changed(train, 4, boxes=boxes, labels=np.zeros(3, np.int64))
     (found,) = findings(tiny, broken, val)
     assert (found.error, found.count) == (False, 2)
     assert found.details == [train.records[4].path.name] * 2
@@ -138,9 +138,9 @@ def test_images_and_boxes_are_counted(tiny, prepared):
 
 def test_sizes_are_those_of_the_network_s_input(tiny, prepared):
     train, _ = prepared
-    sides = torch.tensor([[31.0, 32], [32, 32], [95, 96], [96, 96]])
-    boxes = torch.cat([torch.zeros(4, 2), sides * 2], dim=1)  # the image is halved
-    labels = torch.zeros(4, dtype=torch.long)
+    sides = np.array([[31, 32], [32, 32], [95, 96], [96, 96]], np.float32)
+    boxes = np.concatenate([0 * sides, 2 * sides], axis=1)  # the image is halved
+    labels = np.zeros(4, np.int64)
     data = tiny.data.model_copy(update={"short_side": 100, "long_side": 200})
     record = replace(train.records[0], size=(200, 400), boxes=boxes, labels=labels)
     statistics = describe(replace(train, records=[record]), data)
@@ -187,7 +187,7 @@ def test_the_check_before_training_samples_a_large_set_in_a_second_or_two(prepar
     first = prepared[0].records[0]
     records = [
         ImageRecord(number, first.path, (480, 640), *objects)
-        for number, objects in enumerate(zip(boxes, labels, strict=True))
+        for number, objects in enumerate(zip(boxes.numpy(), labels.numpy(), strict=True))
     ]
     names = [f"{label}" for label in range(80)]
     split = replace(prepared[0], records=records, classes=names)
@@ -205,8 +205,8 @@ def test_the_check_before_training_samples_a_large_set_in_a_second_or_two(prepar
 
 def test_samples_are_drawn_as_training_sees_them(tiny, prepared, tmp_path):
     train, _ = prepared
-    boxes = torch.tensor([[16.0, 16, 48, 40]])
-    train = changed(train, 0, boxes=boxes, labels=torch.zeros(1, dtype=torch.long))
+    boxes = np.array([[16, 16, 48, 40]], np.float32)
+    train = changed(train, 0, boxes=boxes, labels=np.zeros(1, np.int64))
     config = tiny.model_copy(update={"data": tiny.data.model_copy(update={"flip": 0.0})})
     draw_samples(DetectionDataset(train, config, training=True), tmp_path / "new", count=5)
     drawn = sorted((tmp_path / "new").iterdir())

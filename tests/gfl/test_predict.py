@@ -10,7 +10,8 @@ from PIL import Image
 from tests_support import attentive_detector
 
 import gfl
-from gfl.checkpoint import About, take_snapshot
+from gfl.checkpoint import take_snapshot
+from gfl.checkpoint_files import About
 from gfl.data.errors import DataError
 from gfl.data.images import list_images, read_image
 from gfl.outputs import require_own_names, write_detections

@@ -3,6 +3,7 @@
 from math import ceil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -27,8 +28,9 @@ from gfl.reach import (
 
 
 def record(boxes, height=800, width=800):
-    boxes = torch.tensor(boxes, dtype=torch.float32).reshape(-1, 4)
-    return ImageRecord(1, Path("a.jpg"), (height, width), boxes, torch.zeros(len(boxes)).long())
+    boxes = np.array(boxes, dtype=np.float32).reshape(-1, 4)
+    labels = np.zeros(len(boxes), np.int64)
+    return ImageRecord(1, Path("a.jpg"), (height, width), boxes, labels)
 
 
 def config_of(**model):
@@ -118,13 +120,15 @@ def loop_reference(records, short, long, topk, reg_max):
     for number, r in enumerate(records):
         height, width = fitted_size(*r.size, short, long)
         scale = torch.tensor([width / r.size[1], height / r.size[0]] * 2)
-        boxes = r.boxes * scale
+        boxes = torch.tensor(r.boxes) * scale
         boxes[:, 0::2] = boxes[:, 0::2].clamp(0, width)
         boxes[:, 1::2] = boxes[:, 1::2].clamp(0, height)
         sizes = torch.tensor([[height, width]])
         padded = (ceil(height / 32) * 32, ceil(width / 32) * 32)
         points = grid_points(level_sizes(*padded), torch.device("cpu"))
-        assigned = assign(points, pad_targets([boxes], [r.labels], sizes), topk)[0].tolist()
+        assigned = assign(points, pad_targets([boxes], [torch.tensor(r.labels)], sizes), topk)[
+            0
+        ].tolist()
         for location, truth in enumerate(assigned):
             if truth < 0:
                 continue
@@ -160,7 +164,7 @@ def test_boxes_are_those_of_training(size):
     r = record([*r.boxes.tolist(), [-9, -9, 999, 30]], *size)
     data = DataConfig(short_side=100, long_side=170, flip=0.0)
     pixels, expected = build_transforms(data, training=True)(
-        *as_sample(torch.zeros(3, *size, dtype=torch.uint8), r.boxes)
+        *as_sample(torch.zeros(3, *size, dtype=torch.uint8), torch.tensor(r.boxes))
     )
     boxes, new_size = network_boxes(r, 100, 170)
     assert new_size == tuple(pixels.shape[-2:])

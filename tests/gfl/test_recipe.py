@@ -12,7 +12,8 @@ from gfl.data import load_splits
 from gfl.data.loading import collate
 from gfl.engine import fit
 from gfl.objective import Objective
-from gfl.optim import build_optimizer, lr_factor, scaled_lr
+from gfl.optim import build_optimizer
+from gfl.rates import lr_factor, scaled_lr
 from gfl.trainer import Trainer, _require_device
 
 CPU = torch.device("cpu")

@@ -13,7 +13,8 @@ import torch
 from drivers import training_processes
 from mlflow import MlflowClient
 
-from gfl.checkpoint import load_checkpoint, read_about
+from gfl.checkpoint import load_checkpoint
+from gfl.checkpoint_files import read_about
 from gfl_platform.mirror import Cache
 from gfl_platform.s3 import list_objects, upload
 

@@ -13,7 +13,7 @@ import torch
 from mlflow import MlflowClient
 from tests_support import run_workers
 
-from gfl.checkpoint import read_about
+from gfl.checkpoint_files import read_about
 from gfl.data import load_splits
 from gfl.engine import fit
 from gfl_platform.config import load_job

@@ -5,7 +5,8 @@ import subprocess
 import pytest
 import torch
 
-from gfl.checkpoint import WEIGHTS, load_checkpoint, read_about, require_whole
+from gfl.checkpoint import load_checkpoint
+from gfl.checkpoint_files import WEIGHTS, read_about, require_whole
 from gfl_platform import training
 from gfl_platform.cluster import JobFailedError
 from gfl_platform.config import load_job

@@ -10,10 +10,11 @@ import pytest
 import torch
 from tests_support import as_rows
 
-from gfl.checkpoint import About, read_config, take_snapshot
+from gfl.ap import evaluate_split
+from gfl.checkpoint import take_snapshot
+from gfl.checkpoint_files import About, read_config
 from gfl.configfile import derive, reproducible
 from gfl.detector import Detector
-from gfl.evaluation import evaluate_split
 from gfl_platform import gate, measuring, registration, registry, trail, training
 from gfl_platform.benchmarking import Benchmark, Timing, keep
 from gfl_platform.cluster import JobFailedError

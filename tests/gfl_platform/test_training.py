@@ -13,9 +13,10 @@ import torch
 from ray.exceptions import ActorDiedError
 from tests_support import as_rows
 
-from gfl.checkpoint import load_checkpoint, read_about
+from gfl.ap import evaluate_detections
+from gfl.checkpoint import load_checkpoint
+from gfl.checkpoint_files import read_about
 from gfl.configfile import ConfigError, derive, load_config
-from gfl.evaluation import evaluate_detections
 from gfl_platform import cluster, registry, training
 from gfl_platform.config import JobConfig, load_job
 from gfl_platform.evaluating import evaluate_checkpoint

@@ -10,7 +10,8 @@ import pytest
 import ray.train
 from ray.train import Checkpoint
 
-from gfl.checkpoint import ABOUT, CHECKSUMS, CONFIG, TRAINING, WEIGHTS, About, take_snapshot
+from gfl.checkpoint import take_snapshot
+from gfl.checkpoint_files import ABOUT, CHECKSUMS, CONFIG, TRAINING, WEIGHTS, About
 from gfl.detector import Detector
 from gfl_platform import worker
 from gfl_platform.mirror import Cache

@@ -9,11 +9,11 @@ import time
 import pytest
 from PIL import Image
 
-from gfl.checkpoint import About, take_snapshot
+from gfl.checkpoint import take_snapshot
+from gfl.checkpoint_files import About
 from gfl.configfile import derive
 from gfl.detector import Detector
-from gfl.protocol import STATE, Variant
-from gfl.speed import YARDSTICK
+from gfl.protocol import STATE, YARDSTICK, Variant
 from gfl_platform import benchmarking, registry
 from gfl_platform.benchmarking import Benchmark, Timing
 from gfl_platform.config import JobConfig

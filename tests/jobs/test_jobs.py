@@ -15,7 +15,8 @@ import torch
 from PIL import Image
 from pycocotools.coco import COCO
 
-from gfl.checkpoint import load_checkpoint, read_about
+from gfl.checkpoint import load_checkpoint
+from gfl.checkpoint_files import read_about
 
 JOBS = ("train", "sweep", "inspect", "evaluate", "predict", "registry", "demo")
 

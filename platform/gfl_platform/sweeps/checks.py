@@ -1,11 +1,11 @@
-"""What a sweep's data must be, looked at where trials run: its driver needs no torch."""
+"""What a sweep's data must be."""
 
 import numpy as np
 
+from gfl.ap import evaluate_split
 from gfl.configfile import ConfigError
 from gfl.data import load_splits
 from gfl.data.sampling import share_of_batch
-from gfl.evaluation import evaluate_split
 from gfl_platform.config import JobConfig
 from gfl_platform.storage import cache_of
 from gfl_platform.sweeps.results import AT_THE_END

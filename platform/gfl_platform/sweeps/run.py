@@ -9,13 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from gfl.configfile import derive, reproducible
-from gfl_platform import cluster, remote, store, tracking
+from gfl_platform import cluster, store, tracking
 from gfl_platform.capacity import START_TIMEOUT, most_resources
 from gfl_platform.cluster import Workers
 from gfl_platform.config import JobConfig
 from gfl_platform.description import require_same
 from gfl_platform.events import Event, pumped
 from gfl_platform.fitting import fetch_sources
+from gfl_platform.imports import imported_meanwhile
 from gfl_platform.storage import (
     find_run_folder,
     held,
@@ -24,6 +25,7 @@ from gfl_platform.storage import (
     scratch_folder,
     share_state,
 )
+from gfl_platform.sweeps.checks import check_data
 from gfl_platform.sweeps.plan import (
     ENDED,
     DrawnTrials,
@@ -124,11 +126,11 @@ def _prepare(job: JobConfig, name: str, *, resume: bool) -> tuple[Path, Workers]
     if resume:
         require_same(folder / CONFIG_FILE, asked, "sweep", MAY_CHANGE)
     stops = _stops_trials(sweep_of(job))
-    with store.imported_meanwhile():
+    with imported_meanwhile("mlflow"):
         cluster.connect(dashboard=stops)
         workers = replace(cluster.allot(first), stoppable=stops)
         if not cluster.in_cluster():  # here workers see the same files: say at once what is wrong
-            remote.call(_check_data, first, workers.count, sweep_of(job).objectives)
+            check_data(first, workers.count, sweep_of(job).objectives)
     store.connect(job)
     fetch_sources(first)
     if not resume:
@@ -140,12 +142,6 @@ def _prepare(job: JobConfig, name: str, *, resume: bool) -> tuple[Path, Workers]
 def comparable(job: JobConfig) -> JobConfig:
     """Return `job` without what a resumed sweep may change: where it runs, and its names."""
     return derive(JobConfig, reproducible(job), []).model_copy(update={"sweep": job.sweep})
-
-
-def _check_data(job: JobConfig, workers: int, objectives: tuple[str, ...]) -> None:
-    from gfl_platform.sweeps.checks import check_data
-
-    check_data(job, workers, objectives)
 
 
 def _devices(workers: Workers) -> int:

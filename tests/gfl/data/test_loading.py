@@ -4,6 +4,7 @@ from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -77,8 +78,8 @@ def images(count, tall=(), labels=None):
             image_id=i,
             path=Path(f"{i}.jpg"),
             size=(40, 30) if i in tall else (30, 40),
-            boxes=torch.zeros(1, 4),
-            labels=torch.tensor(labels[i] if labels else [0]),
+            boxes=np.zeros((1, 4), np.float32),
+            labels=np.array(labels[i] if labels else [0]),
         )
         for i in range(count)
     ]
