@@ -14,6 +14,13 @@ from gfl_platform.store import connect
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_cluster")]
 
 
+@pytest.fixture(scope="module")
+def shapes(trained):
+    """The job and the result of the training that `shapes` is from; one worker measures here."""
+    job, result, _ = trained
+    return derive(JobConfig, job, ["cluster.workers=1"]), result
+
+
 def gated(job, gate_section):
     return job.model_copy(
         update={"registry": derive(JobConfig, job, [f"registry.gate={gate_section}"]).registry}
@@ -24,8 +31,8 @@ def aliases(job):
     return {a: v.version for v in registry.list_versions(job, "shapes") for a in v.aliases}
 
 
-def test_a_training_passed_the_gate_before_it_became_champion(trained):
-    job, result, _ = trained
+def test_a_training_passed_the_gate_before_it_became_champion(shapes):
+    job, result = shapes
     decision = trail.read_trail(connect(job), "shapes")[0]
     assert (decision.action, decision.version, decision.aliases) == ("promoted", 1, {"champion": 1})
     assert decision.figures["candidate"]["AP"] == pytest.approx(result.metrics["AP"], abs=1e-9)
@@ -34,8 +41,8 @@ def test_a_training_passed_the_gate_before_it_became_champion(trained):
     assert gate.promote(job, "shapes", 1, lambda _: None) == decision
 
 
-def test_a_version_is_refused_promoted_and_rolled_back(trained):
-    job, _, _ = trained
+def test_a_version_is_refused_promoted_and_rolled_back(shapes):
+    job, _ = shapes
     client = connect(job)
     strict = gated(job, "{ap_margin: 0.01, fps_floor: 1e6}")
     refused = gate.promote(strict, "shapes", 2, lambda _: None)
@@ -60,8 +67,8 @@ def test_a_version_is_refused_promoted_and_rolled_back(trained):
 
 
 @pytest.mark.cluster
-def test_a_version_with_a_pickle_or_another_ap_is_refused(trained):
-    job, result, _ = trained
+def test_a_version_with_a_pickle_or_another_ap_is_refused(shapes):
+    job, result = shapes
     client = connect(job)
     facts = {"AP": 0.99, "fps": result.fps}
     number = registration.register(job, "boasts", result.checkpoint, result.run_id, facts)
@@ -82,8 +89,8 @@ def test_a_version_with_a_pickle_or_another_ap_is_refused(trained):
         client.delete_registered_model(name)
 
 
-def test_the_card_tells_what_a_model_was_made_of(trained):
-    job, result, _ = trained
+def test_the_card_tells_what_a_model_was_made_of(shapes):
+    job, result = shapes
     described = card.describe(job, registry.find(job, "shapes", "1"))
     assert described["run"] == result.run_id
     assert described["git.commit"] == git_state()[0]
@@ -94,8 +101,8 @@ def test_the_card_tells_what_a_model_was_made_of(trained):
     assert described["config"] == f"runs:/{result.run_id}/config.yaml"
 
 
-def test_a_training_is_done_again_from_its_card(trained):
-    job, result, _ = trained
+def test_a_training_is_done_again_from_its_card(shapes):
+    job, result = shapes
     where = JobConfig(storage=job.storage)
     found = card.recipe(where, "models:/shapes@champion", ["schedule.epochs=2"])
     assert found.job.schedule.epochs == 2
@@ -108,8 +115,8 @@ def test_a_training_is_done_again_from_its_card(trained):
         card.recipe(where, "runs:/0123", [])
 
 
-def test_two_versions_are_compared(trained, tmp_path):
-    job, _, _ = trained
+def test_two_versions_are_compared(shapes, tmp_path):
+    job, _ = shapes
     one, other = (registry.find(job, "shapes", number) for number in "12")
     found = comparison.compare(job, one, other, tmp_path / "pairs.png", lambda _: None)
     assert (found.settings, found.gain.ap) == ([], 0)

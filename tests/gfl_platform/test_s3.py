@@ -196,7 +196,7 @@ def remote(s3, tiny_file, shapes_folder, tmp_path):
     ]
     return load_job(tiny_file, [*data, f"storage.root=s3://gfl/{tmp_path.name}",
                                 f"storage.cache={tmp_path}/cache", "storage.checkpoint_steps=3",
-                                "schedule.epochs=1",
+                                "schedule.epochs=1", "cluster.workers=1",
                                 f"tracking.uri=sqlite:///{tmp_path}/mlflow.db"])  # fmt: skip
 
 
