@@ -68,7 +68,7 @@ def measure_gain(
 
     Args:
         split: The images of both, and their ground truths.
-        rows: Detections, (N, 7), as `gfl.postprocess.coco_rows` has them.
+        rows: Detections, (N, 7), as `gfl.rows.Rows` says.
         baseline: Those of the other detector.
         config: Its section `evaluation` counts.
         draws: How often images are drawn.

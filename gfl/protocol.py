@@ -13,9 +13,6 @@ from typing import Any, Literal
 IMAGES = 2000
 """How many are measured at most, as GFocal did."""
 
-SECONDS = 60.0
-"""How long a benchmark goes over fewer images than that: machines drift by percents in a minute."""
-
 WARM_UP = 5
 
 Precision = Literal["float32", "bfloat16", "float16"]

@@ -24,8 +24,8 @@ from gfl.data.split import Split
 from gfl.detector import Detector, place
 from gfl.folding import folded
 from gfl.heap import return_freed_memory
+from gfl.machine import record
 from gfl.protocol import IMAGES, STATE, WARM_UP, YARDSTICK, Variant
-from gfl.recording import record
 
 
 class UnavailableError(ValueError):

@@ -71,7 +71,7 @@ def draw_pairs(
 
     Args:
         images: RGB pixels (3, H, W), uint8.
-        found: Of each detector, of each image: rows as `coco_rows` has them, (N, 7).
+        found: Of each detector, of each image: rows as `gfl.rows.Rows` says, (N, 7).
         names: Of the classes, by category id.
         titles: What the detectors are called.
         path: The PNG file.

@@ -50,7 +50,8 @@ def read_image(path: Path) -> "Tensor":
         DataError: a file that is missing or no image.
     """
     with _opened(path) as image:
-        return pixels_of(image)
+        pixels = _rgb(_upright(image))
+    return _tensor(pixels)
 
 
 def pixels_of(image: bytes | Image.Image) -> "Tensor":
@@ -59,14 +60,12 @@ def pixels_of(image: bytes | Image.Image) -> "Tensor":
     Raises:
         DataError: it is no image.
     """
-    import torch  # late, for who only wants sizes
-
     if isinstance(image, bytes):
         with _opened(BytesIO(image)) as opened:
             pixels = _rgb(_upright(opened))
     else:
         pixels = _rgb(_upright(image))
-    return torch.from_numpy(pixels).permute(2, 0, 1)
+    return _tensor(pixels)
 
 
 def image_size(path: Path) -> tuple[int, int]:
@@ -120,6 +119,12 @@ def _upright(image: Image.Image) -> Image.Image:
     # Pillow has parsed it by now; left here, it would be written anew, which fails on damaged ones.
     image.info.pop("exif", None)
     return ImageOps.exif_transpose(image)
+
+
+def _tensor(pixels: NDArray[np.uint8]) -> "Tensor":
+    import torch  # late, for who only wants sizes
+
+    return torch.from_numpy(pixels).permute(2, 0, 1)
 
 
 def _rgb(image: Image.Image) -> NDArray[np.uint8]:

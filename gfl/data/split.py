@@ -38,8 +38,8 @@ class ImageRecord:
         image_id: The id in the annotation file.
         path: The image file.
         size: (height, width) in px.
-        boxes: `xyxy` in px, (G, 4), as annotated: not clipped to the image.
-        labels: Classes 0..C-1, (G,), in the order of category ids.
+        boxes: `xyxy` in px, (G, 4), float32, as annotated: not clipped to the image.
+        labels: Classes 0..C-1, (G,), int64, in the order of category ids.
     """
 
     image_id: int

@@ -1,4 +1,4 @@
-"""What the worker of a benchmark measures."""
+"""What the worker of a benchmark measures; imported by it alone, for it needs torch."""
 
 import time
 from collections.abc import Sequence
@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from gfl.checkpoint import load_checkpoint, take_snapshot
+from gfl.checkpoint import load_checkpoint
 from gfl.checkpoint_files import About
 from gfl.config import Config
 from gfl.configfile import parse_config
@@ -15,7 +15,7 @@ from gfl.data import render_shapes
 from gfl.data.split import read_split
 from gfl.detector import Detector
 from gfl.predict import Model
-from gfl.protocol import SECONDS, STATE, WARM_UP
+from gfl.protocol import STATE, WARM_UP
 from gfl.speed import (
     UnavailableError,
     count_flops,
@@ -29,14 +29,19 @@ from gfl_platform.benchmarking import Benchmark, Timing
 
 PERCENTILES = (50, 90, 99)
 
+SECONDS = 60.0
+"""How long it goes over few images at least: machines drift by percents in a minute."""
+
 
 def benchmark_worker(settings: dict[str, Any]) -> Benchmark:
     """Measure on this worker's device."""
     config = parse_config(settings["config"], "job")
     device = cluster.worker_device()
-    cache = settings["cache"]
+    cache, checkpoint = settings["cache"], settings["checkpoint"]
     config = cache.localized(config)
-    detector, about = load_checkpoint(cache.local(settings["checkpoint"]), config)
+    detector, about = (
+        load_checkpoint(cache.local(checkpoint), config) if checkpoint else _untrained(config)
+    )
     render_shapes(config)
     split = read_split(config.data, "val", config.model.num_classes, about.classes)
     timings: list[Timing] = []
@@ -95,13 +100,11 @@ def _timing(
     return Timing(name, batch * len(seconds) / sum(seconds), named, peak, protocol, milliseconds)
 
 
-def write_untrained(config: Config, folder: Path) -> Path:
-    """Return a checkpoint of weights as training begins with them, a new folder in `folder`."""
+def _untrained(config: Config) -> tuple[Detector, About]:
+    """Return a detector with the weights that training begins with."""
     count = config.model.num_classes
     about = About([f"class {n}" for n in range(count)], list(range(1, count + 1)), 0, 0, {})
-    (checkpoint := folder / "untrained").mkdir()
-    take_snapshot(Detector(config), config, about, {}).write(checkpoint)
-    return checkpoint
+    return Detector(config).eval(), about
 
 
 def _padded(side: int) -> int:

@@ -91,15 +91,10 @@ def benchmark(
     cluster.connect()
     alone = job.model_copy(update={"cluster": job.cluster.model_copy(update={"workers": 1})})
     workers = cluster.allot(alone)
-    config = reproducible(job)
     with scratch_folder(job) as scratch, pumped(watch) as events:
-        if checkpoint is None:
-            from gfl_platform.benchmark_worker import write_untrained  # which needs torch
-
-            checkpoint = write_untrained(config, scratch)
         settings = {
-            "config": dump_config(config),
-            "checkpoint": shared(job, checkpoint),
+            "config": dump_config(reproducible(job)),
+            "checkpoint": checkpoint and shared(job, checkpoint),
             "cache": cache_of(job),
             "variants": [Variant(), *(v for v in variants if v != Variant())],
             "images": images,

@@ -1,4 +1,4 @@
-"""What every worker of an evaluation does."""
+"""What every worker of an evaluation does; imported by them alone, for it needs torch."""
 
 from typing import Any
 

@@ -1,6 +1,6 @@
 """A training as who starts it sees it: what it begins with, its workers, its best checkpoint.
 
-Light to import: a sweep's processes need no torch, except where one trains.
+Light to import: the processes of a training or a sweep need no torch, except where one trains.
 """
 
 import logging
@@ -18,12 +18,21 @@ from gfl_platform.config import JobConfig
 from gfl_platform.events import Events
 from gfl_platform.s3 import S3Error, is_remote
 from gfl_platform.storage import cache_of, discard, folders_in, ray_storage, shared
-from gfl_platform.weights import fetch_model, fetch_weights
+from gfl_platform.weights import TORCHVISION, fetch_model, fetch_weights
 
 logger = logging.getLogger(__name__)
 
 RAY_FOLDER = "ray"
 """In a run's: the checkpoints, and what Ray notes of them."""
+
+
+def used_by_sources(job: JobConfig) -> tuple[str, ...]:
+    """Return what `fetch_sources` imports that takes seconds."""
+    if (pretrained := job.model.pretrained) is None:
+        return ()
+    if cluster.in_cluster():
+        return ("torchvision",) if pretrained.startswith(TORCHVISION) else ()
+    return ("gfl.pretrained",)
 
 
 def fetch_sources(job: JobConfig) -> dict[str, Path | None]:

@@ -3,7 +3,7 @@
 import importlib
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 
 @contextmanager
@@ -12,9 +12,10 @@ def imported_meanwhile(*modules: str) -> Iterator[None]:
 
     def load() -> None:
         for module in modules:
-            importlib.import_module(module)
+            with suppress(Exception):  # whoever needs it is told
+                importlib.import_module(module)
 
-    thread = threading.Thread(target=load, daemon=True)
+    thread = threading.Thread(target=load, name="imports", daemon=True)
     thread.start()
     try:
         yield

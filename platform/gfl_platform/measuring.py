@@ -45,7 +45,7 @@ class Measurement:
         fps: Frames per second.
         protocol: How they were measured.
         digest: Of the images and their annotations.
-        rows: The detections, (N, 7), as `gfl.postprocess.coco_rows` has them.
+        rows: The detections, (N, 7), as `gfl.rows.Rows` says.
     """
 
     metrics: dict[str, float]

@@ -11,6 +11,7 @@ paths, which would be those of its own machine, unless GFL_SERVE_PATHS=1 allows 
 
 import base64
 import binascii
+import logging
 import os
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,9 @@ SERVED = "__pyfunc_model_path__"
 """In the environment of MLflow's scoring server, and of nothing else."""
 
 LONGEST_PATH = 4096
+
+# MLflow would say at each registration and loading that it leaves it to us to check an input.
+logging.getLogger("mlflow.types.type_hints").setLevel(logging.ERROR)
 
 
 class Detections(BaseModel):
@@ -62,7 +66,7 @@ class DetectorModel(PythonModel):
         """Read the checkpoint that was logged with the model."""
         self._model = gfl.load(context.artifacts["checkpoint"])
 
-    def predict(self, context: Any, model_input: list[Any]) -> list[Detections]:
+    def predict(self, context: Any, model_input: list[bytes | str]) -> list[Detections]:
         """Return the detections in every image.
 
         Raises:

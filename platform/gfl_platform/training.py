@@ -14,7 +14,7 @@ from gfl_platform.card import lineage
 from gfl_platform.config import JobConfig
 from gfl_platform.description import CONFIG_FILE, require_same
 from gfl_platform.events import Event, Watcher, pumped, straggler
-from gfl_platform.fitting import fetch_sources, run
+from gfl_platform.fitting import fetch_sources, run, used_by_sources
 from gfl_platform.gate import promote
 from gfl_platform.imports import imported_meanwhile
 from gfl_platform.status import StatusFile
@@ -58,7 +58,7 @@ def train(job: JobConfig, name: str, *, resume: bool, watch: Watcher) -> Trainin
     config = reproducible(job)
     if not cluster.in_cluster():
         load_splits(cache_of(job).localized(config))  # here workers see the same: say what is wrong
-    with imported_meanwhile("mlflow"):
+    with imported_meanwhile("mlflow", *used_by_sources(job)):
         cluster.connect()
     workers = cluster.allot(job)
     share_of_batch(config, workers.count)
@@ -69,6 +69,7 @@ def train(job: JobConfig, name: str, *, resume: bool, watch: Watcher) -> Trainin
     folder = open_run_folder(job, name, resume=resume)
     require_same(folder / CONFIG_FILE, config, "run")
     with (
+        imported_meanwhile(*_used_at_the_end(job)),
         held(folder),
         tracking.RunTracker(job, name, folder) as tracker,
         StatusFile(folder, workers.count, cluster.node_count()) as status,
@@ -93,7 +94,7 @@ def train(job: JobConfig, name: str, *, resume: bool, watch: Watcher) -> Trainin
         origins = {"kind": "tags", "tags": lineage(config, workers, sources)}
         tracker.handle(origins)
         watch(origins)
-        with pumped(handle) as events, imported_meanwhile(*_used_at_the_end(job)):
+        with pumped(handle) as events:
             measured, best, metrics = run(job, sources, workers, folder, events)
         checkpoint = cache_of(job).local(best)  # comes here if it lies on S3
         fps = measured["fps"]
@@ -110,8 +111,8 @@ def train(job: JobConfig, name: str, *, resume: bool, watch: Watcher) -> Trainin
 
 
 def _used_at_the_end(job: JobConfig) -> tuple[str, ...]:
-    """Return what is imported once the workers are done: the gate loads the model, with torch."""
-    return ("gfl.predict",) if job.registry.alias == "champion" else ()
+    """Return what is imported once the workers are done: only a model that loads has an alias."""
+    return ("gfl.predict",) if job.registry.alias else ()
 
 
 def _register(

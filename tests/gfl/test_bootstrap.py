@@ -24,7 +24,9 @@ def split_of(annotations, images):
         ],
     }  # fmt: skip
     records = [
-        ImageRecord(n, Path(f"{n}.jpg"), (99, 99), np.empty((0, 4)), np.empty(0))
+        ImageRecord(
+            n, Path(f"{n}.jpg"), (99, 99), np.empty((0, 4), np.float32), np.empty(0, np.int64)
+        )
         for n in range(1, images + 1)
     ]
     return Split(records=records, classes=["a", "b"], category_ids=[3, 7], truth=truth,

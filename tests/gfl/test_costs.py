@@ -130,6 +130,9 @@ def test_winograds_algorithm_takes_the_levels_together():
         ("import gfl_platform.training", {"ray", "pandas", "numpy", "hotcoco"}),
         ("import gfl_platform.sweeps.run", {"ray", "pandas", "numpy", "hotcoco"}),
         ("import gfl_platform.evaluating, gfl_platform.benchmarking", {"ray", "pandas", "numpy"}),
+        ("import gfl_platform.fitting, gfl_platform.cluster", {"ray", "pandas", "numpy"}),
+        ("import gfl_platform.gate", {"ray", "pandas", "numpy", "hotcoco"}),
+        ("import jobs.sweep, jobs.evaluate, jobs.benchmark", set()),
         (
             "from gfl_platform.trainers import ProcessGroup as P; P().backend_cls()",
             {"ray", "pandas", "numpy"},

@@ -126,9 +126,8 @@ def loop_reference(records, short, long, topk, reg_max):
         sizes = torch.tensor([[height, width]])
         padded = (ceil(height / 32) * 32, ceil(width / 32) * 32)
         points = grid_points(level_sizes(*padded), torch.device("cpu"))
-        assigned = assign(points, pad_targets([boxes], [torch.tensor(r.labels)], sizes), topk)[
-            0
-        ].tolist()
+        targets = pad_targets([boxes], [torch.tensor(r.labels)], sizes)
+        assigned = assign(points, targets, topk)[0].tolist()
         for location, truth in enumerate(assigned):
             if truth < 0:
                 continue

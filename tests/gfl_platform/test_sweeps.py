@@ -16,6 +16,7 @@ from gfl_platform import cluster, fitting
 from gfl_platform.config import load_job
 from gfl_platform.spool import backlog
 from gfl_platform.store import connect
+from gfl_platform.sweeps.checks import check_data
 from gfl_platform.sweeps.plan import DrawnTrials, trial_name
 from gfl_platform.sweeps.recorder import Recorder
 from gfl_platform.sweeps.results import Trial, read_trial, write_trial
@@ -340,6 +341,13 @@ def test_a_resumed_sweep_that_asks_for_something_else_is_refused(tiny_file, tmp_
     with pytest.raises(ConfigError, match=r"this sweep was started .*\(sweep\.seeds 2 -> 3\)"):
         run_dry(other, "s", resume=True)
     assert [path.name for path in folder.iterdir()] == [CONFIG_FILE]
+
+
+def test_objectives_that_the_data_cannot_have_are_refused(tiny_file):
+    job = load_job(tiny_file, [GRID])
+    check_data(job, 2, ("AP", "fps"))
+    with pytest.raises(ConfigError, match=r"objectives: APl is never reported: .*no such objects"):
+        check_data(job, 2, ("AP", "APl"))
 
 
 @pytest.mark.ray

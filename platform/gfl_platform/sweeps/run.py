@@ -15,7 +15,7 @@ from gfl_platform.cluster import Workers
 from gfl_platform.config import JobConfig
 from gfl_platform.description import require_same
 from gfl_platform.events import Event, pumped
-from gfl_platform.fitting import fetch_sources
+from gfl_platform.fitting import fetch_sources, used_by_sources
 from gfl_platform.imports import imported_meanwhile
 from gfl_platform.storage import (
     find_run_folder,
@@ -126,7 +126,7 @@ def _prepare(job: JobConfig, name: str, *, resume: bool) -> tuple[Path, Workers]
     if resume:
         require_same(folder / CONFIG_FILE, asked, "sweep", MAY_CHANGE)
     stops = _stops_trials(sweep_of(job))
-    with imported_meanwhile("mlflow"):
+    with imported_meanwhile("mlflow", *used_by_sources(first)):
         cluster.connect(dashboard=stops)
         workers = replace(cluster.allot(first), stoppable=stops)
         if not cluster.in_cluster():  # here workers see the same files: say at once what is wrong
