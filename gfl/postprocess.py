@@ -1,6 +1,6 @@
 """From logits to the detections of an image: top-k per level, decoding, clipping, classwise NMS.
 
-And on to COCO's rows.
+`coco_rows` makes COCO's rows of them.
 
 Shapes: B images, N detections, R bins (`ModelConfig.bins`), K candidates of an image over all
 levels, P locations.

@@ -101,7 +101,7 @@ def _timing(
 
 
 def _untrained(config: Config) -> tuple[Detector, About]:
-    """Return a detector with the weights that training begins with."""
+    """Return a detector of random weights."""
     count = config.model.num_classes
     about = About([f"class {n}" for n in range(count)], list(range(1, count + 1)), 0, 0, {})
     return Detector(config).eval(), about

@@ -27,7 +27,7 @@ RAY_FOLDER = "ray"
 
 
 def used_by_sources(job: JobConfig) -> tuple[str, ...]:
-    """Return what `fetch_sources` imports that takes seconds."""
+    """Return what `fetch_sources` imports that takes seconds, unless it downloads besides."""
     if (pretrained := job.model.pretrained) is None:
         return ()
     if cluster.in_cluster():

@@ -69,8 +69,8 @@ def train(job: JobConfig, name: str, *, resume: bool, watch: Watcher) -> Trainin
     folder = open_run_folder(job, name, resume=resume)
     require_same(folder / CONFIG_FILE, config, "run")
     with (
-        imported_meanwhile(*_used_at_the_end(job)),
         held(folder),
+        imported_meanwhile(*_used_at_the_end(job)),
         tracking.RunTracker(job, name, folder) as tracker,
         StatusFile(folder, workers.count, cluster.node_count()) as status,
     ):
@@ -111,7 +111,7 @@ def train(job: JobConfig, name: str, *, resume: bool, watch: Watcher) -> Trainin
 
 
 def _used_at_the_end(job: JobConfig) -> tuple[str, ...]:
-    """Return what is imported once the workers are done: only a model that loads has an alias."""
+    """Return what is imported once the workers are done: who gives an alias loads the model."""
     return ("gfl.predict",) if job.registry.alias else ()
 
 
