@@ -22,7 +22,10 @@ def main() -> None:
     """Print the AP of both, and the difference in points."""
     made = argparse.ArgumentParser(description=__doc__)
     made.add_argument("model", type=Path, help="checkpoint folder")
-    figures = compare(made.parse_args().model)
+    try:
+        figures = compare(made.parse_args().model)
+    except ValueError as error:  # no checkpoint, or not the images it is evaluated on
+        made.error(str(error))
     print(json.dumps(figures, indent=1))
 
 
