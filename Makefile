@@ -33,7 +33,7 @@ test-rest: $(INSTALLED)
 
 drill: $(INSTALLED)
 	@$(BIN)/python -c 'import sys; sys.path.append("tests"); import servers; sys.exit(servers.PostgreSQL.tools is None and "make drill needs PostgreSQL: apt install postgresql")'
-	$(BIN)/python -m pytest -s -m cluster tests/gfl_platform/test_drill.py
+	$(BIN)/python -m pytest -s -m cluster tests/gfl_platform/cluster/test_drill.py
 
 test-all: $(INSTALLED)
 	$(BIN)/python -m pytest

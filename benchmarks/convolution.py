@@ -12,7 +12,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
-from gfl.convolution import convert
+from gfl.ops.convolution import convert
 
 SIZES = (
     (1, 256, 100, 168), (1, 128, 100, 168), (1, 256, 50, 84), (1, 512, 25, 42), (2, 256, 32, 40),

@@ -15,7 +15,7 @@ from typing import Any
 import hotcoco
 import numpy as np
 
-from gfl.ap import evaluate_detections
+from gfl.evaluation.coco_eval import evaluate_detections
 from gfl.rows import Rows, coco_records
 
 REPEATS = 7
@@ -86,7 +86,7 @@ def make_boxes(random: np.random.Generator, count: int) -> Rows:
 def measure(
     annotations: Path, rows: Rows, ids: list[int], *, official: bool = False
 ) -> list[float]:
-    """Return the twelve statistics through `gfl.ap`."""
+    """Return the twelve statistics through `gfl.evaluation.coco_eval`."""
     return list(evaluate_detections(annotations, rows, ids, official=official).metrics.values())
 
 

@@ -10,13 +10,13 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import gfl
 from benchmarks.cases import CLASSES, EDGE_BINS, Case, images, logits, objects
-from gfl.assigner import pad_targets
-from gfl.config import Config
-from gfl.data.loading import Batch
+from gfl.config.schema import Config
+from gfl.data.dataset import Batch
 from gfl.data.split import ImageRecord, Split
-from gfl.detector import Detector, place
 from gfl.folding import folded
-from gfl.trainer import Trainer
+from gfl.model.assigner import pad_targets
+from gfl.model.detector import Detector, place
+from gfl.train.trainer import Trainer
 
 CONFIG = "configs/gfl_r50_1x.yaml"
 

@@ -10,12 +10,12 @@ from pathlib import Path
 
 import torch
 
-from gfl.ap import evaluate_split
-from gfl.checkpoint import load_checkpoint
+from gfl.checkpoint.snapshot import load_checkpoint
 from gfl.data import load_splits
-from gfl.detector import place
-from gfl.engine import build_evaluation_loader
-from gfl.evaluation import detect
+from gfl.evaluation.coco_eval import evaluate_split
+from gfl.evaluation.evaluator import detect
+from gfl.model.detector import place
+from gfl.train.engine import build_evaluation_loader
 
 
 def main() -> None:

@@ -24,7 +24,7 @@ WORKERS = 2
 
 def compare() -> dict[str, dict[str, float]]:
     """Return wall time, images a second while training, and time beside training, of both."""
-    from gfl.configfile import load_config
+    from gfl.config.loader import load_config
     from gfl.data import load_splits
 
     load_splits(load_config(CONFIG, OVERRIDES))  # renders the shapes before any clock
@@ -43,7 +43,7 @@ def _torchrun(folder: Path) -> dict[str, float]:
 
 def _ray(folder: Path) -> dict[str, float]:
     from gfl_platform.config import load_job
-    from gfl_platform.training import train
+    from gfl_platform.training.train import train
 
     rates: list[float] = []
 
@@ -68,10 +68,10 @@ def plain_worker(out: Path) -> None:
     import torch
     import torch.distributed as dist
 
-    from gfl.configfile import load_config
+    from gfl.config.loader import load_config
     from gfl.data import load_splits
-    from gfl.engine import CheckpointReport, EpochReport, StepReport, fit
-    from gfl.speed import measure_fps
+    from gfl.evaluation.speed import measure_fps
+    from gfl.train.engine import CheckpointReport, EpochReport, StepReport, fit
 
     rates: list[float] = []
 

@@ -1,7 +1,7 @@
 """What a sweep adds to its trainings: `python -m benchmarks.sweep`, a quarter of an hour.
 
 The same one-worker trainings, by `jobs.sweep` and by plain loops, one process per CPU. A plain loop
-trains with `gfl.engine.fit` and keeps the checkpoints; no Ray, no MLflow, no report.
+trains with `gfl.train.engine.fit` and keeps the checkpoints; no Ray, no MLflow, no report.
 """
 
 import argparse
@@ -13,7 +13,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from gfl.engine import CheckpointReport, EpochReport, StepReport
+from gfl.train.engine import CheckpointReport, EpochReport, StepReport
 
 CONFIG = "configs/sweeps/demo_trial.yaml"
 BETAS = (0, 1, 2, 4)
@@ -40,11 +40,11 @@ def plain_loop(betas: Sequence[float], overrides: Sequence[str]) -> None:
     """Train one after the other in this process."""
     import torch
 
-    from gfl.config import Config
-    from gfl.configfile import load_config
+    from gfl.config.loader import load_config
+    from gfl.config.schema import Config
     from gfl.data import load_splits
-    from gfl.engine import fit
-    from gfl.speed import measure_fps
+    from gfl.evaluation.speed import measure_fps
+    from gfl.train.engine import fit
 
     torch.set_num_threads(1)
     for beta in betas:
@@ -74,7 +74,7 @@ def main() -> None:
     made.add_argument("overrides", nargs="*", help="key=value, such as schedule.epochs=6")
     made.add_argument("--out", type=Path, help="write the figures as JSON")
     arguments = made.parse_args()
-    from gfl.configfile import load_config
+    from gfl.config.loader import load_config
     from gfl.data import load_splits
 
     load_splits(load_config(CONFIG, arguments.overrides))  # renders the shapes before any clock

@@ -16,7 +16,7 @@ from torchvision.ops import box_iou
 
 import gfl
 from gfl.data import load_splits
-from gfl.predict import Model
+from gfl.inference.predictor import Model
 
 MIN_SCORE, MIN_IOU = 0.3, 0.5
 

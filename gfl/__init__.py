@@ -7,14 +7,14 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from gfl.config import Config
-    from gfl.configfile import ConfigError, load_config
-    from gfl.detector import Detector
-    from gfl.mmdet import convert_mmdet, export_mmdet
-    from gfl.postprocess import Predictions
-    from gfl.predict import Model, load
-    from gfl.pretrained import load_weights
-    from gfl.results import Detections
+    from gfl.checkpoint.mmdet import convert_mmdet, export_mmdet
+    from gfl.checkpoint.pretrained import load_weights
+    from gfl.config.loader import ConfigError, load_config
+    from gfl.config.schema import Config
+    from gfl.inference.detections import Detections
+    from gfl.inference.predictor import Model, load
+    from gfl.model.detector import Detector
+    from gfl.model.postprocess import Predictions
 
 _MODULES = {
     "config": ("Config",),

@@ -11,10 +11,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from gfl.assigner import Targets
-from gfl.data.loading import Batch
-from gfl.detector import Detector, mean_amounts
-from gfl.objective import Objective
+from gfl.data.dataset import Batch
+from gfl.model.assigner import Targets
+from gfl.model.detector import Detector, mean_amounts
+from gfl.train.microbatch import Objective
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from gfl.assigner import Targets, match, valid_locations
-from gfl.boxes import xyxy_to_ltrb
+from gfl.model.assigner import Targets, match, valid_locations
+from gfl.model.boxes import xyxy_to_ltrb
 from gfl.points import Points
 
 

@@ -5,7 +5,7 @@ from copy import deepcopy
 import torch
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from gfl.detector import Detector
+from gfl.model.detector import Detector
 
 
 class Average:

@@ -4,8 +4,8 @@ from collections.abc import Callable
 
 from torch import Tensor, nn
 
-from gfl.assigner import Targets
-from gfl.objective import Objective
+from gfl.model.assigner import Targets
+from gfl.train.microbatch import Objective
 
 
 def first_non_finite(

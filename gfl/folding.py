@@ -8,8 +8,8 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from gfl.convolution import Convolution, PredictingConvolution
-from gfl.detector import Detector
+from gfl.model.detector import Detector
+from gfl.ops.convolution import Convolution, PredictingConvolution
 
 
 @torch.no_grad()

@@ -8,7 +8,7 @@ Shapes: R = reg_max + 1 bins; logits (..., 4 * R), sides in the order left, top,
 import torch
 from torch import Tensor, nn
 
-from gfl.config import ModelConfig
+from gfl.config.schema import ModelConfig
 
 LARGEST_LOG_DISTANCE = 10.0
 """Of a Dirac edge, in strides: far beyond any image, and areas stay finite in float32."""

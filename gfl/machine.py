@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 
-from gfl.config import Config
+from gfl.config.schema import Config
 from gfl.data.split import Split, digest_images
-from gfl.protocol import STATE, WARM_UP, Variant
+from gfl.evaluation.protocol import STATE, WARM_UP, Variant
 
 CLOCKS = ("clocks.sm", "pstate")
 

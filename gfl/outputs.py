@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from gfl.data.images import read_image
-from gfl.results import Detections
-from gfl.visualize import draw_predictions
+from gfl.inference.detections import Detections
+from gfl.inference.visualize import draw_predictions
 
 Format = Literal["coco", "yolo"]
 

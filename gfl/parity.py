@@ -12,13 +12,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.functional import pad
 
-from gfl.boxes import ltrb_to_xyxy
-from gfl.data.loading import SIZE_MULTIPLE
+from gfl.data.dataset import SIZE_MULTIPLE
 from gfl.data.transforms import as_sample, build_transforms
-from gfl.detector import Detector
-from gfl.export import INPUT, ExportError, Form
+from gfl.export.exportable import INPUT, ExportError, Form
+from gfl.inference.predictor import Model
+from gfl.model.boxes import ltrb_to_xyxy
+from gfl.model.detector import Detector
 from gfl.points import grid_points
-from gfl.predict import Model
 
 BOX_PX, SCORE = 0.01, 1e-4
 """The most that outputs in px, and in 0 to 1, may differ in float32."""

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from gfl.config import QualityPredictorConfig
+from gfl.config.schema import QualityPredictorConfig
 
 LARGEST_LOG_SCORE = -1e-7
 """Joint scores stay under 1 by this much, so that their logit is finite in float32."""

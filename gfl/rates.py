@@ -2,7 +2,7 @@
 
 from math import cos, pi
 
-from gfl.config import Config, ScheduleConfig
+from gfl.config.schema import Config, ScheduleConfig
 
 ONE_CYCLE_RISE = 0.3
 """Share of training in which the one-cycle rate rises (Smith & Topin, 2018; torch's default)."""

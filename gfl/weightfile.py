@@ -78,7 +78,7 @@ class _Inert(metaclass=_InertType):
         pass
 
 
-def _list(*_: object) -> list[object]:
+def _empty_list(*_: object) -> list[object]:
     return []
 
 
@@ -87,7 +87,7 @@ def _mapping(*_: object) -> OrderedDict[object, object]:
 
 
 CONTAINERS: dict[str, Callable[..., Any]] = {
-    "collections.deque": _list,
+    "collections.deque": _empty_list,
     "collections.defaultdict": _mapping,
 }
 """What these are filled like."""

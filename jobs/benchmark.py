@@ -6,7 +6,7 @@ import tempfile
 from pathlib import Path
 
 from jobs.benchmark_tables import draw_latencies, show_benchmark
-from jobs.console import Progress, console, parse, parser, run
+from jobs.console.cli import Progress, console, parse, parser, run
 
 EXAMPLE = "python -m jobs.benchmark models:/gfl-demo@champion --precision bfloat16 --batches 8,32"
 
@@ -26,12 +26,13 @@ def main() -> None:
 
 def benchmark(arguments: argparse.Namespace) -> None:
     """Measure a model, show and keep what was found."""
-    from gfl.checkpoint_files import read_config
-    from gfl.configfile import derive
-    from gfl.protocol import IMAGES
-    from gfl_platform import benchmarking, registry
+    from gfl.checkpoint.files import read_config
+    from gfl.config.loader import derive
+    from gfl.evaluation.protocol import IMAGES
     from gfl_platform.config import JobConfig, job_of, load_job
-    from gfl_platform.storage import scratch_folder, write_atomically
+    from gfl_platform.evaluation import benchmark
+    from gfl_platform.registry import models
+    from gfl_platform.storage.runs import scratch_folder, write_atomically
     from jobs.benchmark_variants import parse_variants
 
     variants = parse_variants(arguments)
@@ -39,18 +40,18 @@ def benchmark(arguments: argparse.Namespace) -> None:
     untrained = source.endswith((".yaml", ".yml"))
     where = load_job(source, given) if untrained else job_of(given)
     with scratch_folder(where) as scratch, Progress() as progress:
-        model = registry.resolve(where, source)  # once: an alias may move meanwhile
-        checkpoint = None if untrained else registry.fetch_checkpoint(where, model, scratch)
+        model = models.resolve(where, source)  # once: an alias may move meanwhile
+        checkpoint = None if untrained else models.fetch_checkpoint(where, model, scratch)
         job = derive(JobConfig, read_config(checkpoint), given) if checkpoint else where
         images = arguments.images or IMAGES
-        found = benchmarking.benchmark(job, checkpoint, variants, images, progress.show)
-    run_id = registry.run_of(where, model)
+        found = benchmark.benchmark(job, checkpoint, variants, images, progress.show)
+    run_id = models.run_of(where, model)
     with tempfile.TemporaryDirectory(prefix="gfl-benchmark-") as folder:
         picture = Path(folder) / "latency.png"
         draw_latencies(found, picture)
-        said = benchmarking.keep(job, source, run_id, found, picture)
+        said = benchmark.keep(job, source, run_id, found, picture)
     if arguments.out:
-        write_atomically(arguments.out, json.dumps(benchmarking.as_json(found), indent=1) + "\n")
+        write_atomically(arguments.out, json.dumps(benchmark.as_json(found), indent=1) + "\n")
     show_benchmark(source, found)
     if untrained:
         said += "; untrained weights find little, so post-processing has less to do than later"

@@ -5,10 +5,10 @@ from typing import TYPE_CHECKING
 
 from rich.table import Table
 
-from jobs.console import console
+from jobs.console.cli import console
 
 if TYPE_CHECKING:
-    from gfl_platform.benchmarking import Benchmark
+    from gfl_platform.evaluation.benchmark import Benchmark
 
 
 def show_benchmark(model: str, found: "Benchmark") -> None:

@@ -3,7 +3,7 @@
 import argparse
 from dataclasses import replace
 
-from gfl.protocol import PRECISIONS, Variant
+from gfl.evaluation.protocol import PRECISIONS, Variant
 
 
 def parse_variants(arguments: argparse.Namespace) -> list[Variant]:

@@ -4,7 +4,7 @@ import argparse
 import json
 import time
 
-from jobs.console import Progress, console, parse, parser, run, show_table
+from jobs.console.cli import Progress, console, parse, parser, run, show_table
 
 MODEL = "gfl-demo"
 PICTURED = 8
@@ -20,12 +20,13 @@ def demo(arguments: argparse.Namespace) -> None:
     """Run the demo and write `outputs/demo/summary.json`."""
     from gfl.data import load_splits
     from gfl.data.images import read_image
-    from gfl.visualize import draw_predictions
-    from gfl_platform import registry, training
+    from gfl.inference.visualize import draw_predictions
     from gfl_platform.config import load_job
-    from gfl_platform.storage import cache_of, storage_root, write_atomically
-    from gfl_platform.store import tracking_uri
-    from gfl_platform.tracking import log_file
+    from gfl_platform.registry import models
+    from gfl_platform.storage.runs import cache_of, storage_root, write_atomically
+    from gfl_platform.tracking.client import tracking_uri
+    from gfl_platform.tracking.run import log_file
+    from gfl_platform.training import train
 
     started = time.perf_counter()
     registered = f"registry={{name: {MODEL}, alias: champion}}"
@@ -33,8 +34,8 @@ def demo(arguments: argparse.Namespace) -> None:
     (out := storage_root(job) / "demo").mkdir(parents=True, exist_ok=True)
     with Progress() as progress:
         name = time.strftime("demo-%Y%m%d-%H%M%S")
-        result = training.train(job, name, resume=False, watch=progress.show)
-    model = registry.load(f"models:/{MODEL}@champion", job)
+        result = train.train(job, name, resume=False, watch=progress.show)
+    model = models.load(f"models:/{MODEL}@champion", job)
     val = load_splits(cache_of(job).localized(job))[1]
     images = [read_image(record.path) for record in val.records[:PICTURED]]
     found = [seen.predictions for seen in model.predict(images)]

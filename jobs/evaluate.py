@@ -4,7 +4,7 @@ import argparse
 import json
 from pathlib import Path
 
-from jobs.console import Progress, parse, parser, run, show_table
+from jobs.console.cli import Progress, parse, parser, run, show_table
 
 EXAMPLE = "python -m jobs.evaluate models:/gfl-demo@champion postprocess.nms_iou=0.5"
 
@@ -26,16 +26,16 @@ def main() -> None:
 
 def evaluate(arguments: argparse.Namespace) -> None:
     """Evaluate a model with the configuration it was trained with, changed by the overrides."""
-    from gfl.checkpoint_files import read_config
-    from gfl.configfile import derive
-    from gfl_platform import registry
+    from gfl.checkpoint.files import read_config
+    from gfl.config.loader import derive
     from gfl_platform.config import JobConfig, job_of
-    from gfl_platform.evaluating import evaluate_checkpoint
-    from gfl_platform.storage import scratch_folder, write_atomically
+    from gfl_platform.evaluation.evaluate import evaluate_checkpoint
+    from gfl_platform.registry import models
+    from gfl_platform.storage.runs import scratch_folder, write_atomically
 
     where = job_of(arguments.overrides)
     with scratch_folder(where) as scratch, Progress() as progress:
-        checkpoint = registry.fetch_checkpoint(where, arguments.model, scratch)
+        checkpoint = models.fetch_checkpoint(where, arguments.model, scratch)
         job = derive(JobConfig, read_config(checkpoint), arguments.overrides)
         figures = evaluate_checkpoint(
             checkpoint,

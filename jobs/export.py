@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from jobs.console import Progress, parse, parser, run, show_table
+from jobs.console.cli import Progress, parse, parser, run, show_table
 
 EXAMPLE = "python -m jobs.export models:/gfl-demo@champion --int8 --out outputs/export"
 CALIBRATION = 64
@@ -26,16 +26,16 @@ def main() -> None:
 def export(arguments: argparse.Namespace) -> None:
     """Export, check, and show by how much the files differ."""
     import gfl
-    from gfl.checkpoint_files import read_config
-    from gfl.configfile import derive
+    from gfl.checkpoint.files import read_config
+    from gfl.config.loader import derive
     from gfl.data import load_splits
     from gfl.data.images import list_images
-    from gfl.export import Form
-    from gfl.exporting import export as export_checked
-    from gfl.exporting import quantize
-    from gfl_platform import card, registry
+    from gfl.export.export import export as export_checked
+    from gfl.export.export import quantize
+    from gfl.export.exportable import Form
     from gfl_platform.config import JobConfig, job_of
-    from gfl_platform.storage import cache_of, scratch_folder
+    from gfl_platform.registry import model_card, models
+    from gfl_platform.storage.runs import cache_of, scratch_folder
 
     if arguments.int8 and (arguments.no_nms or "onnx" not in arguments.format):
         raise ValueError("--int8: needs an ONNX file with NMS; leave out --no-nms, add onnx")
@@ -43,8 +43,8 @@ def export(arguments: argparse.Namespace) -> None:
         raise ValueError(f"--check {arguments.check}: expected at least 1")
     where = job_of(arguments.overrides)
     with scratch_folder(where) as scratch:
-        resolved = registry.resolve(where, arguments.model)  # once: an alias may move meanwhile
-        checkpoint = registry.fetch_checkpoint(where, resolved, scratch)
+        resolved = models.resolve(where, arguments.model)  # once: an alias may move meanwhile
+        checkpoint = models.fetch_checkpoint(where, resolved, scratch)
         job = derive(JobConfig, read_config(checkpoint), arguments.overrides)
         model = gfl.load(checkpoint, job, device="cpu")
     images = list_images(arguments.images) if arguments.images else []
@@ -53,7 +53,7 @@ def export(arguments: argparse.Namespace) -> None:
         images = images or [record.path for record in val.records]
     images = images[: arguments.check]
     form = Form(not arguments.no_nms, arguments.distributions)
-    protocol = card.protocol_of(where, resolved)
+    protocol = model_card.protocol_of(where, resolved)
     found = export_checked(model, arguments.out, arguments.format, form, images, protocol)
     for name, figures in found.items():
         show_table(str(arguments.out / name), {"images": len(images), **figures})

@@ -5,7 +5,7 @@ import json
 from dataclasses import asdict
 from pathlib import Path
 
-from jobs.console import console, parse, parser, run
+from jobs.console.cli import console, parse, parser, run
 
 EXAMPLE = "python -m jobs.inspect configs/demo.yaml --draw outputs/samples"
 DRAWN = 16
@@ -29,14 +29,14 @@ def inspect(arguments: argparse.Namespace) -> None:
     from rich.progress import track
 
     from gfl.data import load_splits
+    from gfl.data.dataset import DetectionDataset
     from gfl.data.errors import DataError
-    from gfl.data.loading import DetectionDataset
-    from gfl.findings import check_files
-    from gfl.inspection import inspect_data
-    from gfl.visualize import draw_samples
+    from gfl.inference.visualize import draw_samples
+    from gfl.inspection.findings import check_files
+    from gfl.inspection.inspection import inspect_data
     from gfl_platform.config import load_job
-    from gfl_platform.storage import cache_of, write_atomically
-    from jobs.tables import show_inspection
+    from gfl_platform.storage.runs import cache_of, write_atomically
+    from jobs.console.tables import show_inspection
 
     torch.set_num_threads(1)  # tensors are small: a second thread would cost more than it does
     config = load_job(arguments.config, arguments.overrides)

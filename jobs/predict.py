@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from jobs.console import Progress, parse, parser, run, show_table
+from jobs.console.cli import Progress, parse, parser, run, show_table
 
 EXAMPLE = (
     "python -m jobs.predict models:/gfl-demo@champion street.jpg photos/ --out outputs/predictions"
@@ -31,14 +31,14 @@ def main() -> None:
 def predict(arguments: argparse.Namespace) -> None:
     """Predict on every image; write `predictions.json` and a picture of each."""
     import gfl
-    from gfl.checkpoint_files import read_config
-    from gfl.configfile import derive
+    from gfl.checkpoint.files import read_config
+    from gfl.config.loader import derive
     from gfl.data.images import read_image
+    from gfl.inference.predictor import image_files
     from gfl.outputs import require_own_names, write_detections
-    from gfl.predict import image_files
-    from gfl_platform import registry
     from gfl_platform.config import JobConfig, job_of
-    from gfl_platform.storage import scratch_folder
+    from gfl_platform.registry import models
+    from gfl_platform.storage.runs import scratch_folder
 
     files = image_files(arguments.images)
     if arguments.format == "yolo":
@@ -47,7 +47,7 @@ def predict(arguments: argparse.Namespace) -> None:
         read_image(file)  # a damaged one is said before anything is written
     where = job_of(arguments.overrides)
     with scratch_folder(where) as scratch:
-        checkpoint = registry.fetch_checkpoint(where, arguments.model, scratch)
+        checkpoint = models.fetch_checkpoint(where, arguments.model, scratch)
         job = derive(JobConfig, read_config(checkpoint), arguments.overrides)
         model = gfl.load(checkpoint, job)
     with Progress() as progress:

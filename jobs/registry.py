@@ -4,18 +4,26 @@ import argparse
 import re
 from pathlib import Path
 
-from jobs import registry_commands as commands
-from jobs.console import parse, parser, run
+from jobs import registry_commands
+from jobs.console.cli import parse, parser, run
 
 EXAMPLE = "python -m jobs.registry promote gfl-demo 3 registry.gate.fps_floor=30"
 SECTIONS = ("storage", "tracking", "cluster", "registry")
 COMMANDS = {
-    "show": (commands.show, "all that is known of a version", ["version"]),
-    "promote": (commands.promote, "make a version champion, if AP and FPS pass", ["version"]),
-    "rollback": (commands.rollback, "make the previous champion champion again", []),
-    "history": (commands.history, "all decisions, and why", []),
-    "compare": (commands.compare, "two versions: settings, AP, pictures", ["version", "other"]),
-    "alias": (commands.alias, "point another alias at a version", ["version", "alias"]),
+    "show": (registry_commands.show, "all that is known of a version", ["version"]),
+    "promote": (
+        registry_commands.promote,
+        "make a version champion, if AP and FPS pass",
+        ["version"],
+    ),
+    "rollback": (registry_commands.rollback, "make the previous champion champion again", []),
+    "history": (registry_commands.history, "all decisions, and why", []),
+    "compare": (
+        registry_commands.compare,
+        "two versions: settings, AP, pictures",
+        ["version", "other"],
+    ),
+    "alias": (registry_commands.alias, "point another alias at a version", ["version", "alias"]),
 }
 
 
@@ -25,7 +33,7 @@ def main() -> None:
     below = made.add_subparsers(dest="command", required=True)
     listing = below.add_parser("list", help="all versions")
     listing.add_argument("--name", help="of this model")
-    listing.set_defaults(run=commands.show_versions)
+    listing.set_defaults(run=registry_commands.show_versions)
     for name, (action, about, words) in COMMANDS.items():
         command = below.add_parser(name, help=about)
         for word in ("name", *words):

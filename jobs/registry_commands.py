@@ -6,11 +6,11 @@ from typing import TYPE_CHECKING
 
 from rich.table import Table
 
-from jobs.console import Progress, console, show_table
+from jobs.console.cli import Progress, console, show_table
 
 if TYPE_CHECKING:
     from gfl_platform.config import JobConfig
-    from gfl_platform.trail import Decision
+    from gfl_platform.registry.history import Decision
 
 UNITS = (("d", 86400), ("h", 3600), ("min", 60), ("s", 1))
 CLASSES_SHOWN = 20
@@ -18,9 +18,9 @@ CLASSES_SHOWN = 20
 
 def show_versions(job: "JobConfig", arguments: argparse.Namespace) -> None:
     """Print registered versions, a line each."""
-    from gfl_platform import registry
+    from gfl_platform.registry import models
 
-    versions = registry.list_versions(job, arguments.name)
+    versions = models.list_versions(job, arguments.name)
     table = Table("model", "version", "aliases", "AP", "FPS", "protocol", "data", "run", "age")
     for found in versions:
         figures = (found.tags.get(key, "") for key in ("AP", "fps", "protocol", "data"))
@@ -34,10 +34,10 @@ def show_versions(job: "JobConfig", arguments: argparse.Namespace) -> None:
 
 def show(job: "JobConfig", arguments: argparse.Namespace) -> None:
     """Print the card of a version."""
-    from gfl_platform import card, registry
+    from gfl_platform.registry import model_card, models
 
-    found = registry.find(job, arguments.name, arguments.version)
-    show_table(f"{found.name} version {found.version}", card.describe(job, found))
+    found = models.find(job, arguments.name, arguments.version)
+    show_table(f"{found.name} version {found.version}", model_card.describe(job, found))
 
 
 def promote(job: "JobConfig", arguments: argparse.Namespace) -> None:
@@ -46,9 +46,9 @@ def promote(job: "JobConfig", arguments: argparse.Namespace) -> None:
     Raises:
         ValueError: it does not.
     """
-    from gfl_platform import gate, registry
+    from gfl_platform.registry import gate, models
 
-    found = registry.find(job, arguments.name, arguments.version)
+    found = models.find(job, arguments.name, arguments.version)
     with Progress() as progress:
         decision = gate.promote(job, found.name, found.version, progress.show)
     show_decision(found.name, decision)
@@ -58,21 +58,21 @@ def promote(job: "JobConfig", arguments: argparse.Namespace) -> None:
 
 def rollback(job: "JobConfig", arguments: argparse.Namespace) -> None:
     """Make the previous champion champion again."""
-    from gfl_platform import gate
+    from gfl_platform.registry import gate
 
     show_decision(arguments.name, gate.rollback(job, arguments.name, arguments.why))
 
 
 def history(job: "JobConfig", arguments: argparse.Namespace) -> None:
     """Print the trail of a model."""
-    from gfl_platform import registry, trail
-    from gfl_platform.store import connect
+    from gfl_platform.registry import history, models
+    from gfl_platform.tracking.client import connect
 
-    registry.list_versions(job, arguments.name)  # or there is no such model
+    models.list_versions(job, arguments.name)  # or there is no such model
     client = connect(job)
-    trail.settle(client, arguments.name)
+    history.settle(client, arguments.name)
     table = Table("", "when", "decision", "champion", "why", "by", "commit", title=arguments.name)
-    for each in trail.read_trail(client, arguments.name):
+    for each in history.read_trail(client, arguments.name):
         when = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(each.time_s))
         action = f"{each.action} {each.version or ''}" + (" (void)" if each.void else "")
         champion = "" if each.void else str(each.aliases.get("champion", ""))
@@ -83,10 +83,10 @@ def history(job: "JobConfig", arguments: argparse.Namespace) -> None:
 
 def alias(job: "JobConfig", arguments: argparse.Namespace) -> None:
     """Point an alias, but `champion` and `previous`, at a version."""
-    from gfl_platform import registry
+    from gfl_platform.registry import models
 
-    found = registry.find(job, arguments.name, arguments.version)
-    before = registry.set_alias(job, found.name, found.version, arguments.alias)
+    found = models.find(job, arguments.name, arguments.version)
+    before = models.set_alias(job, found.name, found.version, arguments.alias)
     was = f" (was version {before})" if before else ""
     console.print(f"{found.name}@{arguments.alias} is version {found.version}{was}")
 
@@ -97,13 +97,13 @@ def compare(job: "JobConfig", arguments: argparse.Namespace) -> None:
     Raises:
         ValueError: --out is no PNG file.
     """
-    from gfl_platform import comparison, registry
+    from gfl_platform.registry import compare, models
 
     if arguments.out.suffix != ".png":
         raise ValueError(f"--out {arguments.out}: expected a file that ends in .png")
-    a, b = (registry.find(job, arguments.name, v) for v in (arguments.version, arguments.other))
+    a, b = (models.find(job, arguments.name, v) for v in (arguments.version, arguments.other))
     with Progress() as progress:
-        found = comparison.compare(job, a, b, arguments.out, progress.show)
+        found = compare.compare(job, a, b, arguments.out, progress.show)
     gain = found.gain
     noise = ", within the noise" if gain.is_noise else ""
     show_table(

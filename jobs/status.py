@@ -2,7 +2,7 @@
 
 import argparse
 
-from jobs.console import parse, parser, run, show_table
+from jobs.console.cli import parse, parser, run, show_table
 
 EXAMPLE = "python -m jobs.status first storage.root=/shared/outputs"
 
@@ -22,13 +22,13 @@ def main() -> None:
 def status(arguments: argparse.Namespace) -> None:
     """Print what is noted of a run; log what waits for MLflow if asked to."""
     from gfl_platform.config import job_of
-    from gfl_platform.status import read_status
-    from gfl_platform.storage import held, open_run_folder
+    from gfl_platform.storage.runs import held, open_run_folder
+    from gfl_platform.tracking.status import read_status
 
     job = job_of(arguments.overrides)
     folder = open_run_folder(job, arguments.name, resume=True)
     if arguments.deliver:
-        from gfl_platform.tracking import settle
+        from gfl_platform.tracking.run import settle
 
         with held(folder):
             settle(job, folder)

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from jobs.console import OVERRIDE, console, run
+from jobs.console.cli import OVERRIDE, console, run
 
 EXAMPLE = "python -m jobs.submit train configs/gfl_r50_1x.yaml --address http://127.0.0.1:8265"
 
@@ -31,7 +31,7 @@ def main() -> None:
 
 def send(arguments: argparse.Namespace) -> None:
     """Submit the job and follow it."""
-    from gfl_platform.submission import submit
+    from gfl_platform.cluster.submit import submit
 
     root = Path(__file__).parents[1]
     if not (root / "jobs" / f"{arguments.job}.py").exists():
@@ -46,7 +46,7 @@ def send(arguments: argparse.Namespace) -> None:
 def _require_lasting(words: Sequence[str]) -> None:
     """Check the configuration, and that what a job keeps does not go with its copy of the code."""
     from gfl_platform.config import job_of, load_job
-    from gfl_platform.s3 import is_remote
+    from gfl_platform.storage.s3 import is_remote
 
     overrides = [word for word in words if OVERRIDE.match(word)]
     files = [word for word in words if word.endswith((".yaml", ".yml"))]

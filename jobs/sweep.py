@@ -4,7 +4,7 @@ import argparse
 import time
 from pathlib import Path
 
-from jobs.console import console, parse, parser, resumable, run
+from jobs.console.cli import console, parse, parser, resumable, run
 
 EXAMPLE = "python -m jobs.sweep configs/sweeps/beta_bins_demo.yaml run.name=first"
 
@@ -30,7 +30,7 @@ def sweep(arguments: argparse.Namespace) -> None:
         raise ValueError("--resume: say which sweep with run.name=NAME")
     name = job.run.name or f"{Path(arguments.config).stem}-{time.strftime('%Y%m%d-%H%M%S')}"
     console.print(f"sweep {name}")
-    from gfl_platform.storage import storage_root
+    from gfl_platform.storage.runs import storage_root
     from gfl_platform.sweeps.challenger import register_best
     from gfl_platform.sweeps.run import run_sweep
     from jobs.sweep_progress import SweepProgress

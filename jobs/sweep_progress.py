@@ -4,9 +4,9 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
-from gfl_platform.sweeps.results import Trial
-from gfl_platform.sweeps.values import point_label
-from jobs.console import Progress, console
+from gfl_platform.sweeps.formatting import point_label
+from gfl_platform.sweeps.trials import Trial
+from jobs.console.cli import Progress, console
 
 
 class SweepProgress(Progress):

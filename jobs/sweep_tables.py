@@ -5,11 +5,17 @@ from collections.abc import Iterable, Sequence
 from rich.table import Table
 from rich.text import Text
 
-from gfl_platform.sweeps.analysis import Analysis, analyse, cost_line, figure_of, warnings_of
-from gfl_platform.sweeps.results import SweepResults
-from gfl_platform.sweeps.statistics import seeds_of
-from gfl_platform.sweeps.values import axis_name, point_label
-from jobs.console import console
+from gfl_platform.sweeps.analysis.analysis import (
+    Analysis,
+    analyse,
+    cost_line,
+    figure_of,
+    warnings_of,
+)
+from gfl_platform.sweeps.analysis.statistics import seeds_of
+from gfl_platform.sweeps.formatting import axis_name, point_label
+from gfl_platform.sweeps.trials import SweepResults
+from jobs.console.cli import console
 
 POINTS_SHOWN = 10
 FAILURES_SHOWN = 10
@@ -25,23 +31,23 @@ def show_sweep(results: SweepResults) -> None:
             if any(metric in point.figures for point in found.points)
         ]
         names = ["point", *map(axis_name, metrics), "seeds"]
-        _show("best points, mean ± sd over seeds", names, _points(found, metrics))
-    _show("verdicts, paired over seeds", ["key", "default", "verdict"], _verdicts(found))
+        _show_folded("best points, mean ± sd over seeds", names, _points(found, metrics))
+    _show_folded("verdicts, paired over seeds", ["key", "default", "verdict"], _verdicts(found))
     if found.published:
         names = ["point", "", "paper", "ours", "paper, diff.", "ours, diff.", "seeds"]
-        _show("the paper's figures and ours", names, _published(found))
+        _show_folded("the paper's figures and ours", names, _published(found))
     failures = [t for t in found.unfinished if t.state in ("failed", "nan")]
     if failures:
         rows = [(point_label(t.point), f"{t.seed}", t.cause or t.state) for t in failures]
         hidden = len(rows) - FAILURES_SHOWN
         more = [(f"... {hidden} more", "", "")] if hidden > 0 else []
-        _show("failures", ["point", "seed", "cause"], [*rows[:FAILURES_SHOWN], *more])
+        _show_folded("failures", ["point", "seed", "cause"], [*rows[:FAILURES_SHOWN], *more])
     states = ", ".join(f"{count} {state}" for state, count in found.cost.states.items())
     for line in (*warnings_of(found), f"{len(results.trials)} trials: {states}", cost_line(found)):
         console.print(Text(line))
 
 
-def _show(title: str, names: list[str], rows: Iterable[tuple[str, ...]]) -> None:
+def _show_folded(title: str, names: list[str], rows: Iterable[tuple[str, ...]]) -> None:
     table = Table(title=title, title_justify="left")
     for name in names:
         table.add_column(Text(name), overflow="fold")

@@ -5,7 +5,7 @@ import re
 import time
 from pathlib import Path
 
-from jobs.console import Progress, console, parse, parser, resumable, run, show_table
+from jobs.console.cli import Progress, console, parse, parser, resumable, run, show_table
 
 EXAMPLE = "python -m jobs.train configs/demo.yaml schedule.epochs=3 run.name=first"
 
@@ -22,8 +22,8 @@ def main() -> None:
 
 def train(arguments: argparse.Namespace) -> None:
     """Train, and register the model if the configuration names one."""
-    from gfl_platform.card import recipe
     from gfl_platform.config import job_of, load_job
+    from gfl_platform.registry.model_card import recipe
 
     source = arguments.config or f"runs:/{arguments.like}"
     digests: dict[str, str] = {}
@@ -39,11 +39,11 @@ def train(arguments: argparse.Namespace) -> None:
     stem = re.sub(r"\W+", "-", source.partition(":/")[2]) or Path(source).stem
     name = job.run.name or f"{stem}-{time.strftime('%Y%m%d-%H%M%S')}"
     console.print(f"run {name}")
-    from gfl_platform import training  # brings Ray, which takes seconds
+    from gfl_platform.training import train  # brings Ray, which takes seconds
 
     with Progress() as progress, resumable("jobs.train", name):
         progress.expect(digests)
-        result = training.train(job, name, resume=arguments.resume, watch=progress.show)
+        result = train.train(job, name, resume=arguments.resume, watch=progress.show)
     rows: dict[str, object] = {**result.metrics, "FPS": result.fps, "run": result.run_id}
     rows["checkpoint"] = result.checkpoint
     if result.version is not None:

@@ -5,7 +5,7 @@ from xml.sax.saxutils import escape
 
 from PIL import Image
 
-from gfl.config import DataConfig, SplitConfig
+from gfl.config.schema import DataConfig, SplitConfig
 from gfl.data.split import read_split
 
 CLASSES = ("cat", "dog", "hot dog")

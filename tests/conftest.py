@@ -9,9 +9,9 @@ import pytest
 import torch
 from hypothesis import settings
 
-from gfl.config import Config
-from gfl.configfile import load_config
-from gfl.data import shapes
+from gfl.config.loader import load_config
+from gfl.config.schema import Config
+from gfl.data import synthetic
 
 ROOT = Path(__file__).parents[1]
 GOLDEN = Path(__file__).parent / "golden"
@@ -42,8 +42,8 @@ def real_data():
 def shapes_folder(tmp_path_factory):
     """A small set of rendered shapes: 36 images to train on, 11 to evaluate."""
     folder = tmp_path_factory.mktemp("shapes")
-    shapes.render(folder / "train", count=36, size=64, seed=0)
-    shapes.render(folder / "val", count=11, size=64, seed=1)
+    synthetic.render(folder / "train", count=36, size=64, seed=0)
+    synthetic.render(folder / "val", count=11, size=64, seed=1)
     return folder
 
 
@@ -113,11 +113,11 @@ def ray_cluster(s3):
     """
     import ray
 
-    from gfl_platform import cluster
+    from gfl_platform.cluster import launch
 
     torch.set_num_threads(1)
     os.environ["RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"] = "0.2"
-    cluster.connect()
+    launch.connect()
     os.environ.pop("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", None)  # jobs on other clusters need it
     os.environ["RAY_ADDRESS"] = ray.get_runtime_context().gcs_address
     yield os.environ["RAY_ADDRESS"]
@@ -131,15 +131,16 @@ def trained(ray_cluster, tiny_file, tmp_path_factory):
 
     Its model is `shapes`, in two versions; the first has passed the gate and is `champion`.
     """
-    from gfl_platform import registration, training
+    from gfl_platform import registration
     from gfl_platform.config import load_job
+    from gfl_platform.training import train
 
     root, events = tmp_path_factory.mktemp("outputs"), []
     register = "registry={name: shapes, alias: champion}"
     job = load_job(tiny_file, [f"storage.root={root}", register])
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv("MLFLOW_TRACKING_URI", raising=False)
-        result = training.train(job, "first", resume=False, watch=events.append)
+        result = train.train(job, "first", resume=False, watch=events.append)
         figures = {"AP": result.metrics["AP"], "fps": result.fps, "data": "d", "protocol": "p"}
         registration.register(job, "shapes", result.checkpoint, result.run_id, figures)
     return job, result, events

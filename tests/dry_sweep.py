@@ -19,7 +19,7 @@ def dry_training(job: Any, folder: Path, _workers: Any, events: Any) -> dict[str
     """
     from ray import tune
 
-    from gfl_platform.cluster import DivergedError
+    from gfl_platform.cluster.launch import DivergedError
 
     beta, bins = job.loss.qfl.beta, job.model.reg_max
     if beta == 0.5:

@@ -13,17 +13,19 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from gfl.ap import evaluate_split
-from gfl.boxes import box_iou
-from gfl.config import Config
+from gfl.config.schema import Config
 from gfl.data.split import Split
-from gfl.detector import Detector
+from gfl.evaluation.coco_eval import evaluate_split
+from gfl.model.boxes import box_iou
+from gfl.model.detector import Detector
+from gfl.model.postprocess import Predictions
 from gfl.points import STRIDES
-from gfl.postprocess import Predictions
 from gfl.rows import Rows
 
 # Workers start with what takes most of their time to import.
-mp.get_context("forkserver").set_forkserver_preload(["gfl.engine", "gfl.evaluation"])
+mp.get_context("forkserver").set_forkserver_preload(
+    ["gfl.train.engine", "gfl.evaluation.evaluator"]
+)
 
 
 def run_workers(count: int, work: Callable[..., Any], *arguments: Any) -> list[Any]:
@@ -48,7 +50,7 @@ def _work(rank: int, count: int, port: int, folder: str, work: Any, arguments: A
 
 
 def as_rows(records: Iterable[dict[str, Any]]) -> Rows:
-    """Return COCO's result records as `gfl.ap` takes them."""
+    """Return COCO's result records as `gfl.evaluation.coco_eval` takes them."""
     rows = [[d["image_id"], *d["bbox"], d["score"], d["category_id"]] for d in records]
     return np.array(rows, dtype=float).reshape(-1, 7)
 

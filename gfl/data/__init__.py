@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
-from gfl.config import Config
-from gfl.data import shapes
+from gfl.config.schema import Config
+from gfl.data import synthetic
 from gfl.data.errors import DataError
 from gfl.data.split import Split, read_split, require_same_classes
 
@@ -16,8 +16,12 @@ def render_shapes(config: Config) -> None:
     if wanted is not None:
         folder = Path(wanted.folder)
         # Held-out images come from another seed.
-        shapes.render(folder / "train", count=wanted.train, size=wanted.size, seed=2 * wanted.seed)
-        shapes.render(folder / "val", count=wanted.val, size=wanted.size, seed=2 * wanted.seed + 1)
+        synthetic.render(
+            folder / "train", count=wanted.train, size=wanted.size, seed=2 * wanted.seed
+        )
+        synthetic.render(
+            folder / "val", count=wanted.val, size=wanted.size, seed=2 * wanted.seed + 1
+        )
 
 
 def load_splits(config: Config) -> tuple[Split, Split]:

@@ -18,10 +18,10 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from gfl.config import DataConfig, SplitConfig
+from gfl.config.schema import DataConfig, SplitConfig
 from gfl.data.coco import read_coco
 from gfl.data.errors import DataError
-from gfl.data.voc import read_voc
+from gfl.data.formats import read_voc
 from gfl.data.yolo import find_classes, read_yolo
 
 logger = logging.getLogger(__name__)

@@ -7,7 +7,7 @@ from torch import Tensor
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 
-from gfl.config import DataConfig
+from gfl.config.schema import DataConfig
 
 
 def fitted_size(height: int, width: int, short: int, long: int) -> tuple[int, int]:

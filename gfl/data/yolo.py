@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from gfl.config import SplitConfig
+from gfl.config.schema import SplitConfig
 from gfl.data.errors import DataError
 from gfl.data.folders import AnnotatedImage, Object, coco_dictionary, digest, read_files
 from gfl.data.images import image_size, list_images
@@ -67,19 +67,21 @@ def read_yolo(split: SplitConfig, classes: Sequence[str] | None) -> tuple[dict[s
     for picture in pictures:
         size = image_size(picture)
         file = labels.get(picture.stem)
-        objects = _objects(file, files[file], size, classes) if file else []
+        objects = _yolo_objects(file, files[file], size, classes) if file else []
         images.append(AnnotatedImage(picture.name, size, objects))
     return coco_dictionary(images, classes), digest(files)
 
 
-def _objects(
+def _yolo_objects(
     file: Path, content: bytes, size: tuple[int, int], classes: Sequence[str]
 ) -> list[Object]:
     lines = enumerate(_text(file, content).splitlines(), start=1)
-    return [_object(line, size, classes, f"{file}: line {n}") for n, line in lines if line.strip()]
+    return [
+        _yolo_object(line, size, classes, f"{file}: line {n}") for n, line in lines if line.strip()
+    ]
 
 
-def _object(line: str, size: tuple[int, int], classes: Sequence[str], what: str) -> Object:
+def _yolo_object(line: str, size: tuple[int, int], classes: Sequence[str], what: str) -> Object:
     fields = line.split()
     if len(fields) > 5:
         raise DataError(

@@ -7,16 +7,14 @@ from typing import Any
 
 import numpy as np
 
-from gfl.checkpoint import load_checkpoint
-from gfl.checkpoint_files import About
-from gfl.config import Config
-from gfl.configfile import parse_config
+from gfl.checkpoint.files import About
+from gfl.checkpoint.snapshot import load_checkpoint
+from gfl.config.loader import parse_config
+from gfl.config.schema import Config
 from gfl.data import render_shapes
 from gfl.data.split import read_split
-from gfl.detector import Detector
-from gfl.predict import Model
-from gfl.protocol import STATE, WARM_UP
-from gfl.speed import (
+from gfl.evaluation.protocol import STATE, WARM_UP
+from gfl.evaluation.speed import (
     UnavailableError,
     count_flops,
     count_parameters,
@@ -24,8 +22,10 @@ from gfl.speed import (
     peak_memory,
     repeated,
 )
-from gfl_platform import cluster
-from gfl_platform.benchmarking import Benchmark, Timing
+from gfl.inference.predictor import Model
+from gfl.model.detector import Detector
+from gfl_platform.cluster import launch
+from gfl_platform.evaluation.benchmark import Benchmark, Timing
 
 PERCENTILES = (50, 90, 99)
 
@@ -36,7 +36,7 @@ SECONDS = 60.0
 def benchmark_worker(settings: dict[str, Any]) -> Benchmark:
     """Measure on this worker's device."""
     config = parse_config(settings["config"], "job")
-    device = cluster.worker_device()
+    device = launch.worker_device()
     cache, checkpoint = settings["cache"], settings["checkpoint"]
     config = cache.localized(config)
     detector, about = (

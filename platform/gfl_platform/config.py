@@ -7,8 +7,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
-from gfl.config import Config, Count, Positive, Section, SplitConfig
-from gfl.configfile import JOB_SECTIONS, derive, load_schema
+from gfl.config.loader import JOB_SECTIONS, derive, load_schema
+from gfl.config.schema import Config, Count, Positive, Section, SplitConfig
 from gfl_platform.sweeps.schema import SweepConfig
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)]

@@ -2,25 +2,25 @@
 
 from typing import Any
 
-from gfl.ap import evaluate_split
-from gfl.checkpoint import load_checkpoint
-from gfl.configfile import parse_config
+from gfl.checkpoint.snapshot import load_checkpoint
+from gfl.config.loader import parse_config
 from gfl.data import render_shapes
 from gfl.data.errors import DataError
 from gfl.data.split import read_split, require_same_classes
-from gfl.detector import place
-from gfl.engine import build_evaluation_loader
-from gfl.evaluation import detect, gather
-from gfl.protocol import data_digest
-from gfl.speed import measure_fps
-from gfl.trainer import worker_rank
-from gfl_platform import cluster
+from gfl.evaluation.coco_eval import evaluate_split
+from gfl.evaluation.evaluator import detect, gather
+from gfl.evaluation.protocol import data_digest
+from gfl.evaluation.speed import measure_fps
+from gfl.model.detector import place
+from gfl.train.engine import build_evaluation_loader
+from gfl.train.trainer import worker_rank
+from gfl_platform.cluster import launch
 
 
 def evaluate_worker(settings: dict[str, Any]) -> dict[str, Any]:
     """Evaluate this worker's share; return what all of them found together."""
     config = parse_config(settings["config"], "job")
-    device = cluster.worker_device()
+    device = launch.worker_device()
     cache = settings["cache"]
     config = cache.localized(config)
     detector, about = load_checkpoint(cache.local(settings["checkpoint"]), config)

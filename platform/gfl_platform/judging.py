@@ -9,15 +9,15 @@ from dataclasses import dataclass, field, replace
 from pathlib import PurePosixPath
 from typing import Any
 
-from gfl.bootstrap import Gain, measure_gain
-from gfl.configfile import config_hash, flatten
-from gfl.protocol import differences, protocol_hash
-from gfl_platform import registry
-from gfl_platform.benchmarking import recall_fps
-from gfl_platform.cluster import ClusterError, JobFailedError
+from gfl.config.loader import config_hash, flatten
+from gfl.evaluation.bootstrap import Gain, measure_gain
+from gfl.evaluation.protocol import differences, protocol_hash
+from gfl_platform.cluster.events import Watcher
+from gfl_platform.cluster.launch import ClusterError, JobFailedError
 from gfl_platform.config import GateConfig, JobConfig
-from gfl_platform.events import Watcher
-from gfl_platform.measuring import (
+from gfl_platform.evaluation.benchmark import recall_fps
+from gfl_platform.registry import models
+from gfl_platform.registry.measurement import (
     Measurement,
     at_settings_of,
     images_of,
@@ -26,8 +26,8 @@ from gfl_platform.measuring import (
     own_job,
     recall,
 )
-from gfl_platform.registry import Version
-from gfl_platform.store import connect
+from gfl_platform.registry.models import Version
+from gfl_platform.tracking.client import connect
 
 PICKLES = frozenset({".pkl", ".pickle", ".pt", ".pth", ".bin", ".joblib", ".ckpt"})
 """Endings of files that may hold a pickle, which runs code when it is loaded."""
@@ -105,7 +105,7 @@ class Judge:
         self, verdict: Verdict, here: JobConfig, mine: Measurement, champion: int
     ) -> None:
         """Require the margin over the champion run as the candidate, and as it is itself."""
-        rival = registry.find(self._job, self._candidate.name, str(champion))
+        rival = models.find(self._job, self._candidate.name, str(champion))
         own = own_job(self._job, rival)
         alike, itself = at_settings_of(own, here), on_images_of(own, here)
         theirs = self._measure(alike, rival, mine.key)
@@ -162,7 +162,7 @@ def _faults(job: JobConfig, version: Version) -> Iterator[str]:
         if PurePosixPath(path).suffix in PICKLES:
             yield f"Artifact {path} may hold a pickle, which runs code when it is loaded."
     try:
-        registry.load(f"models:/{version.name}/{version.version}", job, "cpu")
+        models.load(f"models:/{version.name}/{version.version}", job, "cpu")
     except ValueError as error:
         yield f"It cannot be loaded: {error}."
 

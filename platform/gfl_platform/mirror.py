@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from gfl.config import Config, SplitConfig
-from gfl_platform.s3 import (
+from gfl.config.schema import Config, SplitConfig
+from gfl_platform.storage.s3 import (
     DOWNLOADS,
     SCHEME,
     Object,

@@ -8,8 +8,8 @@ from typing import Any
 
 import gfl
 from gfl_platform.config import JobConfig
-from gfl_platform.registry import CHECKPOINT
-from gfl_platform.store import connect
+from gfl_platform.registry.models import CHECKPOINT
+from gfl_platform.tracking.client import connect
 
 
 def register(
@@ -29,7 +29,7 @@ def register(
     client = connect(job)
     import mlflow
 
-    from gfl.checkpoint_files import TRAINING
+    from gfl.checkpoint.files import TRAINING
 
     here = Path(__file__).parent
     status = client.get_run(run_id).info.status
@@ -79,7 +79,7 @@ def register_once(
 
 def figures_of_version(ap: float, fps: float, protocol: dict[str, Any]) -> dict[str, Any]:
     """Return what a registered version is listed with."""
-    from gfl.protocol import data_digest, protocol_hash
+    from gfl.evaluation.protocol import data_digest, protocol_hash
 
     data = data_digest(protocol)[:12]
     return {"AP": ap, "fps": fps, "protocol": protocol_hash(protocol), "data": data}

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from gfl_platform.events import Event
+from gfl_platform.cluster.events import Event
 
 logger = logging.getLogger(__name__)
 

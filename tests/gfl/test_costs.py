@@ -16,11 +16,11 @@ import gfl
 from benchmarks.cases import parse
 from benchmarks.counting import count
 from benchmarks.ours import losses_of
-from gfl import heap, winograd
-from gfl.configfile import derive
+from gfl.config.loader import derive
 from gfl.data import load_splits
-from gfl.data.loading import collate
-from gfl.trainer import Trainer
+from gfl.data.dataset import collate
+from gfl.ops import allocator, winograd
+from gfl.train.trainer import Trainer
 
 HEAVY = {
     "torch", "torchvision", "ray", "mlflow", "pandas", "matplotlib", "scipy", "hotcoco", "boto3",
@@ -75,7 +75,7 @@ def test_a_step_of_the_trainer_takes_few_operations(tiny):
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another allocator")
 @pytest.mark.parametrize(
-    ("before", "environment"), [("heap.keep_freed_memory()", {}), ("", heap.KEEPING)]
+    ("before", "environment"), [("heap.keep_freed_memory()", {}), ("", allocator.KEEPING)]
 )
 def test_freed_memory_is_taken_again(before, environment):
     """In threads, too; huge pages would hide it."""
@@ -127,11 +127,17 @@ def test_winograds_algorithm_takes_the_levels_together():
         ("import jobs.train", set()),
         ("from gfl import load_config", {"numpy"}),
         ("import gfl_platform.sweeps.trial", {"ray", "pandas", "numpy"}),
-        ("import gfl_platform.training", {"ray", "pandas", "numpy", "hotcoco"}),
+        ("import gfl_platform.training.train", {"ray", "pandas", "numpy", "hotcoco"}),
         ("import gfl_platform.sweeps.run", {"ray", "pandas", "numpy", "hotcoco"}),
-        ("import gfl_platform.evaluating, gfl_platform.benchmarking", {"ray", "pandas", "numpy"}),
-        ("import gfl_platform.fitting, gfl_platform.cluster", {"ray", "pandas", "numpy"}),
-        ("import gfl_platform.gate", {"ray", "pandas", "numpy", "hotcoco"}),
+        (
+            "import gfl_platform.evaluation.evaluate, gfl_platform.evaluation.benchmark",
+            {"ray", "pandas", "numpy"},
+        ),
+        (
+            "import gfl_platform.training.fit, gfl_platform.cluster.launch",
+            {"ray", "pandas", "numpy"},
+        ),
+        ("import gfl_platform.registry.gate", {"ray", "pandas", "numpy", "hotcoco"}),
         ("import jobs.sweep, jobs.evaluate, jobs.benchmark", set()),
         (
             "from gfl_platform.trainers import ProcessGroup as P; P().backend_cls()",

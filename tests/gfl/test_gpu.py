@@ -5,20 +5,20 @@ import torch
 from tests_support import attentive_detector
 
 import gfl
-from gfl.checkpoint_files import About
-from gfl.configfile import derive
+from gfl.checkpoint.files import About
+from gfl.config.loader import derive
 from gfl.data import load_splits
+from gfl.data.dataset import collate
 from gfl.data.images import list_images
-from gfl.data.loading import collate
-from gfl.detector import place
-from gfl.engine import fit
-from gfl.export import Form
-from gfl.exporting import export
+from gfl.evaluation.protocol import Variant
+from gfl.evaluation.speed import measure_latency, peak_memory
+from gfl.export.export import export
+from gfl.export.exportable import Form
 from gfl.folding import folded
-from gfl.predict import Model
-from gfl.protocol import Variant
-from gfl.speed import measure_latency, peak_memory
-from gfl.trainer import Trainer
+from gfl.inference.predictor import Model
+from gfl.model.detector import place
+from gfl.train.engine import fit
+from gfl.train.trainer import Trainer
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 

@@ -9,8 +9,7 @@ import pytest
 import torch
 import yaml
 
-from gfl.config import Config
-from gfl.configfile import (
+from gfl.config.loader import (
     JOB_SECTIONS,
     ConfigError,
     derive,
@@ -18,13 +17,14 @@ from gfl.configfile import (
     load_config,
     reproducible,
 )
-from gfl.detector import Detector
+from gfl.config.schema import Config
+from gfl.model.detector import Detector
 from gfl_platform.config import JobConfig, load_job
-from gfl_platform.fitting import fetch_sources
-from gfl_platform.s3 import S3Error
-from gfl_platform.storage import StorageError, open_run_folder, write_atomically
-from gfl_platform.store import tracking_uri
-from gfl_platform.weights import fetch_weights
+from gfl_platform.storage.runs import StorageError, open_run_folder, write_atomically
+from gfl_platform.storage.s3 import S3Error
+from gfl_platform.tracking.client import tracking_uri
+from gfl_platform.training.fit import fetch_sources
+from gfl_platform.training.sources import fetch_weights
 
 ROOT = Path(__file__).parents[2]
 

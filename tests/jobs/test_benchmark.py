@@ -9,15 +9,15 @@ import time
 import pytest
 from PIL import Image
 
-from gfl.checkpoint import take_snapshot
-from gfl.checkpoint_files import About
-from gfl.configfile import derive
-from gfl.detector import Detector
-from gfl.protocol import STATE, YARDSTICK, Variant
-from gfl_platform import benchmarking, registry
-from gfl_platform.benchmarking import Benchmark, Timing
+from gfl.checkpoint.files import About
+from gfl.checkpoint.snapshot import take_snapshot
+from gfl.config.loader import derive
+from gfl.evaluation.protocol import STATE, YARDSTICK, Variant
+from gfl.model.detector import Detector
 from gfl_platform.config import JobConfig
-from gfl_platform.store import connect
+from gfl_platform.evaluation.benchmark import Benchmark, Timing
+from gfl_platform.registry import models
+from gfl_platform.tracking.client import connect
 
 
 def words(**given):
@@ -54,7 +54,7 @@ def measured(monkeypatch):
         timing = Timing("float32", 1000.0, percentiles, 0, protocol, [factor])
         return Benchmark([timing], 1, 1, (64, 64), time.time())
 
-    monkeypatch.setattr(benchmarking, "benchmark", benchmark)
+    monkeypatch.setattr(benchmark, "benchmark", benchmark)
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
 
 
@@ -91,12 +91,12 @@ def test_an_alias_that_moves_meanwhile_changes_nothing(tmp_path, monkeypatch):
             asked.append((name, model))
             return with_what
 
-        monkeypatch.setattr(registry, name, instead)
+        monkeypatch.setattr(models, name, instead)
 
     answer("resolve", "models:/m/1")
     answer("fetch_checkpoint", None)
     answer("run_of", "run")
-    monkeypatch.setattr(benchmarking, "keep", lambda *_: "kept")
+    monkeypatch.setattr(benchmark, "keep", lambda *_: "kept")
     monkeypatch.setattr(
         sys, "argv", ["benchmark", "models:/m@champion", f"storage.root={tmp_path}"]
     )

@@ -15,8 +15,8 @@ import torch
 from PIL import Image
 from pycocotools.coco import COCO
 
-from gfl.checkpoint import load_checkpoint
-from gfl.checkpoint_files import read_about
+from gfl.checkpoint.files import read_about
+from gfl.checkpoint.snapshot import load_checkpoint
 
 WITHOUT_TORCH = """if True:
     import runpy, sys

@@ -12,10 +12,10 @@ from pathlib import Path
 import pytest
 
 from gfl_platform.config import load_job
-from gfl_platform.store import connect
-from gfl_platform.sweeps.plan import trial_name
-from gfl_platform.sweeps.results import read_trial
+from gfl_platform.sweeps.search import trial_name
 from gfl_platform.sweeps.space import grid_points
+from gfl_platform.sweeps.trials import read_trial
+from gfl_platform.tracking.client import connect
 
 BETA, BINS = "loss.qfl.beta", "model.reg_max"
 

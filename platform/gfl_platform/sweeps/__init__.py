@@ -1,1 +1,1 @@
-"""Sweeps: a search over keys of the configuration, and the report that answers what it asked."""
+"""Sweeps over the configuration: search, trials, their records."""

@@ -1,10 +1,11 @@
 """The best trial of a sweep as a registered model, which the gate may make champion."""
 
-from gfl_platform import registration, registry
-from gfl_platform.storage import cache_of
-from gfl_platform.store import TrackingError
-from gfl_platform.sweeps.analysis import analyse
-from gfl_platform.sweeps.results import SweepResults
+from gfl_platform import registration
+from gfl_platform.registry import models
+from gfl_platform.storage.runs import cache_of
+from gfl_platform.sweeps.analysis.analysis import analyse
+from gfl_platform.sweeps.trials import SweepResults
+from gfl_platform.tracking.client import TrackingError
 
 CHALLENGER = "challenger"
 
@@ -27,5 +28,5 @@ def register_best(results: SweepResults, model: str) -> int:
     facts = registration.figures_of_version(ap, fps, trial.protocol)
     checkpoint = cache_of(results.job).local(trial.checkpoint)
     version = registration.register_once(results.job, model, checkpoint, trial.run_id, facts)
-    registry.set_alias(results.job, model, version, CHALLENGER)
+    models.set_alias(results.job, model, version, CHALLENGER)
     return version

@@ -2,13 +2,13 @@
 
 import numpy as np
 
-from gfl.ap import evaluate_split
-from gfl.configfile import ConfigError
+from gfl.config.loader import ConfigError
 from gfl.data import load_splits
-from gfl.data.sampling import share_of_batch
+from gfl.data.samplers import share_of_batch
+from gfl.evaluation.coco_eval import evaluate_split
 from gfl_platform.config import JobConfig
-from gfl_platform.storage import cache_of
-from gfl_platform.sweeps.results import AT_THE_END
+from gfl_platform.storage.runs import cache_of
+from gfl_platform.sweeps.trials import AT_THE_END
 
 
 def check_data(job: JobConfig, workers: int, objectives: tuple[str, ...]) -> None:

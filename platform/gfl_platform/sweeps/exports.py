@@ -8,9 +8,9 @@ from dataclasses import asdict
 from math import isfinite
 from typing import Any
 
-from gfl_platform.sweeps.analysis import Analysis
-from gfl_platform.sweeps.results import SweepResults
-from gfl_platform.sweeps.statistics import PointSummary
+from gfl_platform.sweeps.analysis.analysis import Analysis
+from gfl_platform.sweeps.analysis.statistics import PointSummary
+from gfl_platform.sweeps.trials import SweepResults
 
 COLUMNS = ("id", "stage", "state", "cause", "seed")
 LAST_COLUMNS = ("seconds", "devices", "config_hash", "run_id", "checkpoint")

@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from math import isfinite
 from typing import TYPE_CHECKING, Any
 
-from gfl_platform.sweeps.results import SweepResults
+from gfl_platform.sweeps.analysis.statistics import direction
+from gfl_platform.sweeps.formatting import distinct, identity, is_number
 from gfl_platform.sweeps.schema import RangeConfig
-from gfl_platform.sweeps.statistics import direction
-from gfl_platform.sweeps.values import distinct, identity, is_number
+from gfl_platform.sweeps.trials import SweepResults
 
 if TYPE_CHECKING:
     from optuna.distributions import BaseDistribution

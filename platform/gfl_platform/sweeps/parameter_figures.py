@@ -10,10 +10,10 @@ from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.patches import Rectangle
 
-from gfl_platform.sweeps.analysis import Analysis
-from gfl_platform.sweeps.results import SweepResults, Trial
+from gfl_platform.sweeps.analysis.analysis import Analysis
+from gfl_platform.sweeps.analysis.statistics import by_seed, spread
+from gfl_platform.sweeps.formatting import axis_name, distinct, factor, identity, is_number
 from gfl_platform.sweeps.scales import LONGEST_TICK, Scale, scale_of, tick
-from gfl_platform.sweeps.statistics import by_seed, spread
 from gfl_platform.sweeps.style import (
     BLACK,
     COLOUR_MAP,
@@ -24,7 +24,7 @@ from gfl_platform.sweeps.style import (
     canvas,
     legend_above,
 )
-from gfl_platform.sweeps.values import axis_name, distinct, factor, identity, is_number
+from gfl_platform.sweeps.trials import SweepResults, Trial
 
 MOST_PAIRS = 6
 """Heatmaps of a report: of the most important keys."""

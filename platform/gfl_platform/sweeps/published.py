@@ -3,9 +3,9 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from gfl_platform.sweeps.results import Point, SweepResults
-from gfl_platform.sweeps.statistics import PointSummary, by_seed, summarize
-from gfl_platform.sweeps.values import factor, identity
+from gfl_platform.sweeps.analysis.statistics import PointSummary, by_seed, summarize
+from gfl_platform.sweeps.formatting import factor, identity
+from gfl_platform.sweeps.trials import Point, SweepResults
 
 
 @dataclass(frozen=True)

@@ -9,19 +9,19 @@ from typing import Any
 
 from ray.tune import Callback
 
-from gfl.configfile import config_hash
+from gfl.config.loader import config_hash
+from gfl_platform.cluster.events import Event, Events
 from gfl_platform.config import JobConfig
-from gfl_platform.delivery import RUN_FILE
-from gfl_platform.events import Event, Events
-from gfl_platform.fitting import RAY_FOLDER
-from gfl_platform.s3 import S3Error
 from gfl_platform.spool import backlog
-from gfl_platform.storage import discard, read_json, share_state
-from gfl_platform.sweeps.plan import Planned
-from gfl_platform.sweeps.results import State, Trial, read_trial, write_trial
+from gfl_platform.storage.runs import discard, read_json, share_state
+from gfl_platform.storage.s3 import S3Error
+from gfl_platform.sweeps.formatting import point_label
+from gfl_platform.sweeps.search import Planned
 from gfl_platform.sweeps.space import trial_job
-from gfl_platform.sweeps.values import point_label
-from gfl_platform.tracking import RunTracker, settle
+from gfl_platform.sweeps.trials import State, Trial, read_trial, write_trial
+from gfl_platform.tracking.run import RunTracker, settle
+from gfl_platform.tracking.spool import RUN_FILE
+from gfl_platform.training.fit import RAY_FOLDER
 
 logger = logging.getLogger(__name__)
 

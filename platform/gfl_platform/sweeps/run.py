@@ -8,16 +8,14 @@ from math import inf
 from pathlib import Path
 from typing import Any
 
-from gfl.configfile import derive, reproducible
-from gfl_platform import cluster, store, tracking
-from gfl_platform.capacity import START_TIMEOUT, most_resources
-from gfl_platform.cluster import Workers
+from gfl.config.loader import derive, reproducible
+from gfl_platform.cluster import launch
+from gfl_platform.cluster.events import Event, pumped
+from gfl_platform.cluster.launch import Workers
+from gfl_platform.cluster.resources import START_TIMEOUT, most_resources
 from gfl_platform.config import JobConfig
-from gfl_platform.description import require_same
-from gfl_platform.events import Event, pumped
-from gfl_platform.fitting import fetch_sources, used_by_sources
 from gfl_platform.imports import imported_meanwhile
-from gfl_platform.storage import (
+from gfl_platform.storage.runs import (
     find_run_folder,
     held,
     open_run_folder,
@@ -25,8 +23,12 @@ from gfl_platform.storage import (
     scratch_folder,
     share_state,
 )
+from gfl_platform.sweeps.analysis.statistics import EPOCHS_KEY, direction
 from gfl_platform.sweeps.checks import check_data
-from gfl_platform.sweeps.plan import (
+from gfl_platform.sweeps.formatting import identity
+from gfl_platform.sweeps.recorder import EndOfTrials, Recorder
+from gfl_platform.sweeps.schema import BudgetConfig, SweepConfig
+from gfl_platform.sweeps.search import (
     ENDED,
     DrawnTrials,
     ListedTrials,
@@ -34,9 +36,6 @@ from gfl_platform.sweeps.plan import (
     finalist_name,
     trial_name,
 )
-from gfl_platform.sweeps.recorder import EndOfTrials, Recorder
-from gfl_platform.sweeps.results import Point, SweepResults, Trial
-from gfl_platform.sweeps.schema import BudgetConfig, SweepConfig
 from gfl_platform.sweeps.space import (
     check_sweep,
     default_point,
@@ -44,10 +43,12 @@ from gfl_platform.sweeps.space import (
     sweep_of,
     trial_job,
 )
-from gfl_platform.sweeps.statistics import EPOCHS_KEY, direction
 from gfl_platform.sweeps.stopping import BudgetStopper, EarlyStopping
 from gfl_platform.sweeps.trial import Train, TrialSettings, run_trial, train_with_ray
-from gfl_platform.sweeps.values import identity
+from gfl_platform.sweeps.trials import Point, SweepResults, Trial
+from gfl_platform.tracking import client, run
+from gfl_platform.tracking.metadata import require_same
+from gfl_platform.training.fit import fetch_sources, used_by_sources
 
 CONFIG_FILE = "sweep.yaml"
 REPORT_FOLDER = "report"
@@ -99,7 +100,7 @@ def run_sweep(
     """
     check_sweep(job)
     folder, workers = _prepare(job, name, resume=resume)
-    with held(folder), tracking.RunTracker(job, name, folder) as tracker:
+    with held(folder), run.RunTracker(job, name, folder) as tracker:
         parent, devices = tracker.require_run(), _devices(workers)
         recorder = Recorder(job, name, folder / "trials", parent, devices, watch)
         sweep = _Sweep(job, folder / "trials", workers, recorder, train)
@@ -112,7 +113,7 @@ def run_sweep(
             recorder.close()
         device = "GPU" if workers.use_gpu else "CPU"
         results = SweepResults(name, job, default_point(job), device, sweep.known)
-        from gfl_platform.sweeps.report import write_report  # matplotlib takes a second
+        from gfl_platform.sweeps.analysis.report import write_report  # matplotlib takes a second
 
         write_report(results, folder / REPORT_FOLDER)
         tracker.handle({"kind": "folder", "path": folder / REPORT_FOLDER})
@@ -127,11 +128,11 @@ def _prepare(job: JobConfig, name: str, *, resume: bool) -> tuple[Path, Workers]
         require_same(folder / CONFIG_FILE, asked, "sweep", MAY_CHANGE)
     stops = _stops_trials(sweep_of(job))
     with imported_meanwhile("mlflow", *used_by_sources(first)):
-        cluster.connect(dashboard=stops)
-        workers = replace(cluster.allot(first), stoppable=stops)
-        if not cluster.in_cluster():  # here workers see the same files: say at once what is wrong
+        launch.connect(dashboard=stops)
+        workers = replace(launch.allot(first), stoppable=stops)
+        if not launch.in_cluster():  # here workers see the same files: say at once what is wrong
             check_data(first, workers.count, sweep_of(job).objectives)
-    store.connect(job)
+    client.connect(job)
     fetch_sources(first)
     if not resume:
         open_run_folder(job, name, resume=False, kind="sweeps")
@@ -252,7 +253,7 @@ def _of_a_driver(trials: int) -> dict[str, float]:
     """
     import ray
 
-    shared = cluster.in_cluster()
+    shared = launch.in_cluster()
     return {"memory": float(1 << 20) if shared else ray.cluster_resources()["memory"] // trials}
 
 

@@ -9,8 +9,8 @@ from typing import Any, Literal
 from matplotlib.axes import Axes
 from matplotlib.ticker import LogLocator
 
+from gfl_platform.sweeps.formatting import distinct, identity, is_number, label
 from gfl_platform.sweeps.schema import RangeConfig
-from gfl_platform.sweeps.values import distinct, identity, is_number, label
 
 LOG_RATIO = 50
 """A list of positive numbers so far apart is drawn on a logarithmic axis."""

@@ -12,7 +12,7 @@ from pydantic import (
     model_validator,
 )
 
-from gfl.config import Count, Positive, Section
+from gfl.config.schema import Count, Positive, Section
 
 _REAL = ((int, float), "numbers")  # a boolean is neither, and no text is read as a number
 

@@ -6,10 +6,10 @@ import logging
 import math
 from typing import Any
 
-from gfl.configfile import JOB_SECTIONS, ConfigError, derive
+from gfl.config.loader import JOB_SECTIONS, ConfigError, derive
 from gfl_platform.config import JobConfig
-from gfl_platform.sweeps.results import AT_THE_END, Point
 from gfl_platform.sweeps.schema import RangeConfig, SweepConfig
+from gfl_platform.sweeps.trials import AT_THE_END, Point
 
 logger = logging.getLogger(__name__)
 

@@ -13,9 +13,9 @@ from ray.tune.schedulers import (
     TrialScheduler,
 )
 
-from gfl_platform.sweeps.plan import MINIMISED
-from gfl_platform.sweeps.results import Trial
 from gfl_platform.sweeps.schema import BudgetConfig, SweepConfig
+from gfl_platform.sweeps.search import MINIMISED
+from gfl_platform.sweeps.trials import Trial
 
 
 @dataclass(frozen=True)

@@ -10,12 +10,12 @@ import pytest
 import torch
 from PIL import Image
 
-from gfl.configfile import derive
+from gfl.config.loader import derive
 from gfl.data import cache, load_splits
 from gfl.data.cache import read_cached
+from gfl.data.dataset import DetectionDataset
 from gfl.data.errors import DataError
 from gfl.data.images import read_image
-from gfl.data.loading import DetectionDataset
 
 
 @pytest.fixture

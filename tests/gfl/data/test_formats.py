@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 from PIL import Image
 from tests_support import average_precision
 
-from gfl.configfile import derive
+from gfl.config.loader import derive
 from gfl.data import load_splits
+from gfl.data.dataset import DetectionDataset
 from gfl.data.errors import DataError
-from gfl.data.loading import DetectionDataset
 
 
 @st.composite

@@ -6,8 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from gfl.config import DataConfig, SplitConfig
-from gfl.configfile import derive
+from gfl.config.loader import derive
+from gfl.config.schema import DataConfig, SplitConfig
 from gfl.data import load_splits
 from gfl.data.errors import DataError
 from gfl.data.split import read_split

@@ -6,7 +6,7 @@ import pytest
 from annotation_writers import CLASSES, PICTURES, read, voc_object, write
 from tests_support import average_precision
 
-from gfl.configfile import derive
+from gfl.config.loader import derive
 from gfl.data import load_splits
 from gfl.data.errors import DataError
 

@@ -7,7 +7,7 @@ import pytest
 from annotation_writers import CLASSES, PICTURES, SIZES, read, write
 from PIL import Image
 
-from gfl.configfile import derive
+from gfl.config.loader import derive
 from gfl.data import load_splits
 from gfl.data.errors import DataError
 

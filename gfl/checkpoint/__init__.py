@@ -1,0 +1,1 @@
+"""Checkpoint files, state dicts, pretrained weights and other projects' parameter names."""

@@ -1,0 +1,240 @@
+"""Reading configurations: one YAML, one schema, one loader.
+
+With overrides from a command line:
+
+    config = gfl.load_config("configs/demo.yaml", overrides=["loss.qfl.beta=1.5"])
+
+A file may name one `base:` (relative to itself). Mappings merge, lists replace; the command line
+comes last.
+"""
+
+import difflib
+import hashlib
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from gfl.config.schema import Config
+
+# Sections of a configuration file that say where and how a job runs. `gfl` skips them; their schema
+# is `gfl_platform.config.JobConfig`.
+JOB_SECTIONS = frozenset({"run", "cluster", "storage", "tracking", "registry", "sweep"})
+
+ConfigT = TypeVar("ConfigT", bound=Config)
+KeyPath = tuple[str, ...]
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot be used; the message names place and value, and what to do."""
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.1 as PyYAML reads it, with 1e-2 a number and a repeated key an error."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        for key in keys:
+            if keys.count(key) > 1:
+                raise yaml.MarkedYAMLError(
+                    problem=f"key {key!r} repeated", problem_mark=node.start_mark
+                )
+        return super().construct_mapping(node, deep)
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(\d+(\.\d*)?|\.\d+)([eE][-+]?\d+)$"),
+    list("-+0123456789."),
+)
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """Read a configuration file and return all that reproduces a number.
+
+    Args:
+        path: YAML file. Sections that say where a job runs (`JOB_SECTIONS`) are skipped.
+        overrides: `section.key=value`, the value in YAML.
+
+    Raises:
+        ConfigError: a file that is missing or not YAML; an unknown key, a wrong type, a value out
+            of bounds.
+    """
+    return load_schema(Config, path, overrides)
+
+
+def load_schema(schema: type[ConfigT], path: str | Path, overrides: Sequence[str] = ()) -> ConfigT:
+    """Read a configuration file into `schema`: `Config`, or a subclass that has more sections."""
+    origins: dict[KeyPath, str] = {}
+    values = _read(Path(path), origins, seen=())
+    for override in overrides:
+        _merge(values, _parse_override(override), origins, "command line")
+    foreign = [key for key in values if key in JOB_SECTIONS and key not in schema.model_fields]
+    for key in foreign:
+        del values[key]
+    return _validate(schema, values, origins, str(path))
+
+
+def parse_config(text: str, source: str) -> Config:
+    """Return the `Config` of `dump_config`'s text; `source` is what errors call it."""
+    values = _mapping(text, source)
+    return _validate(Config, values, dict.fromkeys(_leaves(values), source), source)
+
+
+def derive(
+    schema: type[ConfigT], config: Config, overrides: Sequence[str], origin: str = "command line"
+) -> ConfigT:
+    """Return `config` as `schema`, changed by `section.key=value` overrides that `origin` gave."""
+    values = config.model_dump(mode="json")
+    origins: dict[KeyPath, str] = {}
+    for override in overrides:
+        _merge(values, _parse_override(override), origins, origin)
+    return _validate(schema, values, origins, "configuration")
+
+
+def dump_config(config: Config) -> str:
+    """Return the resolved configuration as YAML, which `parse_config` reads back."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+
+
+def config_hash(config: Config) -> str:
+    """Return what tells configurations apart that give other numbers: 64 hexadecimal digits."""
+    return hashlib.sha256(dump_config(reproducible(config)).encode()).hexdigest()
+
+
+def reproducible(config: Config) -> Config:
+    """Return the part of `config` that reproduces its numbers, not where and how the job runs."""
+    return Config.model_validate_json(config.model_dump_json(include=set(Config.model_fields)))
+
+
+def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return nested mappings as one, with dotted keys."""
+    return {".".join(path): _at(values, path) for path in _leaves(values)}
+
+
+def _read(path: Path, origins: dict[KeyPath, str], seen: tuple[Path, ...]) -> dict[str, Any]:
+    if path.resolve() in seen:
+        chain = " -> ".join(str(file) for file in (*seen, path))
+        raise ConfigError(f"{path}: base: files include each other ({chain}); remove one base:")
+    try:
+        text = path.read_text()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: cannot be read as a configuration ({error})") from error
+    own = _mapping(text, str(path))
+    base = own.pop("base", None)
+    if base is not None and not isinstance(base, str):
+        raise ConfigError(f"{path}: base: expected one relative path, got {base!r}")
+    values = _read(path.parent / base, origins, (*seen, path.resolve())) if base else {}
+    _merge(values, own, origins, str(path))
+    return values
+
+
+def _mapping(text: str, source: str) -> dict[str, Any]:
+    try:
+        # _Loader is a SafeLoader
+        values = yaml.load(text, Loader=_Loader)  # noqa: S506
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{source}: not valid YAML: {' '.join(str(error).split())}") from error
+    if values is None:
+        return {}
+    if not isinstance(values, dict):
+        raise ConfigError(f"{source}: expected sections and keys, got {type(values).__name__}")
+    return values
+
+
+def _parse_override(override: str) -> dict[str, Any]:
+    key, equals, text = override.partition("=")
+    if not equals or not all(key.split(".")):
+        raise ConfigError(f"{override!r}: expected section.key=value")
+    value = _mapping(f"value: {text}", f"command line {key}")["value"]
+    for name in reversed(key.split(".")):
+        value = {name: value}
+    return value
+
+
+def _merge(
+    into: dict[str, Any], values: Mapping[Any, Any], origins: dict[KeyPath, str], origin: str
+) -> None:
+    """Merge `values` into `into`, noting for every key which file it came from."""
+
+    def merge(into: dict[str, Any], values: Mapping[Any, Any], prefix: KeyPath) -> None:
+        for name, value in values.items():
+            path = (*prefix, str(name))
+            origins[path] = origin
+            if isinstance(value, Mapping):
+                below = into.get(str(name))
+                into[str(name)] = below = below if isinstance(below, dict) else {}
+                merge(below, value, path)
+            else:
+                into[str(name)] = value
+
+    merge(into, values, ())
+
+
+def _leaves(values: Mapping[str, Any], prefix: KeyPath = ()) -> Iterable[KeyPath]:
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            yield from _leaves(value, (*prefix, name))
+        else:
+            yield (*prefix, name)
+
+
+def _at(values: Any, path: KeyPath) -> Any:
+    for name in path:
+        values = values[name]
+    return values
+
+
+def _validate(
+    schema: type[ConfigT], values: dict[str, Any], origins: Mapping[KeyPath, str], source: str
+) -> ConfigT:
+    try:
+        # As JSON: strict validation of Python values would refuse a list for a tuple.
+        return schema.model_validate_json(json.dumps(values, default=str))
+    except ValidationError as error:
+        problems = [_explain(schema, problem, origins, source) for problem in error.errors()]
+        raise ConfigError("; ".join(problems)) from error
+
+
+def _explain(
+    schema: type[Config], problem: Any, origins: Mapping[KeyPath, str], source: str
+) -> str:
+    path = tuple(str(part) for part in problem["loc"])
+    origin = next(
+        (origins[path[:end]] for end in range(len(path), 0, -1) if path[:end] in origins), source
+    )
+    key = ".".join(path)
+    if problem["type"] == "extra_forbidden":
+        near = difflib.get_close_matches(path[-1], _keys(schema, path[:-1]), n=1)
+        hint = (
+            f"did you mean '{near[0]}'?"
+            if near
+            else f"known: {', '.join(_keys(schema, path[:-1]))}"
+        )
+        return f"{origin}: {key}: unknown key; {hint}"
+    if problem["type"] == "value_error":
+        text = problem["msg"].removeprefix("Value error, ")
+        named = not path or f"{path[0]}." in text  # by who checks several keys together
+        return f"{origin}: {text}" if named else f"{origin}: {key}: {text}"
+    return f"{origin}: {key}: got {problem['input']!r}: {problem['msg']}"
+
+
+def _keys(schema: type[BaseModel], path: KeyPath) -> list[str]:
+    """Return the keys that the schema knows below `path`."""
+    for name in path:
+        field = schema.model_fields.get(name)
+        if field is None:  # a key of a mapping, whose values the loop has reached already
+            continue
+        schema = _sections(field.annotation)[0]
+    return list(schema.model_fields)
+
+
+def _sections(annotation: Any) -> list[type[BaseModel]]:
+    """Return the sections that an annotation stands for, also as an option or in a mapping."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return [found for part in getattr(annotation, "__args__", ()) for found in _sections(part)]

@@ -1,0 +1,299 @@
+"""The schema of a configuration: all that reproduces a number."""
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+Positive = Annotated[int, Field(gt=0)]
+Count = Annotated[int, Field(ge=0)]
+Share = Annotated[float, Field(ge=0, le=1)]
+Weight = Annotated[float, Field(ge=0)]
+Rgb = tuple[float, float, float]
+
+
+class Section(BaseModel):
+    """A frozen part of the configuration in which an unknown key or a wrong type is an error."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+
+class DeformableConfig(Section):
+    """Deformable convolution in place of the 3x3 of every block (Dai et al., 2017; v2 2019)."""
+
+    version: Literal[1, 2] = 2
+    """1: offsets only; 2: modulated, each sample weighted by a mask too."""
+    stages: tuple[Annotated[int, Field(ge=2, le=5)], ...] = (3, 4, 5)
+    """Of which stages, by the map they make: 3 is C3."""
+
+
+class BackboneConfig(Section):
+    """The convolutional body: a torchvision ResNet."""
+
+    name: Literal["resnet18", "resnet34", "resnet50", "resnet101", "resnext101_32x4d"] = "resnet50"
+    deformable: DeformableConfig | None = None
+    frozen_stages: Annotated[int, Field(ge=-1, le=4)] = 1
+    """Which leading stages do not train: -1 none, 0 the stem, k the stem and the first k stages."""
+    norm_eval: bool = True
+    """Whether BatchNorm keeps its running statistics fixed in training (the fine-tuning recipe)."""
+    sync_norm: bool = False
+    """Whether BatchNorm in training takes its statistics over all workers (GPUs only)."""
+    checkpoint_gradients: bool = False
+    """Whether blocks are computed again in the backward pass instead of kept in memory."""
+
+    @model_validator(mode="after")
+    def _norms_fit(self) -> "BackboneConfig":
+        if self.sync_norm and self.norm_eval:
+            raise ValueError(
+                "model.backbone.sync_norm: norm_eval leaves no statistics to share; "
+                "set model.backbone.norm_eval=false"
+            )
+        return self
+
+
+class QualityPredictorConfig(Section):
+    """GFLv2: scores times a quality read off the edge distributions (Li et al., CVPR 2021)."""
+
+    topk: Positive = 4
+    """Highest probabilities of each edge's distribution that are looked at, with their mean."""
+    hidden: Positive = 64
+
+
+class ModelConfig(Section):
+    """The detector's architecture (`Detector`)."""
+
+    backbone: BackboneConfig = BackboneConfig()
+    pretrained: str | None = None
+    """Weights to start from, of the backbone or all: a file, `s3://`, `torchvision://` or model."""
+    reset_classifier: bool = False
+    """Whether weights for other classes are taken, all but the last layer of the classification."""
+    num_classes: Positive = 80
+    channels: Annotated[int, Field(gt=0, multiple_of=8)] = 256
+    """Width of the pyramid and of both towers; GroupNorm takes 8 channels a group."""
+    tower_convs: Positive = 4
+    reg_max: Positive = 16
+    """The last bin of an edge distribution, which has `reg_max + 1` bins."""
+    bin_width: Annotated[float, Field(gt=0)] = 1.0
+    """Delta of table 2c: the distance between neighbouring bins, in strides."""
+    edges: Literal["distribution", "dirac"] = "distribution"
+    """What is learned of an edge: a distribution over bins, or its distance alone (table 3)."""
+    quality: Literal["joint", "centerness"] = "joint"
+    """Boxes rank by scores that learn their IoU, or by a second branch as in ATSS (table 3)."""
+    quality_predictor: QualityPredictorConfig | None = None
+
+    @property
+    def bins(self) -> int:
+        """Outputs of the network for each edge."""
+        return self.reg_max + 1 if self.edges == "distribution" else 1
+
+    @model_validator(mode="after")
+    def _quality_predictor_fits(self) -> "ModelConfig":
+        if self.quality_predictor and (self.edges, self.quality) != ("distribution", "joint"):
+            raise ValueError(
+                "model.quality_predictor needs model.edges=distribution and model.quality=joint, "
+                f"not {self.edges} and {self.quality}"
+            )
+        if self.quality_predictor and self.quality_predictor.topk > self.bins:
+            raise ValueError(
+                f"model.quality_predictor.topk {self.quality_predictor.topk} exceeds the "
+                f"{self.bins} bins of model.reg_max {self.reg_max}: lower it"
+            )
+        return self
+
+
+class QualityFocalConfig(Section):
+    """Quality Focal Loss, equation 3."""
+
+    beta: Weight = 2.0
+    weight: Weight = 1.0
+
+
+class WeightConfig(Section):
+    """A loss that has nothing to choose but its weight."""
+
+    weight: Weight
+
+
+class DistillationConfig(Section):
+    """Localisation distillation (Zheng et al., CVPR 2022): learn a teacher's distributions too."""
+
+    teacher: str
+    """A checkpoint of ours: its folder, or models:/NAME@ALIAS and the like."""
+    temperature: Annotated[float, Field(gt=0)] = 10.0
+    weight: Weight = 0.5
+    """Of the mean over images; the authors' 0.25 is of the sum over the two of each GPU."""
+
+
+class LossConfig(Section):
+    """The losses and their weights; `model.edges` and `model.quality` say which there are."""
+
+    qfl: QualityFocalConfig = QualityFocalConfig()
+    focal: WeightConfig = WeightConfig(weight=1.0)
+    """With `model.quality: centerness`, like the next, in place of `qfl`."""
+    centerness: WeightConfig = WeightConfig(weight=1.0)
+    giou: WeightConfig = WeightConfig(weight=2.0)
+    dfl: WeightConfig = WeightConfig(weight=0.25)
+    """With `model.edges: distribution`."""
+    distillation: DistillationConfig | None = None
+
+
+class AssignerConfig(Section):
+    """ATSS assignment of ground truths to locations."""
+
+    topk: Positive = 9
+
+
+class PostprocessConfig(Section):
+    """From logits to the detections of an image."""
+
+    score_threshold: Share = 0.05
+    candidates_per_level: Positive = 1000
+    nms_iou: Share = 0.6
+    detections_per_image: Positive = 100
+
+
+class SplitConfig(Section):
+    """A set of annotated images."""
+
+    images: str
+    """Folder of the image files."""
+    annotations: str
+    """COCO JSON file, or the folder of VOC XML or YOLO txt files."""
+
+
+class ShapesConfig(Section):
+    """The synthetic set that `gfl.data.synthetic` renders before the first use."""
+
+    folder: str
+    train: Positive
+    val: Positive
+    size: Annotated[int, Field(ge=32)] = 128
+    seed: Count = 0
+
+
+class DataConfig(Section):
+    """What is trained and evaluated on, and how images are prepared."""
+
+    format: Literal["coco", "voc", "yolo"] = "coco"
+    classes: tuple[str, ...] | None = None
+    """Class names in the order of labels, for formats that do not define them."""
+    train: SplitConfig = SplitConfig(
+        images="data/coco/train2017", annotations="data/coco/annotations/instances_train2017.json"
+    )
+    val: SplitConfig = SplitConfig(
+        images="data/coco/val2017", annotations="data/coco/annotations/instances_val2017.json"
+    )
+    shapes: ShapesConfig | None = None
+    short_side: Positive = 800
+    long_side: Positive = 1333
+    """An image is scaled to fit within (long_side, short_side), keeping its aspect ratio."""
+    multi_scale: tuple[Positive, Positive] | None = None
+    """In training the short side is drawn between these two, per image, instead of `short_side`."""
+    flip: Share = 0.5
+    """Probability of a horizontal flip in training."""
+    mean: Rgb = (123.675, 116.28, 103.53)
+    std: Rgb = (58.395, 57.12, 57.375)
+    batch: Positive = 16
+    """Training images a step, over all workers."""
+    images_per_pass: Positive | None = None
+    """The most images a worker passes through the network at once; gradients accumulate."""
+    group_by_aspect: bool = True
+    """Whether wide and tall images go into separate batches, which saves padding."""
+    repeat: Positive = 1
+    """How often an epoch shows every image."""
+    oversample: Annotated[float, Field(gt=0, le=1)] | None = None
+    """Share of images below which a class is repeated (t of Gupta et al., CVPR 2019, LVIS)."""
+    cache: str | None = None
+    """Folder that keeps decoded images."""
+    val_batch: Positive = 8
+    """Images a forward pass in evaluation; batches do not depend on the number of workers."""
+    loader_workers: Count = 2
+    """Loading processes of each training worker; 0 loads in the worker itself."""
+
+
+class OptimConfig(Section):
+    """The optimizer."""
+
+    name: Literal["sgd", "adamw"] = "sgd"
+    lr: Annotated[float, Field(gt=0)] = 0.01
+    """Learning rate for `lr_batch` images a step; it scales linearly with `data.batch`."""
+    lr_batch: Positive = 16
+    momentum: Share = 0.9
+    """Of SGD only."""
+    weight_decay: Weight = 1e-4
+    bias_lr_factor: Weight = 1.0
+    """Learning rate of convolution biases, relative (2 in GFocal's configs)."""
+    bias_decay_factor: Weight = 1.0
+    """Weight decay of convolution biases, relative (0 in GFocal's configs)."""
+    precision: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Of the network in training; losses are always computed in float32."""
+    clip_norm: Annotated[float, Field(gt=0)] | None = None
+    """Largest norm of the gradient; larger ones are scaled down to it."""
+    ema: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """Decay of an exponential moving average of the weights, which is then the model."""
+    compile: bool = False
+    """Whether the training step is compiled."""
+
+
+class ScheduleConfig(Section):
+    """The length of training and the learning rate over it."""
+
+    name: Literal["step", "one_cycle"] = "step"
+    epochs: Positive = 12
+    warmup_steps: Count = 500
+    warmup_start: Share = 1 / 3
+    """Share of the rate at the first step; it rises linearly. Of `step` only, like the next two."""
+    milestones: tuple[Positive, ...] = (8, 11)
+    """Epochs after which the rate is multiplied by `gamma`."""
+    gamma: Share = 0.1
+    patience: Positive | None = None
+    """Training stops after so many epochs without a better AP."""
+
+
+class EvaluationConfig(Section):
+    """How average precision is measured."""
+
+    max_detections: Annotated[tuple[Positive, ...], Field(min_length=1)] = (1, 10, 100)
+    """Detections of an image that count, in COCO's AR1, AR10, AR100; the largest is that of AP."""
+
+
+class Config(Section):
+    """All that reproduces a number."""
+
+    model: ModelConfig = ModelConfig()
+    loss: LossConfig = LossConfig()
+    assigner: AssignerConfig = AssignerConfig()
+    postprocess: PostprocessConfig = PostprocessConfig()
+    data: DataConfig = DataConfig()
+    optim: OptimConfig = OptimConfig()
+    schedule: ScheduleConfig = ScheduleConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    seed: Count = 0
+
+    @model_validator(mode="after")
+    def _sizes_fit(self) -> "Config":
+        data = self.data
+        if data.short_side > data.long_side:
+            raise ValueError(
+                f"data.short_side {data.short_side} exceeds data.long_side {data.long_side}: swap "
+                "them"
+            )
+        if self.loss.distillation and self.model.edges == "dirac":
+            raise ValueError("loss.distillation: needs model.edges=distribution, not dirac")
+        backbone = self.model.backbone
+        if self.optim.compile and backbone.checkpoint_gradients and not backbone.norm_eval:
+            raise ValueError(
+                "optim.compile: blocks whose BatchNorm trains cannot be computed again in a "
+                "compiled step; set model.backbone.checkpoint_gradients=false or norm_eval=true"
+            )
+        most = max(self.evaluation.max_detections)
+        if most > max(100, self.postprocess.detections_per_image):
+            raise ValueError(
+                f"evaluation.max_detections {most} exceeds the detections there are: set "
+                f"postprocess.detections_per_image={most} too"
+            )
+        if data.multi_scale and not data.multi_scale[0] <= data.multi_scale[1] <= data.long_side:
+            raise ValueError(
+                f"data.multi_scale {list(data.multi_scale)}: expected [smallest, largest] short "
+                f"side, not beyond data.long_side {data.long_side}"
+            )
+        return self

@@ -1,0 +1,253 @@
+"""Samples, batches and who gets which: the same for any number of workers, and from any step on.
+
+A global step has one global batch; each worker takes its share of it. Augmentation draws from a
+generator seeded by (seed, epoch, image), so neither the number of workers nor an interruption
+changes a sample.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, fields, replace
+from itertools import cycle, islice
+from math import ceil
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from gfl.config.schema import Config
+from gfl.data.cache import read_cached
+from gfl.data.errors import DataError
+from gfl.data.images import is_on_its_side, read_image
+from gfl.data.samplers import batches_of_one_group, repeats_per_epoch, share_of_batch
+from gfl.data.split import ImageRecord, Split
+from gfl.data.transforms import as_sample, build_transforms
+from gfl.model.assigner import Targets, pad_targets
+
+SIZE_MULTIPLE = 32
+"""Batches are padded right and bottom to a multiple of this many px."""
+
+Key = tuple[int, int]
+"""(draw, image): what a sample of training is drawn by; an epoch draws an image at least once."""
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One image, ready to be batched; boxes `xyxy` in px of `pixels`."""
+
+    pixels: Tensor
+    boxes: Tensor
+    labels: Tensor
+    image: int
+    original_size: tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Padded images with their ground truths.
+
+    Attributes:
+        pixels: RGB in 0..255, (B, 3, H, W), uint8, padded with 0; channels last in memory.
+        targets: Ground truths in px of `pixels`.
+        images: Index of every image in its split, (B,).
+        original_sizes: (height, width) in px before any transform, (B, 2).
+    """
+
+    pixels: Tensor
+    targets: Targets
+    images: Tensor
+    original_sizes: Tensor
+
+    def to(self, device: torch.device) -> "Batch":
+        """Return the batch on `device`, copied without waiting where memory is pinned."""
+        return _map_tensors(self, lambda tensor: tensor.to(device, non_blocking=True))
+
+    def pin_memory(self) -> "Batch":
+        """Return the batch in page-locked memory (called by the DataLoader)."""
+        return _map_tensors(self, Tensor.pin_memory)
+
+
+class DetectionDataset(Dataset[Sample]):
+    """The samples of a split."""
+
+    def __init__(self, split: Split, config: Config, *, training: bool) -> None:
+        self.split = split
+        self._seed = config.seed
+        self._cache = Path(config.data.cache) if config.data.cache else None
+        self._transforms = build_transforms(config.data, training=training)
+
+    def __len__(self) -> int:
+        return len(self.split.records)
+
+    def __getitem__(self, key: Key) -> Sample:
+        epoch, image = key
+        record = self.split.records[image]
+        pixels = self._read(record)
+        with _seeded(self._seed, epoch, image):
+            pixels, boxes = self._transforms(*as_sample(pixels, torch.tensor(record.boxes)))
+        labels = torch.tensor(record.labels)
+        return Sample(
+            pixels.as_subclass(Tensor), boxes.as_subclass(Tensor), labels, image, record.size
+        )
+
+    def _read(self, record: ImageRecord) -> Tensor:
+        path, cache = record.path, self._cache
+        pixels = read_cached(path, cache) if cache else read_image(path)
+        found = tuple(pixels.shape[-2:])
+        if found == record.size:
+            return pixels
+        height, width = record.size
+        wrong = (
+            f"{path}: is {pixels.shape[-1]} x {pixels.shape[-2]} px, but its annotations say "
+            f"{width} x {height}"
+        )
+        if found == (width, height) and is_on_its_side(path):
+            wrong += ", as before the turn of its EXIF orientation; remove the orientation or"
+        else:
+            wrong += ";"
+        raise DataError(f"{wrong} correct {self.split.annotations}")
+
+
+class TrainBatches(Sampler[list[Key]]):
+    """This worker's shares of every global batch, from `start_step` to the end of training.
+
+    Every epoch is a permutation of the images; its last batch is filled up from its beginning.
+
+    Attributes:
+        total_shares: Equal shares into which a global batch is cut.
+        shares: Those that are this worker's, each a batch to load.
+    """
+
+    def __init__(
+        self,
+        records: Sequence[ImageRecord],
+        config: Config,
+        rank: int,
+        world: int,
+        start_step: int,
+        shares: int | None = None,
+    ) -> None:
+        """Cut global batches into `shares`, by default as many as there are workers (`world`).
+
+        Each worker takes every `world`-th.
+        """
+        self.total_shares = shares or world
+        self.shares = range(rank, self.total_shares, world)
+        self._size = share_of_batch(config, self.total_shares)
+        self.batch = config.data.batch
+        self._seed = config.seed
+        self._start_step = start_step
+        repeats = repeats_per_epoch(records, config.data)
+        self._draws = max(repeats)
+        self._shown = [(draw, i) for i, times in enumerate(repeats) for draw in range(times)]
+        tall = [height > width for height, width in (record.size for record in records)]
+        self._tall = [config.data.group_by_aspect and tall[image] for _, image in self._shown]
+        self.steps_per_epoch = ceil(len(self._shown) / self.batch)
+        self.total_steps = self.steps_per_epoch * config.schedule.epochs
+
+    def __len__(self) -> int:
+        return (self.total_steps - self._start_step) * len(self.shares)
+
+    def __iter__(self) -> Iterator[list[Key]]:
+        for step in range(self._start_step, self.total_steps):
+            for share in self.shares:
+                yield self.keys(step, share)
+
+    def keys(self, step: int, share: int | None = None) -> list[Key]:
+        """Return the samples of a share, by default the worker's first, at global `step`."""
+        epoch, batch = divmod(step, self.steps_per_epoch)
+        number = self.shares[0] if share is None else share
+        start = batch * self.batch + number * self._size
+        order = self._order(epoch)[start : start + self._size]
+        shown = (self._shown[index] for index in order)
+        return [(epoch * self._draws + draw, image) for draw, image in shown]
+
+    def _order(self, epoch: int) -> list[int]:
+        if getattr(self, "_epoch", None) != epoch:
+            generator = torch.Generator().manual_seed(_mix(self._seed, epoch))
+            order = torch.randperm(len(self._shown), generator=generator).tolist()
+            order = batches_of_one_group(order, self._tall, self.batch)
+            missing = self.steps_per_epoch * self.batch - len(order)
+            self._epoch = epoch
+            self._order_of_epoch = [*order, *islice(cycle(order), missing)]
+        return self._order_of_epoch
+
+
+class EvaluationBatches(Sampler[list[Key]]):
+    """Every `world`-th batch of a split, in order.
+
+    No image comes twice and none is left out, whatever the remainder. The batches themselves do not
+    depend on `world`, hence neither do the detections.
+    """
+
+    def __init__(self, images: int, batch: int, rank: int, world: int) -> None:
+        starts = range(0, images, batch)[rank::world]
+        self._batches = [
+            [(0, image) for image in range(start, min(start + batch, images))] for start in starts
+        ]
+
+    def __len__(self) -> int:
+        return len(self._batches)
+
+    def __iter__(self) -> Iterator[list[Key]]:
+        return iter(self._batches)
+
+
+def build_loader(
+    dataset: DetectionDataset, batches: Sampler[list[Key]], workers: int, *, pin: bool
+) -> DataLoader[Batch]:
+    """Return a loader of `batches`; `workers` processes load ahead, `pin` page-locks for a GPU."""
+    return DataLoader(
+        dataset,  # type: ignore[arg-type]
+        batch_sampler=batches,
+        num_workers=workers,
+        collate_fn=collate,
+        pin_memory=pin,
+    )
+
+
+def collate(samples: list[Sample]) -> Batch:
+    """Return `samples` as a batch, padded right and bottom to multiples of `SIZE_MULTIPLE` px."""
+    height = _round_up(max(sample.pixels.shape[1] for sample in samples))
+    width = _round_up(max(sample.pixels.shape[2] for sample in samples))
+    pixels = torch.zeros(len(samples), height, width, 3, dtype=torch.uint8).permute(0, 3, 1, 2)
+    for image, sample in zip(pixels, samples, strict=True):
+        image[:, : sample.pixels.shape[1], : sample.pixels.shape[2]] = sample.pixels
+    sizes = torch.tensor([sample.pixels.shape[1:] for sample in samples])
+    return Batch(
+        pixels=pixels,
+        targets=pad_targets([s.boxes for s in samples], [s.labels for s in samples], sizes),
+        images=torch.tensor([sample.image for sample in samples]),
+        original_sizes=torch.tensor([sample.original_size for sample in samples]),
+    )
+
+
+def _round_up(side: int) -> int:
+    return ceil(side / SIZE_MULTIPLE) * SIZE_MULTIPLE
+
+
+def _map_tensors(batch: Batch, convert: Callable[[Tensor], Tensor]) -> Batch:
+    def converted(part: Batch | Targets) -> dict[str, Tensor]:
+        values = {field.name: getattr(part, field.name) for field in fields(part)}
+        return {name: convert(v) for name, v in values.items() if isinstance(v, Tensor)}
+
+    targets = replace(batch.targets, **converted(batch.targets))
+    return replace(batch, targets=targets, **converted(batch))
+
+
+def _mix(*numbers: int) -> int:
+    """Return one seed that depends on every one of `numbers`."""
+    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0])
+
+
+@contextmanager
+def _seeded(*numbers: int) -> Iterator[None]:
+    """Seed torch's CPU generator, which the transforms draw from, and put it back afterwards."""
+    state = torch.get_rng_state()
+    torch.default_generator.manual_seed(_mix(*numbers))
+    try:
+        yield
+    finally:
+        torch.set_rng_state(state)

@@ -1,0 +1,1 @@
+"""COCO AP, its bootstrap intervals, and speed under a recorded protocol."""

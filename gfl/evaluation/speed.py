@@ -1,0 +1,219 @@
+"""Frames per second and latency under a recorded protocol.
+
+As GFocal measured it: one image at a time, post-processing included, loading excluded, the device
+synchronised, after five warm-ups.
+"""
+
+import gc
+import resource
+import statistics
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import replace
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from gfl.config.schema import Config
+from gfl.data.dataset import Batch, DetectionDataset, collate
+from gfl.data.split import Split
+from gfl.evaluation.protocol import IMAGES, STATE, WARM_UP, YARDSTICK, Variant
+from gfl.folding import folded
+from gfl.machine import record
+from gfl.model.detector import Detector, place
+from gfl.ops.allocator import return_freed_memory
+
+
+class UnavailableError(ValueError):
+    """A variant that this device or installation cannot run."""
+
+
+def measure_fps(
+    detector: Detector, split: Split, config: Config, device: torch.device, images: int = IMAGES
+) -> tuple[float, dict[str, Any]]:
+    """Return frames per second over the first `images` of `split`, and the protocol."""
+    seconds, protocol = measure_latency(detector, split, config, device, Variant(), images)
+    return len(seconds) / sum(seconds), protocol
+
+
+def measure_latency(
+    detector: Detector,
+    split: Split,
+    config: Config,
+    device: torch.device,
+    variant: Variant,
+    images: int,
+    at_least_s: float = 0,
+) -> tuple[list[float], dict[str, Any]]:
+    """Return the seconds of every forward pass with its post-processing, and the protocol.
+
+    Args:
+        detector: On `device`; stays as it is.
+        split: Its first images are taken.
+        config: Says how images are scaled, and how detections are selected.
+        device: Where the detector is.
+        variant: How it is run.
+        images: How many, at most; a last batch that is not full is left out.
+        at_least_s: All are measured again until that many seconds or `images` have been.
+
+    Raises:
+        UnavailableError: the variant cannot run here.
+    """
+    dataset = DetectionDataset(split, config, training=False)
+    count = min(images, len(dataset)) // variant.batch * variant.batch
+    if count == 0:
+        raise UnavailableError(f"a batch of {variant.batch} needs as many images")
+
+    def batches() -> Iterator[Batch]:
+        for first in range(0, count, variant.batch):
+            samples = [dataset[0, image] for image in range(first, first + variant.batch)]
+            batch = collate(samples).to(device)
+            if not variant.channels_last:
+                batch = replace(batch, pixels=batch.pixels.contiguous())
+            yield batch
+
+    yardstick = _Yardstick(device)
+    with _prepared(detector, variant, device) as run:
+        _time(run, islice(batches(), WARM_UP), yardstick)
+        if variant.compiled:  # sizes that the warm-up has not seen are compiled for, too
+            _time(run, batches(), yardstick)
+        yardstick.seconds.clear()
+        enough = images // variant.batch
+        seconds = repeated(lambda: _time(run, batches(), yardstick), enough, at_least_s)
+    protocol = record(split, config, device, variant, count)
+    if yardstick.seconds:
+        protocol[STATE][YARDSTICK] = 1000 * statistics.fmean(yardstick.seconds)
+    return seconds, protocol
+
+
+def repeated(measure: Callable[[], list[float]], enough: int, at_least_s: float) -> list[float]:
+    """Return all that `measure`, called at least once, gave until it is `enough` or long enough."""
+    seconds = measure()
+    while len(seconds) < enough and sum(seconds) < at_least_s:
+        seconds += measure()
+    return seconds
+
+
+def count_parameters(detector: Detector) -> int:
+    """Return the number of parameters, frozen ones included."""
+    return sum(parameter.numel() for parameter in detector.parameters())
+
+
+def count_flops(detector: Detector, height: int, width: int) -> int:
+    """Return the floating-point operations of the network for one image of `height` x `width` px.
+
+    A multiplication and an addition are two. Of a deformable convolution its products count, not
+    where it looks. Post-processing is not counted.
+    """
+    device = detector.pixel_mean.device
+    deformable = {torch.ops.torchvision.deform_conv2d: _deformable_flops}
+    counting = FlopCounterMode(display=False, custom_mapping=deformable)
+    with counting as counter, torch.no_grad():
+        detector.eval()(torch.zeros(1, 3, height, width, device=device))
+    return int(counter.get_total_flops())
+
+
+def _deformable_flops(
+    _: torch.Size, weight: torch.Size, *others: Any, out_shape: torch.Size, **__: Any
+) -> int:
+    """Count as for a convolution with this weight, (C_out, C_in, height, width)."""
+    return 2 * out_shape.numel() * weight[1:].numel()
+
+
+@contextmanager
+def peak_memory(device: torch.device) -> Iterator[dict[str, int]]:
+    """Give a mapping that in the end holds the peak under `bytes`.
+
+    On a GPU that is the memory allocated, on a CPU the process's resident memory with all that is
+    in it. Where a process cannot forget its earlier peak (not Linux), that counts, too.
+    """
+    found = {"bytes": 0}
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        yield found
+        found["bytes"] = torch.cuda.max_memory_allocated(device)
+        return
+    return_freed_memory()
+    with suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+    yield found
+    found["bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+@contextmanager
+def _prepared(detector: Detector, variant: Variant, device: torch.device) -> Iterator[Detector]:
+    """Give the detector as `variant` wants it."""
+    detector = place(folded(detector), device)
+    if not variant.channels_last:
+        detector.to(memory_format=torch.contiguous_format)
+    if variant.compiled:
+        detector.compile(dynamic=True)
+    dtype = getattr(torch, variant.precision)
+    enabled = variant.precision != "float32"
+    detector.requires_grad_(enabled)  # autocast keeps its copies of such weights alone
+    as_before = torch.backends.cudnn.deterministic
+    torch.backends.cudnn.deterministic = False  # a training, in the same process, wants it
+    try:
+        with torch.autocast(device.type, dtype, enabled=enabled), torch.no_grad():
+            yield detector
+    except (RuntimeError, OSError) as error:  # no compiler, no such kernel, no memory
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UnavailableError(f"{variant.name}: cannot run here ({reason})") from error
+    finally:
+        torch.backends.cudnn.deterministic = as_before
+
+
+class _Yardstick:
+    """A convolution of 0.3 GFLOPs, timed after every pass on a CPU: how fast the machine is then.
+
+    Machines that others share drift by tens of percents within minutes. So does a model's time,
+    and in proportion: what is left of a difference, measured by it, is the model's. Means show
+    that, not medians, which of something short miss the bursts in which a processor is taken away.
+
+    Attributes:
+        device: Where it runs.
+        seconds: Every time that was measured; none on a GPU, where it would time the launch.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.seconds: list[float] = []
+        self._maps = torch.ones(1, 256, 16, 16)
+        self._weight = torch.ones(256, 256, 3, 3)
+
+    def measure(self) -> None:
+        if self.device.type != "cpu":
+            return
+        with torch.autocast("cpu", enabled=False):
+            start = time.perf_counter()
+            torch.conv2d(self._maps, self._weight, padding=1)
+        self.seconds.append(time.perf_counter() - start)
+
+
+def _time(detector: Detector, batches: Iterable[Batch], yardstick: _Yardstick) -> list[float]:
+    device = yardstick.device
+    seconds = []
+    collecting = gc.isenabled()
+    gc.disable()  # a collection would fall on some image
+    try:
+        for batch in batches:
+            sizes = batch.targets.sizes
+            _synchronize(device)
+            start = time.perf_counter()
+            detector.predict(detector.normalize(batch.pixels, sizes), sizes, batch.original_sizes)
+            _synchronize(device)
+            seconds.append(time.perf_counter() - start)
+            yardstick.measure()
+    finally:
+        if collecting:
+            gc.enable()
+    return seconds
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

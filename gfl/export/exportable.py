@@ -1,0 +1,234 @@
+"""A detector as a file that runs without this package: `torch.export` (.pt2) and ONNX.
+
+The graph takes RGB pixels in 0..255, scaled as `data.short_side` and `data.long_side` say but not
+padded: (B, 3, H, W), H and W free. It normalises, pads, runs the network and decodes. The outputs,
+boxes in px of that input, are in `LAYOUT`; the README has the same as a table.
+
+Shapes: P locations, C classes, R bins, N = `postprocess.detections_per_image`.
+"""
+
+import copy
+import json
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.fx.experimental import _config as fx_config
+from torch.nn.functional import pad
+from torchvision.ops import nms
+
+from gfl.checkpoint.files import About
+from gfl.config.loader import config_hash
+from gfl.config.schema import Config
+from gfl.data.dataset import SIZE_MULTIPLE
+from gfl.model.boxes import ltrb_to_xyxy
+from gfl.model.detector import Detector
+from gfl.points import STRIDES, grid_points
+
+OPSET = 20
+METADATA = "gfl.json"
+"""Name of the metadata among a .pt2 file's extra files; in ONNX they are properties, JSON each."""
+
+INPUT = "images"
+TRACED = (1, 3, 192, 256)
+"""Shape of the input that is traced; none of its sides is kept."""
+
+LAYOUT = {
+    False: {
+        "boxes": "(B, P, 4) float32: xyxy of every location, px of the input",
+        "scores": "(B, P, C) float32: of every class, 0 to 1",
+        "distributions": "(B, P, 4, R) float32, optional: of the edges l, t, r, b",
+    },
+    True: {
+        "boxes": "(N, 4) float32: xyxy, px of the input, best first",
+        "scores": "(N,) float32: 0 to 1; rows with 0 are empty",
+        "labels": "(N,) int64: the class",
+        "edge_std": "(N, 4) float32: standard deviation of each edge, px of the input",
+        "distributions": "(N, 4, R) float32, optional: of the edges l, t, r, b",
+    },
+}
+"""The outputs, by whether there is NMS in the graph; with it B is 1."""
+
+
+class ExportError(ValueError):
+    """A model that cannot be exported, or that does not do the same afterwards."""
+
+
+@dataclass(frozen=True)
+class Form:
+    """What is exported.
+
+    Attributes:
+        with_nms: Whether detections are selected in the graph.
+        distributions: Whether the learned distributions are an output.
+    """
+
+    with_nms: bool = True
+    distributions: bool = False
+
+    @property
+    def outputs(self) -> list[str]:
+        """Names of the outputs."""
+        names = list(LAYOUT[self.with_nms])
+        return names if self.distributions else names[:-1]
+
+
+class Exportable(nn.Module):
+    """A detector from pixels to detections, in tensors alone."""
+
+    pixel_mean: Tensor
+    pixel_std: Tensor
+
+    def __init__(self, detector: Detector, form: Form) -> None:
+        super().__init__()
+        model = detector.config.model
+        if model.quality != "joint":
+            raise ExportError(f"model.quality {model.quality}: only 'joint' can be exported")
+        if form.distributions and model.edges != "distribution":
+            raise ExportError(f"--distributions: model.edges is {model.edges}, which learns none")
+        self.detector = (
+            copy.deepcopy(detector).eval().cpu().to(memory_format=torch.contiguous_format)
+        )
+        self.form = form
+
+    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
+        """Return the outputs of `LAYOUT` for `images` (B, 3, H, W), RGB in 0..255."""
+        height, width = images.shape[-2:]
+        inputs = (images.float() - self.detector.pixel_mean) / self.detector.pixel_std
+        inputs = pad(inputs, (0, _padded(width) - width, 0, _padded(height) - height))
+        cls_levels, reg_levels = self.detector(inputs)
+        sizes = tuple((level.shape[2], level.shape[3]) for level in cls_levels)
+        points = grid_points.__wrapped__(sizes, images.device)
+        reg_logits = torch.cat([level.flatten(2).transpose(1, 2) for level in reg_levels], dim=1)
+        if not self.form.with_nms:
+            boxes, _, distributions = self._decode(
+                reg_logits, points.xy, points.stride, height, width
+            )
+            scores = torch.cat([level.flatten(2) for level in cls_levels], dim=2)
+            scores = scores.transpose(1, 2).sigmoid()
+            return (boxes, scores, distributions)[: len(self.form.outputs)]
+        scores, labels, location = self._candidates(cls_levels)
+        boxes, edge_std, distributions = self._decode(
+            reg_logits[0, location], points.xy[location], points.stride[location], height, width
+        )
+        # Classes far apart do not suppress each other, as in torchvision's `batched_nms`.
+        apart = labels.to(boxes).unsqueeze(1) * (torch.sym_max(height, width) + 1)
+        return self._select(boxes + apart, boxes, scores, labels, edge_std, distributions)
+
+    def _decode(
+        self, logits: Tensor, xy: Tensor, stride: Tensor, height: int, width: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        mean, std, distributions = self.detector.integral.describe(logits)
+        x1, y1, x2, y2 = ltrb_to_xyxy(xy, mean * stride).unbind(-1)
+        inside = [x1.clamp(0, width), y1.clamp(0, height), x2.clamp(0, width), y2.clamp(0, height)]
+        return torch.stack(inside, dim=-1), std * stride, distributions
+
+    def _candidates(self, cls_levels: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """Return score, class and location, (K,), of the best per level above the threshold."""
+        settings = self.detector.config.postprocess
+        scores, labels, locations, start = [], [], [], 0
+        for logits in cls_levels:
+            level = logits[0].sigmoid().flatten()  # (C * H_l * W_l,)
+            cells = logits.shape[2] * logits.shape[3]
+            score, index = level.topk(torch.sym_min(settings.candidates_per_level, level.shape[0]))
+            scores.append(score)
+            # Division by a side that is free is beyond the ONNX exporter: look it up.
+            classes = logits.shape[1]
+            labels.append(torch.arange(classes).unsqueeze(1).repeat(1, cells).flatten()[index])
+            locations.append(torch.arange(cells).repeat(classes)[index] + start)
+            start = start + cells
+        score = torch.cat(scores)
+        keep = (score > settings.score_threshold).nonzero().squeeze(1)
+        # Two without a score, of classes of their own: the graph relies on two being left.
+        classes = self.detector.config.model.num_classes
+        nobody = torch.tensor([classes, classes + 1])
+        return (
+            torch.cat([score[keep], torch.zeros(2)]),
+            torch.cat([torch.cat(labels)[keep], nobody]),
+            torch.cat([torch.cat(locations)[keep], torch.zeros_like(nobody)]),
+        )
+
+    def _select(self, apart: Tensor, boxes: Tensor, scores: Tensor, *more: Tensor) -> Any:
+        """Return the best detections after NMS of boxes `apart`, filled up with zeros."""
+        settings = self.detector.config.postprocess
+        scores = scores * ((boxes[:, 2:] - boxes[:, :2]) > 0).all(dim=1)
+        keep = nms(apart, scores, settings.nms_iou)
+        count = settings.detections_per_image
+        rows = [
+            pad(found[keep], (0, 0) * (found.dim() - 1) + (0, count))[:count]
+            for found in (boxes, scores, *more)
+        ]
+        return tuple(rows[: len(self.form.outputs)])
+
+
+def _padded(side: int) -> int:
+    # As a remainder it would stay in every size that follows, and tracing take three times as long.
+    return (side + SIZE_MULTIPLE - 1) // SIZE_MULTIPLE * SIZE_MULTIPLE
+
+
+def metadata(
+    config: Config, about: About, form: Form, protocol: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Return what an exported file says of itself."""
+    layout = LAYOUT[form.with_nms]
+    return {
+        "classes": about.classes,
+        "category_ids": about.category_ids,
+        "short_side": config.data.short_side,
+        "long_side": config.data.long_side,
+        "mean": list(config.data.mean),
+        "std": list(config.data.std),
+        "strides": list(STRIDES),
+        "bins": config.model.bins,
+        "bin_width": config.model.bin_width,
+        "postprocess": config.postprocess.model_dump(mode="json"),
+        "input": "images (B, 3, H, W) RGB in 0..255, neither normalised nor padded",
+        "scaling": "to fit short_side and long_side; bilinear without antialiasing, in uint8",
+        "outputs": {name: layout[name] for name in form.outputs},
+        "config_hash": config_hash(config),
+        "protocol": dict(protocol),
+        "gfl": version("gfl-platform"),
+    }
+
+
+def trace(model: Exportable) -> torch.export.ExportedProgram:
+    """Return the graph of a model, with free height and width, and batch where there is no NMS."""
+    sides = {2: torch.export.Dim.DYNAMIC, 3: torch.export.Dim.DYNAMIC}
+    if not model.form.with_nms:
+        sides[0] = torch.export.Dim.DYNAMIC
+    shape = TRACED if model.form.with_nms else (2, *TRACED[1:])
+    images = torch.randint(0, 256, shape).float()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "`create_unbacked_symint`", FutureWarning)  # torchvision
+        # A level may be one cell wide: the graph must not take it for more.
+        oblivious = fx_config.patch(backed_size_oblivious=True)  # type: ignore[attr-defined]
+        with torch.no_grad(), oblivious:
+            return torch.export.export(model, (images,), dynamic_shapes=(sides,))
+
+
+def save_pt2(program: torch.export.ExportedProgram, path: Path, about: Mapping[str, Any]) -> None:
+    """Write a graph as a .pt2 file with its metadata."""
+    torch.export.save(program, path, extra_files={METADATA: json.dumps(about)})
+
+
+def save_onnx(
+    program: torch.export.ExportedProgram, path: Path, form: Form, about: Mapping[str, Any]
+) -> None:
+    """Write a graph as an ONNX file with its metadata."""
+    if any("deform_conv2d" in str(node.target) for node in program.graph.nodes):
+        raise ExportError("model.backbone.deformable: cannot be exported to ONNX; --format pt2")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "`create_unbacked_symint`", FutureWarning)  # torchvision
+        exported = torch.onnx.export(
+            program, input_names=[INPUT], output_names=form.outputs, opset_version=OPSET,
+            dynamo=True, verbose=False,
+        )  # fmt: skip
+    assert exported is not None
+    for key, value in about.items():
+        exported.model.metadata_props[key] = value if isinstance(value, str) else json.dumps(value)
+    exported.save(path, external_data=False)

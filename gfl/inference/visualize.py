@@ -1,0 +1,172 @@
+"""Pictures of samples and of predictions: boxes and classes, and how sure the model is of edges."""
+
+from collections.abc import Mapping, Sequence
+from math import ceil
+from pathlib import Path
+
+import numpy as np
+import torch
+from matplotlib import colormaps
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+from torch import Tensor
+
+from gfl.data.dataset import DetectionDataset
+from gfl.model.postprocess import Predictions
+from gfl.rows import Rows
+
+DPI = 120
+PANEL_INCHES = 3.0
+COLUMNS = 4
+SMALLEST_SAMPLE = 640
+"""Longer side of a drawn sample in px, at least: captions need room."""
+CAPTION_SHARE = 0.05
+"""Of an image's height, for a caption."""
+SHADE = 0.35
+"""Opacity of an edge's uncertainty."""
+
+
+def draw_predictions(
+    images: Sequence[Tensor],
+    predictions: Sequence[Predictions],
+    classes: Sequence[str],
+    path: Path,
+    min_score: float = 0.3,
+) -> None:
+    """Draw the detections of several images into one PNG.
+
+    A band around each edge spans one standard deviation of its learned distribution to either side:
+    the wider, the less sure the model is of where the edge lies. There is none with
+    `model.edges: dirac`, which learns no distribution.
+
+    Args:
+        images: RGB pixels (3, H, W), uint8.
+        predictions: Of each image.
+        classes: Names by label.
+        path: The PNG file.
+        min_score: Detections below are not drawn.
+    """
+    columns = min(COLUMNS, len(images))
+    rows = -(-len(images) // columns)
+    figure = Figure(figsize=(PANEL_INCHES * columns, PANEL_INCHES * rows), layout="constrained")
+    for number, (pixels, found) in enumerate(zip(images, predictions, strict=True), start=1):
+        axes = figure.add_subplot(rows, columns, number)
+        _show(axes, pixels)
+        for index in np.flatnonzero(found.scores.numpy() >= min_score):
+            _draw_detection(axes, found, int(index), classes)
+    _save(figure, path)
+
+
+def draw_pairs(
+    images: Sequence[Tensor],
+    found: Sequence[Sequence[Rows]],
+    names: Mapping[int, str],
+    titles: Sequence[str],
+    path: Path,
+    min_score: float = 0.3,
+) -> None:
+    """Draw what several detectors found in the same images, side by side, into one PNG.
+
+    Args:
+        images: RGB pixels (3, H, W), uint8.
+        found: Of each detector, of each image: rows as `gfl.rows.Rows` says, (N, 7).
+        names: Of the classes, by category id.
+        titles: What the detectors are called.
+        path: The PNG file.
+        min_score: Detections below are not drawn.
+    """
+    labels = {category: label for label, category in enumerate(sorted(names))}
+    columns = len(found) * (2 if len(images) > 1 else 1)  # two images in a row
+    rows = -(-len(images) * len(found) // columns)
+    figure = Figure(figsize=(PANEL_INCHES * columns, PANEL_INCHES * rows), layout="constrained")
+    for number, pixels in enumerate(images):
+        for place, title in enumerate(titles):
+            axes = figure.add_subplot(rows, columns, number * len(found) + place + 1)
+            axes.set_title(title, fontsize=8)
+            _show(axes, pixels)
+            for _, x, y, w, h, score, category in found[place][number]:
+                if score >= min_score:
+                    box = torch.tensor([x, y, x + w, y + h])
+                    caption = f"{names[int(category)]} {score:.2f}"
+                    _draw_box(axes, box, labels[int(category)], caption)
+    _save(figure, path)
+
+
+def draw_samples(dataset: DetectionDataset, folder: Path, count: int) -> None:
+    """Draw images of `dataset`, evenly spaced and `count` at most, with boxes and classes.
+
+    Each is what training sees in its first epoch, in a PNG of the same size or larger.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    for image in range(0, len(dataset), ceil(len(dataset) / count)):
+        sample = dataset[0, image]
+        height, width = sample.pixels.shape[1:]
+        scale = max(1.0, SMALLEST_SAMPLE / max(height, width)) / DPI
+        figure = Figure(figsize=(width * scale, height * scale))
+        axes = figure.add_axes((0, 0, 1, 1))
+        _show(axes, sample.pixels)
+        for box, label in zip(sample.boxes, sample.labels.tolist(), strict=True):
+            _draw_box(axes, box, label, dataset.split.classes[label])
+        _save(figure, folder / f"{image:06d}-{dataset.split.records[image].path.stem}.png")
+
+
+def _save(figure: Figure, path: Path) -> None:
+    FigureCanvasAgg(figure)
+    figure.savefig(path, dpi=DPI)
+
+
+def _show(axes: Axes, pixels: Tensor) -> None:
+    axes.imshow(pixels.permute(1, 2, 0).numpy())
+    axes.set_axis_off()
+    # What is drawn later may reach beyond the image; the picture need not.
+    axes.set_xlim(-0.5, pixels.shape[2] - 0.5)
+    axes.set_ylim(pixels.shape[1] - 0.5, -0.5)
+
+
+def _draw_detection(axes: Axes, found: Predictions, index: int, classes: Sequence[str]) -> None:
+    label = int(found.labels[index])
+    colour = _colour(label)
+    left, top, right, bottom = _in_pixels(found.boxes[index])
+    std = found.edge_std[index].tolist()
+    for x, width in ((left, std[0]), (right, std[2])):
+        band = Rectangle((x - width, top), 2 * width, bottom - top)
+        band.set(facecolor=colour, alpha=SHADE, linewidth=0)
+        axes.add_patch(band)
+    for y, height in ((top, std[1]), (bottom, std[3])):
+        band = Rectangle((left, y - height), right - left, 2 * height)
+        band.set(facecolor=colour, alpha=SHADE, linewidth=0)
+        axes.add_patch(band)
+    _draw_box(axes, found.boxes[index], label, f"{classes[label]} {found.scores[index]:.2f}")
+
+
+def _draw_box(axes: Axes, box: Tensor, label: int, caption: str) -> None:
+    colour = _colour(label)
+    left, top, right, bottom = _in_pixels(box)
+    axes.add_patch(
+        Rectangle(
+            (left, top), right - left, bottom - top, fill=False, edgecolor=colour, linewidth=1.5
+        )
+    )
+    # Above the box, which may be smaller than its caption, unless that is beyond the image.
+    above = top > CAPTION_SHARE * axes.get_ylim()[0]
+    axes.text(
+        left,
+        top if above else max(top, 0) + 1,
+        caption,
+        fontsize=7,
+        color="white",
+        va="bottom" if above else "top",
+        clip_on=True,
+        bbox={"facecolor": colour, "edgecolor": "none", "pad": 1, "alpha": 0.85},
+    )
+
+
+def _colour(label: int) -> tuple[float, float, float, float]:
+    return colormaps["tab10"](label % 10)
+
+
+def _in_pixels(box: Tensor) -> list[float]:
+    """Return `xyxy` as matplotlib counts: a pixel's centre is whole there, its corner with us."""
+    return (box - 0.5).tolist()

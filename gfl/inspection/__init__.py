@@ -1,0 +1,1 @@
+"""The data doctor: findings in a dataset, and the regression range that `reg_max` gives."""

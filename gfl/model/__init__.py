@@ -1,0 +1,1 @@
+"""The detector: backbone, head, assigner, losses, criterion and post-processing."""

@@ -1,0 +1,277 @@
+"""The detector: body, pyramid and head, with its training objective and its predictions.
+
+Shapes: B images, P locations over all levels, C classes, G padded ground truths, N candidates of
+all ground truths (`assigner.Matches`), R bins (`ModelConfig.bins`).
+"""
+
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from gfl.aim import Aim, find_aim
+from gfl.config.schema import Config, ModelConfig
+from gfl.fpn import FPN
+from gfl.integral import build_edges
+from gfl.model.assigner import Targets, pad_targets
+from gfl.model.backbone import Backbone
+from gfl.model.boxes import box_iou, ltrb_centerness, ltrb_to_xyxy
+from gfl.model.head import Head
+from gfl.model.losses import (
+    FOCAL_ALPHA,
+    FOCAL_GAMMA,
+    background_focal_loss,
+    centerness_loss,
+    distribution_focal_loss,
+    focal_loss,
+    giou_loss,
+    localisation_distillation_loss,
+    quality_focal_loss,
+)
+from gfl.model.postprocess import Predictions, postprocess
+from gfl.ops.convolution import convert
+from gfl.points import Points, grid_points
+
+DISTILLATION = "ld"
+"""The part of the objective that a teacher adds."""
+
+
+def loss_names(model: ModelConfig) -> tuple[str, ...]:
+    """Return the parts of the objective, a teacher's apart."""
+    of_scores = ("qfl",) if model.quality == "joint" else ("focal", "centerness")
+    of_boxes = ("giou", "dfl") if model.edges == "distribution" else ("giou",)
+    return of_scores + of_boxes
+
+
+class Detector(nn.Module):
+    """Generalized Focal Loss detector (Li et al., NeurIPS 2020, arXiv 2006.04388)."""
+
+    pixel_mean: Tensor
+    pixel_std: Tensor
+
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        self.config = config
+        self.backbone = Backbone(config.model.backbone)
+        self.fpn = FPN(self.backbone.out_channels, config.model.channels)
+        self.head = Head(config.model)
+        self.integral = build_edges(config.model)
+        convert(self)
+        mean, std = torch.tensor(config.data.mean), torch.tensor(config.data.std)
+        self.register_buffer("pixel_mean", mean.view(3, 1, 1), persistent=False)
+        self.register_buffer("pixel_std", std.view(3, 1, 1), persistent=False)
+
+    def forward(self, images: Tensor) -> tuple[list[Tensor], ...]:
+        """Return class logits (B, C, H_l, W_l) and logits of edges (B, 4 * R, H_l, W_l) per level.
+
+        With `model.quality: centerness` a third list follows: centerness logits (B, 1, H_l, W_l).
+        """
+        return self.head(self.fpn(self.backbone(images)))
+
+    def normalize(self, pixels: Tensor, sizes: Tensor) -> Tensor:
+        """Return RGB `pixels` (B, 3, H, W) in 0..255 as network inputs, 0 beyond `sizes` (B, 2)."""
+        height, width = pixels.shape[-2:]
+        rows = torch.arange(height, device=pixels.device) < sizes[:, :1]  # (B, H)
+        columns = torch.arange(width, device=pixels.device) < sizes[:, 1:]  # (B, W)
+        inside = rows[:, None, :, None] & columns[:, None, None, :]
+        return ((pixels.float() - self.pixel_mean) / self.pixel_std) * inside
+
+    def losses(
+        self, images: Tensor, boxes: Sequence[Tensor], labels: Sequence[Tensor]
+    ) -> dict[str, Tensor]:
+        """Return the weighted, normalised losses `loss_names`, whose sum is the objective.
+
+        Args:
+            images: Normalised, (B, 3, H, W).
+            boxes: Per image (G_i, 4), `xyxy` in px of `images`.
+            labels: Per image (G_i,), classes in 0..C-1.
+        """
+        return self.objective(self(images), pad_targets(boxes, labels, _full_sizes(images)))
+
+    def objective(
+        self,
+        outputs: tuple[list[Tensor], ...],
+        targets: Targets,
+        teacher: list[Tensor] | None = None,
+        divisors: Tensor | None = None,
+    ) -> dict[str, Tensor]:
+        """Return the losses of what `forward` returned.
+
+        Losses of scores and of centerness are divided by the positives, losses of boxes by the sum
+        of their weights; both divisors are averages over workers, by one all-reduce. Distillation
+        is divided by the images alone, as its authors do. Boxes cost by the candidates, of which
+        there are a fixed number per ground truth, not by the locations.
+
+        Args:
+            outputs: Class logits, logits of edges and, where there is one, centerness per level.
+            targets: The padded ground truths.
+            teacher: Another detector's distribution logits of the same images: adds the loss `ld`.
+            divisors: Both divisors (2,), where these images do not tell: see `mean_amounts`.
+        """
+        aim, edges, boxes, of_scores, weight = self._scored(outputs, targets)
+        of_boxes = {"giou": giou_loss(boxes, aim.boxes)}
+        if self.config.model.edges == "distribution":
+            bins = aim.ltrb / self.config.model.bin_width
+            dfl = distribution_focal_loss(edges.unflatten(-1, (4, -1)), bins)
+            of_boxes["dfl"] = dfl.mean(dim=-1)
+
+        if divisors is None:
+            divisors = mean_amounts(_amounts(aim, weight), world_size())
+        positives, weights = divisors.unbind()
+        losses = {name: loss / positives for name, loss in of_scores.items()}
+        losses |= {name: aim.total(loss * weight) / weights for name, loss in of_boxes.items()}
+        losses = {name: loss * getattr(self.config.loss, name).weight
+                  for name, loss in losses.items()}  # fmt: skip
+        if teacher is not None:
+            ld = self._distillation(edges, aim.of(_flatten(teacher)))
+            losses[DISTILLATION] = aim.total(ld * weight) / len(ld)
+        return losses
+
+    def amounts(self, outputs: tuple[list[Tensor], ...], targets: Targets) -> Tensor:
+        """Return the positives and the sum of box weights in what `forward` returned, (2,)."""
+        aim, *_, weight = self._scored(outputs, targets)
+        return _amounts(aim, weight)
+
+    def _scored(
+        self, outputs: tuple[list[Tensor], ...], targets: Targets
+    ) -> tuple[Aim, Tensor, Tensor, dict[str, Tensor], Tensor]:
+        """Return aims, logits of edges, boxes, losses of scores, how much each box counts."""
+        points = _points(outputs[0])
+        cls_logits, reg_logits, *centerness = (_flatten(levels) for levels in outputs)
+        aim = find_aim(points, targets, self.config.assigner.topk)
+        edges = aim.of(reg_logits)  # (B, N, 4 * R)
+        boxes = ltrb_to_xyxy(aim.xy, self.integral(edges))
+        if centerness:
+            of_scores, weight = _centerness_losses(cls_logits, centerness[0], aim)
+        else:
+            of_scores, weight = _joint_losses(cls_logits, boxes, aim, self.config.loss.qfl.beta)
+        return aim, edges, boxes, of_scores, weight
+
+    def _distillation(self, edges: Tensor, lesson: Tensor) -> Tensor:
+        """Return how far `edges` are from a teacher's, both (B, N, 4 * R): weighted, (B, N)."""
+        config = self.config.loss.distillation
+        assert config is not None
+        ld = localisation_distillation_loss(
+            edges.unflatten(-1, (4, -1)), lesson.unflatten(-1, (4, -1)), config.temperature
+        )
+        return ld.mean(dim=-1) * config.weight
+
+    @torch.no_grad()
+    def predict(
+        self, images: Tensor, sizes: Tensor | None = None, original_sizes: Tensor | None = None
+    ) -> list[Predictions]:
+        """Return the detections of every image, in evaluation mode whatever the present one.
+
+        Args:
+            images: Normalised, (B, 3, H, W).
+            sizes: (height, width) in px of every image without its padding, (B, 2); all of it by
+                default.
+            original_sizes: (height, width) of the images that boxes are wanted for, (B, 2); `sizes`
+                by default.
+        """
+        sizes = _full_sizes(images) if sizes is None else sizes
+        was_training = self.training
+        self.eval()
+        outputs = self(images)
+        self.train(was_training)
+        cls_logits, reg_logits, *centerness = (
+            [_flatten([level]) for level in levels] for levels in outputs
+        )
+        return postprocess(
+            cls_logits,
+            reg_logits,
+            _points(outputs[0]),
+            self.integral,
+            sizes,
+            sizes if original_sizes is None else original_sizes,
+            self.config.postprocess,
+            *centerness,
+        )
+
+
+def place(detector: Detector, device: torch.device) -> Detector:
+    """Move `detector` to `device`, in the memory format in which convolutions are fastest."""
+    return detector.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+
+def mean_over_workers(values: Tensor) -> Tensor:
+    """Return the mean of `values` over all training processes; itself when there is only one."""
+    if world_size() == 1:
+        return values
+    values = values / world_size()
+    dist.all_reduce(values)
+    return values
+
+
+def mean_amounts(amounts: Tensor, shares: int) -> Tensor:
+    """Return what losses are divided by: positives and box weights (..., 2) of an average share.
+
+    Args:
+        amounts: `Detector.amounts`, summed over this worker's shares of the batch.
+        shares: Of the batch, over all workers.
+    """
+    positives, weights = (mean_over_workers(amounts) * (world_size() / shares)).unbind(-1)
+    # At least 1 over all shares. (The reference: 1 on their average: workers change the losses.)
+    return torch.stack([positives, weights.clamp(min=1 / shares)], dim=-1)
+
+
+def _amounts(aim: Aim, weight: Tensor) -> Tensor:
+    return torch.stack([aim.learns.sum(dim=1).clamp(min=1).sum(), aim.total(weight)])
+
+
+def world_size() -> int:
+    """Return the number of training processes."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def _joint_losses(
+    cls_logits: Tensor, boxes: Tensor, aim: Aim, beta: float
+) -> tuple[dict[str, Tensor], Tensor]:
+    """Return GFL's losses of scores, and how much each candidate's box counts, (B, N).
+
+    Scores learn the IoU of the present `boxes`; a box counts by its highest class score.
+    """
+    iou = box_iou(boxes.detach(), aim.boxes)
+    logits = aim.of_label(cls_logits)
+    change = quality_focal_loss(logits, iou, beta) - background_focal_loss(logits, beta)
+    qfl = aim.summed(background_focal_loss(cls_logits, beta), change)
+    weight = aim.of(cls_logits.detach()).amax(dim=-1).sigmoid()
+    return {"qfl": qfl}, weight
+
+
+def _centerness_losses(
+    cls_logits: Tensor, centerness_logits: Tensor, aim: Aim
+) -> tuple[dict[str, Tensor], Tensor]:
+    """Return ATSS's losses of scores, and how much each candidate's box counts, (B, N).
+
+    Scores learn the class alone; a box counts by the centerness that its location is to have.
+    """
+
+    def background(logits: Tensor) -> Tensor:
+        return background_focal_loss(logits, FOCAL_GAMMA) * (1 - FOCAL_ALPHA)
+
+    centerness = ltrb_centerness(aim.ltrb)
+    logits, present = aim.of_label(cls_logits), torch.ones_like(centerness)
+    change = focal_loss(logits, present) - background(logits)
+    focal = aim.summed(background(cls_logits), change)
+    loss = centerness_loss(aim.of(centerness_logits).squeeze(-1), centerness)
+    return {"focal": focal, "centerness": aim.total(loss)}, centerness
+
+
+def _flatten(levels: list[Tensor]) -> Tensor:
+    """Return (B, P, channels) of maps (B, channels, H_l, W_l), in the order of `Points`."""
+    return torch.cat([level.flatten(2).transpose(1, 2) for level in levels], dim=1)
+
+
+def _points(levels: list[Tensor]) -> Points:
+    sizes = tuple((level.shape[2], level.shape[3]) for level in levels)
+    # The compiler makes constants of its own, and warns of any cache.
+    make = grid_points.__wrapped__ if torch.compiler.is_compiling() else grid_points
+    return make(sizes, levels[0].device)
+
+
+def _full_sizes(images: Tensor) -> Tensor:
+    height, width = images.shape[-2:]
+    rows = torch.full((len(images), 1), height, device=images.device)
+    return torch.cat([rows, torch.full_like(rows, width)], dim=1)

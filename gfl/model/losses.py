@@ -1,0 +1,119 @@
+"""The losses of Generalized Focal Loss (Li et al., NeurIPS 2020): unreduced, in float32.
+
+Shapes: every function broadcasts over leading dimensions (...); R = reg_max + 1 bins.
+"""
+
+from collections.abc import Callable
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from gfl.model.boxes import box_giou
+
+MODULATION_FLOOR = 1e-6
+"""Least |y - sigmoid(z)| raised to 0 < beta < 1; below, loss and gradient are 0, not infinite."""
+
+FOCAL_ALPHA = 0.25
+"""Weight of an object's class; 1 - FOCAL_ALPHA is that of all others (Lin et al., ICCV 2017)."""
+
+FOCAL_GAMMA = 2.0
+
+REACH_MARGIN = 0.1
+"""How far below the last bin a DFL target stays, in bins (the reference's value)."""
+
+
+def quality_focal_loss(logits: Tensor, quality: Tensor, beta: float) -> Tensor:
+    """Return `|y - sigmoid(z)|^beta * BCE(z, y)` elementwise (equation 3).
+
+    Args:
+        logits: z of every location and class, (...).
+        quality: y in [0, 1], same shape: the IoU where an object of the class is, 0 elsewhere.
+        beta: Any real >= 0; 0 is plain binary cross-entropy.
+    """
+    logits = logits.float()
+    cross_entropy = F.binary_cross_entropy_with_logits(logits, quality, reduction="none")
+    return _modulated(cross_entropy, lambda: (quality - logits.sigmoid()).abs(), beta)
+
+
+def background_focal_loss(logits: Tensor, beta: float) -> Tensor:
+    """Return Quality Focal Loss where there is no object, `sigmoid(z)^beta * log(1 + e^z)`.
+
+    The same as with y = 0, for a third of the work: nearly all locations and classes are such.
+
+    Args:
+        logits: z of every location and class, (...).
+        beta: As of `quality_focal_loss`.
+    """
+    logits = logits.float()
+    return _modulated(F.softplus(logits), logits.sigmoid, beta)
+
+
+def _modulated(cross_entropy: Tensor, error: Callable[[], Tensor], beta: float) -> Tensor:
+    """Return `error^beta * cross_entropy`; the error is not computed in vain."""
+    if beta == 0:
+        return cross_entropy
+    if beta >= 1:
+        return error().pow(beta) * cross_entropy
+    present = error()
+    modulation = present.clamp(min=MODULATION_FLOOR).pow(beta) * (present > MODULATION_FLOOR)
+    return modulation * cross_entropy
+
+
+def focal_loss(logits: Tensor, target: Tensor) -> Tensor:
+    """Return `-alpha_t (1 - p_t)^gamma log(p_t)` elementwise (Lin et al., ICCV 2017, equation 5).
+
+    On hard labels Quality Focal Loss is this without `alpha_t`: `1 - p_t` is then `|y - p|`.
+
+    Args:
+        logits: Of every location and class, (...).
+        target: 1 where an object of the class is, 0 elsewhere, same shape.
+    """
+    alpha = FOCAL_ALPHA * target + (1 - FOCAL_ALPHA) * (1 - target)
+    return alpha * quality_focal_loss(logits, target, FOCAL_GAMMA)
+
+
+def centerness_loss(logits: Tensor, target: Tensor) -> Tensor:
+    """Return the binary cross-entropy of centerness (...) with its `target` in [0, 1]."""
+    return F.binary_cross_entropy_with_logits(logits.float(), target, reduction="none")
+
+
+def distribution_focal_loss(logits: Tensor, target: Tensor) -> Tensor:
+    """Return the cross-entropy to the two bins around `target`, weighted by nearness (equation 6).
+
+    Args:
+        logits: Of the bins of one edge, (..., R).
+        target: Distance in bins, (...); values beyond [0, R - 1 - REACH_MARGIN] are clamped to it.
+    """
+    target = target.float().clamp(min=0, max=logits.shape[-1] - 1 - REACH_MARGIN)
+    left = target.floor()
+    to_right = target - left
+    log_probability = logits.float().log_softmax(dim=-1)
+    # A NaN has no bin, and an index out of bounds would kill a GPU's context: let the loss be NaN.
+    index = left.long().clamp(min=0, max=logits.shape[-1] - 2).unsqueeze(-1)
+    at_left = log_probability.gather(-1, index).squeeze(-1)
+    at_right = log_probability.gather(-1, index + 1).squeeze(-1)
+    return -(at_left * (1 - to_right) + at_right * to_right)
+
+
+def giou_loss(boxes: Tensor, targets: Tensor) -> Tensor:
+    """Return `1 - GIoU` (...) of `boxes` and `targets`, both (..., 4) `xyxy` in one unit."""
+    return 1 - box_giou(boxes.float(), targets.float())
+
+
+def localisation_distillation_loss(
+    logits: Tensor, teacher_logits: Tensor, temperature: float
+) -> Tensor:
+    """Return how far an edge's distribution is from a teacher's, (...).
+
+    `T^2 * KL(teacher || student)` of both softened by the temperature T (Zheng et al., CVPR 2022,
+    arXiv 2102.12252), averaged over the R bins as in the authors' code, whose weight belongs to it.
+
+    Args:
+        logits: Of the bins of one edge, (..., R).
+        teacher_logits: The teacher's, same shape.
+        temperature: T > 0.
+    """
+    student = (logits.float() / temperature).log_softmax(dim=-1)
+    teacher = (teacher_logits.float() / temperature).log_softmax(dim=-1)
+    divergence = F.kl_div(student, teacher, reduction="none", log_target=True).mean(dim=-1)
+    return divergence * temperature**2

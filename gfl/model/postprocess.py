@@ -1,0 +1,132 @@
+"""From logits to the detections of an image: top-k per level, decoding, clipping, classwise NMS.
+
+`coco_rows` makes COCO's rows of them.
+
+Shapes: B images, N detections, R bins (`ModelConfig.bins`), K candidates of an image over all
+levels, P locations.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor
+from torchvision.ops import batched_nms
+
+from gfl.config.schema import PostprocessConfig
+from gfl.integral import Dirac, Integral
+from gfl.model.boxes import ltrb_to_xyxy
+from gfl.points import Points
+from gfl.rows import Rows
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """The detections of one image, best first.
+
+    Attributes:
+        boxes: `xyxy` in px of the original image, (N, 4).
+        scores: In (0, 1), (N,).
+        labels: Classes, (N,), int64.
+        edge_std: Standard deviation in px of the learned distribution of each edge (left, top,
+            right, bottom), (N, 4): how sure the model is of where the edge lies. 0 of a model
+            without distributions (`model.edges: dirac`).
+        distributions: The learned edge distributions themselves, (N, 4, R).
+    """
+
+    boxes: Tensor
+    scores: Tensor
+    labels: Tensor
+    edge_std: Tensor
+    distributions: Tensor
+
+    def __len__(self) -> int:
+        return len(self.scores)
+
+    def cpu(self) -> "Predictions":
+        """Return the same in the host's memory."""
+        return Predictions(*(getattr(self, field.name).cpu() for field in fields(self)))
+
+    def select(self, keep: Tensor) -> "Predictions":
+        """Return the detections at the indices, or under the mask, `keep`."""
+        return Predictions(*(getattr(self, field.name)[keep] for field in fields(self)))
+
+
+def postprocess(
+    cls_logits: list[Tensor],
+    reg_logits: list[Tensor],
+    points: Points,
+    integral: Integral | Dirac,
+    sizes: Tensor,
+    original_sizes: Tensor,
+    config: PostprocessConfig,
+    centerness_logits: list[Tensor] | None = None,
+) -> list[Predictions]:
+    """Return the detections of every image.
+
+    Candidates are the best by class score, above the threshold. A model with centerness ranks
+    them by class score times centerness from there on, as ATSS does in MMDetection.
+
+    Args:
+        cls_logits: Per level (B, H_l * W_l, C).
+        reg_logits: Per level (B, H_l * W_l, 4 * R).
+        points: The locations of these levels.
+        integral: Decodes the edges.
+        sizes: (height, width) of every network input without its padding, (B, 2).
+        original_sizes: (height, width) of the images that boxes are returned for, (B, 2).
+        config: Thresholds and counts.
+        centerness_logits: Per level (B, H_l * W_l, 1), of a model that has them.
+    """
+    scores, labels, location = _candidates(cls_logits, config.candidates_per_level)
+    logits = torch.cat(reg_logits, dim=1)
+    logits = logits.gather(1, location.unsqueeze(-1).expand(-1, -1, logits.shape[-1]))
+    mean, std, distributions = integral.describe(logits)  # (B, K, 4), distributions (B, K, 4, R)
+    stride = points.stride[location]  # (B, K, 1)
+    limit = sizes.flip(-1).repeat(1, 2).unsqueeze(1)  # (B, 1, 4) as x, y, x, y
+    rescale = (original_sizes / sizes).flip(-1).repeat(1, 2).unsqueeze(1)
+    boxes = ltrb_to_xyxy(points.xy[location], mean * stride)
+    boxes = boxes.clamp(min=0).minimum(limit) * rescale
+    edge_std = std * stride * rescale
+    filled = ((boxes[..., 2:] - boxes[..., :2]) > 0).all(dim=-1)
+    keep = filled & (scores > config.score_threshold)
+    if centerness_logits is not None:
+        centerness = torch.cat(centerness_logits, dim=1).squeeze(-1).float().sigmoid()  # (B, P)
+        scores = scores * centerness.gather(1, location)
+    return [
+        _suppress(Predictions(*fields).select(mask), config)
+        for mask, *fields in zip(keep, boxes, scores, labels, edge_std, distributions, strict=True)
+    ]
+
+
+def _candidates(cls_logits: list[Tensor], per_level: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Return score, class and location, (B, K) each, of the best (location, class) per level."""
+    scores, labels, locations, start = [], [], [], 0
+    for logits in cls_logits:
+        _, count, classes = logits.shape
+        level = logits.float().sigmoid().flatten(1)
+        score, index = level.topk(min(per_level, level.shape[1]), dim=1)
+        scores.append(score)
+        labels.append(index % classes)
+        locations.append(index // classes + start)
+        start += count
+    return torch.cat(scores, dim=1), torch.cat(labels, dim=1), torch.cat(locations, dim=1)
+
+
+def _suppress(predictions: Predictions, config: PostprocessConfig) -> Predictions:
+    keep = batched_nms(predictions.boxes, predictions.scores, predictions.labels, config.nms_iou)
+    return predictions.select(keep[: config.detections_per_image])
+
+
+def coco_rows(predictions: Predictions, image_id: int, category_ids: Sequence[int]) -> Rows:
+    """Return the detections of one image as `Rows`; `category_ids` are those of the labels."""
+    labels = predictions.labels
+    corner, far = predictions.boxes.split(2, dim=1)
+    columns = [
+        torch.full_like(labels, image_id).unsqueeze(1),
+        corner,
+        far - corner,
+        predictions.scores.unsqueeze(1),
+        torch.tensor(category_ids, device=labels.device)[labels].unsqueeze(1),
+    ]
+    # Ids of images are not always exact in float32.
+    return torch.cat([column.double() for column in columns], dim=1).cpu().numpy()

@@ -1,0 +1,1 @@
+"""Training: the step, the loop over epochs, optimizer and schedule, metrics of speed."""

@@ -1,0 +1,1 @@
+"""The command line, progress and tables that the commands share."""

@@ -1,0 +1,1 @@
+"""Ray: resources, launch of workers, pre-flight checks, events, job submission."""

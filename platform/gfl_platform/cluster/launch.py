@@ -1,0 +1,300 @@
+"""The Ray cluster: which one, what a job needs of it, how its workers run."""
+
+import logging
+import os
+import signal
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from math import inf
+from typing import TYPE_CHECKING, Any
+
+from ray.train import UserCallback
+
+from gfl.errors import LeaveError, NonFiniteLossError
+from gfl.ops.allocator import KEEPING
+from gfl_platform.cluster.events import Events
+from gfl_platform.cluster.resources import most_resources, start_timeout
+from gfl_platform.config import JobConfig
+from gfl_platform.storage.s3 import S3UnavailableError
+from gfl_platform.trainers import ProcessGroup, trainer_class
+
+if TYPE_CHECKING:
+    import torch
+
+logger = logging.getLogger(__name__)
+
+DEFAULT_CPU_WORKERS = 2
+
+FINAL = (ValueError, NonFiniteLossError)
+"""What would stop every further attempt, too, if it is not an `S3UnavailableError`."""
+
+
+class ClusterError(ValueError):
+    """A cluster that cannot be had, or lacks what the job asks for."""
+
+
+class JobFailedError(RuntimeError):
+    """A worker stopped; the message is what it said."""
+
+
+class DivergedError(JobFailedError):
+    """A loss or gradient turned NaN or infinite."""
+
+
+@dataclass(frozen=True)
+class Workers:
+    """What a job runs on.
+
+    Attributes:
+        count: Training processes, at most.
+        least: The fewest that it starts with.
+        use_gpu: Whether each takes a GPU.
+        cpus: CPUs of each.
+        stoppable: Whether Ray Tune may stop the training, which costs two more processes: one that
+            tells Tune of epochs, one that frees what a stopped training held.
+    """
+
+    count: int
+    least: int
+    use_gpu: bool
+    cpus: int
+    stoppable: bool = False
+
+    @property
+    def elastic(self) -> bool:
+        """Whether the number follows the nodes that there are."""
+        return self.least < self.count
+
+
+def in_cluster() -> bool:
+    """Return whether this process was started by, or pointed at, a running Ray cluster."""
+    return bool(os.environ.get("RAY_ADDRESS"))
+
+
+def connect(*, verbose: bool = False, dashboard: bool = False) -> None:
+    """Connect to the cluster this process belongs to, or start one on this machine.
+
+    Args:
+        verbose: Whether Ray tells what it does.
+        dashboard: Whether a cluster that is started has a dashboard, on loopback. Where trainings
+            are stopped from outside it must: Ray Train asks it whether to free what they held.
+
+    Raises:
+        ClusterError: a cluster that does not answer.
+    """
+    import ray
+
+    if ray.is_initialized():
+        return
+    level = logging.INFO if verbose else logging.ERROR
+    logging.getLogger("ray").setLevel(level)
+    # Epochs end with a report, which waits for the controller's next look: every 2 s by default.
+    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
+    # Ray will stop hiding GPUs from processes that ask for none; so do we, without its warning.
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    if not in_cluster():  # one machine is not taken away in part: nothing is to be watched for
+        os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
+    options: dict[str, Any] = {"logging_level": level, "log_to_driver": verbose}
+    try:
+        if in_cluster():
+            ray.init(**options)
+        else:
+            ray.init(address="local", include_dashboard=dashboard, **options)
+    except (ConnectionError, RuntimeError, OSError) as error:
+        raise ClusterError(
+            f"Ray cluster {os.environ.get('RAY_ADDRESS', 'local')}: {error}; check RAY_ADDRESS"
+        ) from error
+
+
+def allot(job: JobConfig) -> Workers:
+    """Return what the job runs on.
+
+    Raises:
+        ClusterError: the cluster has fewer CPUs or GPUs, nor can its autoscaler add them; said at
+            once, for Ray would wait.
+    """
+    import ray
+
+    present = ray.cluster_resources()
+    most, origin = most_resources(present)
+    asked = job.cluster
+    gpus = int(present.get("GPU", 0))
+    has_gpus = gpus > 0 or 0 < most.get("GPU", 0) < inf
+    use_gpu = has_gpus if asked.use_gpu is None else asked.use_gpu
+    number = asked.workers or (max(gpus, 1) if use_gpu else DEFAULT_CPU_WORKERS)
+    least, count = number if isinstance(number, tuple) else (number, number)
+    workers = Workers(count, least, use_gpu, asked.cpus_per_worker)
+    needed = {"CPU": least * workers.cpus, "GPU": least if use_gpu else 0}
+    for kind, amount in needed.items():
+        if amount > most.get(kind, 0):
+            raise ClusterError(
+                f"cluster.workers: {least} workers need {amount} {kind}s, but the cluster has "
+                f"{most.get(kind, 0):.0f}{origin}; lower cluster.workers or add nodes"
+            )
+    return workers
+
+
+def node_count() -> int:
+    """Return how many nodes the cluster has."""
+    import ray
+
+    return sum(node["Alive"] for node in ray.nodes())
+
+
+def worker_device() -> "torch.device":
+    """Return the device of the training process that this is."""
+    import ray.train.torch
+
+    return ray.train.torch.get_device()
+
+
+def run_workers(
+    loop: Callable[[dict[str, Any]], Any],
+    settings: dict[str, Any],
+    workers: Workers,
+    events: Events,
+    callbacks: Sequence[UserCallback] = (),
+    max_failures: int = 0,
+    resize_seconds: float = inf,
+    **run_options: Any,
+) -> Any:
+    """Run `loop(settings)` in every worker, several in a process group; return Ray's result.
+
+    Args:
+        loop: Finds `events` under `settings["events"]`; what it returns on rank 0 is
+            `result.return_value`.
+        settings: For `loop`.
+        workers: What to run on.
+        events: Is told of what workers and controller do.
+        callbacks: Of the training controller, besides its own.
+        max_failures: How often to start them again.
+        resize_seconds: Between looks for nodes that more workers could use, if they are elastic.
+        run_options: Of Ray's `RunConfig`.
+
+    Raises:
+        JobFailedError: a worker stopped, and going on was no use or was tried often enough; of a
+            NaN a `DivergedError`.
+    """
+    from ray.train import FailureConfig, RunConfig, ScalingConfig
+
+    trainer = trainer_class(stoppable=workers.stoppable)(
+        loop,
+        backend_config=ProcessGroup() if workers.count > 1 else None,
+        train_loop_config=settings | {"events": events},
+        scaling_config=ScalingConfig(
+            num_workers=(workers.least, workers.count) if workers.elastic else workers.count,
+            elastic_resize_monitor_interval_s=resize_seconds,
+            use_gpu=workers.use_gpu,
+            resources_per_worker={"CPU": workers.cpus} | ({"GPU": 1} if workers.use_gpu else {}),
+        ),
+        run_config=RunConfig(
+            callbacks=[ControllerCallback(events, max_failures), *callbacks],
+            failure_config=FailureConfig(
+                max_failures=-1,  # `ControllerCallback` counts
+                # Each lost node can cost some starts, for Ray's picture of the cluster is old.
+                controller_failure_limit=3 * (1 + max_failures * workers.elastic),
+            ),
+            worker_runtime_env={} if workers.use_gpu else {"env_vars": KEEPING},
+            **run_options,
+        ),
+    )
+    on_interrupt = signal.getsignal(signal.SIGINT)
+    try:
+        with start_timeout(elastic=workers.elastic):
+            return trainer.fit()
+    except SystemExit as error:  # Ray's answer to Ctrl-C, once the workers have stopped
+        raise KeyboardInterrupt from error
+    except Exception as error:
+        cause = root_cause(error)
+        kind = DivergedError if isinstance(cause, DivergedError) else JobFailedError
+        raise kind(one_line(cause)) from error
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGINT, on_interrupt)
+
+
+class ControllerCallback(UserCallback):
+    """Tells the driver what the training controller sees; gives up where trying again is no use.
+
+    It counts failures in Ray's place, to which a worker that leaves a drained node is one.
+    """
+
+    def __init__(self, events: Events, max_failures: int) -> None:
+        self._events = events
+        self._failures_left = max_failures
+        self._leaves = False
+
+    def after_report(
+        self, run_context: Any, metrics: list[dict[str, Any]], checkpoint: Any
+    ) -> None:
+        """Tell of a checkpoint that lies in storage, with what rank 0 says of it."""
+        self._leaves = False
+        if checkpoint is not None:
+            # One within an epoch has no metrics: it is there to go on from.
+            kind = "checkpoint" if "metrics" in metrics[0] else "saved"
+            self._events.tell({"kind": kind, "uri": uri_of(checkpoint), **metrics[0]})
+
+    def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
+        """Tell of workers that stopped; raise, which ends the run, where they would stop again."""
+        leaving = [rank for rank, e in sorted(worker_exceptions.items()) if _left_its_node(e)]
+        if leaving:
+            if not self._leaves:  # Ray asks again until all of them have stopped
+                reason = "its node is drained"
+                failure = {"kind": "failure", "rank": leaving[0], "reason": reason, "final": False}
+                self._events.tell(failure)
+            self._leaves = True
+            return
+        # Those whose partner died stop, too: one loss, told of by the worker that explains it.
+        rank = min(worker_exceptions, key=lambda rank: (*_explains(worker_exceptions[rank]), rank))
+        cause = root_cause(worker_exceptions[rank])
+        final = _is_final(cause)
+        reason = one_line(cause)
+        self._events.tell({"kind": "failure", "rank": rank, "reason": reason, "final": final})
+        if final:
+            diverged = isinstance(cause, NonFiniteLossError)
+            raise DivergedError(reason) if diverged else JobFailedError(reason)
+        self._failures_left -= 1
+        if self._failures_left < 0:
+            raise JobFailedError(reason)
+
+
+def _is_final(cause: BaseException) -> bool:
+    return isinstance(cause, FINAL) and not isinstance(cause, S3UnavailableError)
+
+
+def _explains(error: BaseException) -> tuple[bool, bool]:
+    """Return a key that sorts what would end any attempt first, then processes that died."""
+    return not _is_final(root_cause(error)), not hasattr(error, "health_check_failure")
+
+
+def _left_its_node(error: BaseException) -> bool:
+    """Return whether a worker stopped because its node is drained, or died with a drained node."""
+    died_of = getattr(error, "health_check_failure", error)
+    return isinstance(root_cause(error), LeaveError) or getattr(died_of, "preempted", False)
+
+
+def uri_of(checkpoint: Any) -> str:
+    """Return where one of Ray's checkpoints lies: a path, or `s3://...`."""
+    remote = checkpoint.filesystem.type_name == "s3"
+    return f"s3://{checkpoint.path}" if remote else str(checkpoint.path)
+
+
+def root_cause(error: BaseException) -> BaseException:
+    """Return what lies inside Ray's wrappings of an exception."""
+    for name in ("_base_exc", "cause", "controller_failure"):
+        inner = getattr(error, name, None)
+        if isinstance(inner, BaseException):
+            return root_cause(inner)
+    return error
+
+
+def one_line(error: BaseException) -> str:
+    """Return what an exception says in one line: the first, or of a traceback as text the last."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    if not lines:
+        return type(error).__name__
+    # torch's DataLoader puts the traceback into the message of the exception that it raises again,
+    # Ray that of an actor which could not be made.
+    with_traceback = lines[0].startswith(("Caught ", "The actor died because of an error raised"))
+    return lines[-1].partition(": ")[2] if with_traceback else lines[0]

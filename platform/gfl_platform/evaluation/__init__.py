@@ -1,0 +1,1 @@
+"""Evaluation and benchmark jobs: driver and worker of each in one file."""

@@ -1,0 +1,204 @@
+"""Benchmarks of a model on a worker of the cluster: latency, throughput, size; kept in MLflow."""
+
+import json
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from gfl.config.loader import dump_config, reproducible
+from gfl.evaluation.protocol import STATE, YARDSTICK, Variant, differences, protocol_hash
+from gfl_platform.cluster import launch
+from gfl_platform.cluster.events import Watcher, pumped
+from gfl_platform.config import JobConfig
+from gfl_platform.storage.runs import cache_of, ray_storage, read_json, scratch_folder, shared
+from gfl_platform.tracking.client import connect
+from gfl_platform.tracking.run import RunTracker
+
+FOLDER = "benchmarks"
+"""Among the artifacts of a run: a JSON file for each benchmark, and its picture."""
+
+
+@dataclass(frozen=True)
+class Timing:
+    """How fast a variant is.
+
+    Attributes:
+        name: Of the variant; "end to end" is from the file to the boxes.
+        fps: Images a second over all of them.
+        percentiles_ms: Latency of a forward pass and its post-processing, by percentile.
+        peak_bytes: Memory at its largest, see `gfl.evaluation.speed.peak_memory`; 0 where it is not measured.
+        protocol: How it was measured.
+        milliseconds: Each forward pass.
+        unavailable: Why the variant cannot run here; empty if it can.
+    """
+
+    name: str
+    fps: float
+    percentiles_ms: dict[str, float]
+    peak_bytes: int
+    protocol: dict[str, Any]
+    milliseconds: list[float]
+    unavailable: str = ""
+
+    @property
+    def hash(self) -> str:
+        """Of the protocol."""
+        return protocol_hash(self.protocol)
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """What was measured of a model.
+
+    Attributes:
+        timings: Of each variant.
+        parameters: Their number.
+        flops: Of one image of `size`, two for each multiplication and addition.
+        size: (height, width) of that image, px.
+        time_s: When, in seconds since 1970.
+    """
+
+    timings: list[Timing]
+    parameters: int
+    flops: int
+    size: tuple[int, int]
+    time_s: float
+
+    @property
+    def standard(self) -> Timing:
+        """GFocal's: one image at a time in float32."""
+        return self.timings[0]
+
+
+def benchmark(
+    job: JobConfig,
+    checkpoint: Path | None,
+    variants: Sequence[Variant],
+    images: int,
+    watch: Watcher,
+) -> Benchmark:
+    """Measure a checkpoint, or untrained weights, on the images that `job` evaluates on.
+
+    Raises:
+        ValueError: a checkpoint, dataset or cluster that cannot be used.
+        JobFailedError: the worker stopped.
+    """
+    launch.connect()
+    alone = job.model_copy(update={"cluster": job.cluster.model_copy(update={"workers": 1})})
+    workers = launch.allot(alone)
+    with scratch_folder(job) as scratch, pumped(watch) as events:
+        settings = {
+            "config": dump_config(reproducible(job)),
+            "checkpoint": checkpoint and shared(job, checkpoint),
+            "cache": cache_of(job),
+            "variants": [Variant(), *(v for v in variants if v != Variant())],
+            "images": images,
+        }
+        result = launch.run_workers(
+            _measure, settings, workers, events, **ray_storage(job, scratch)
+        )
+    found: Benchmark = result.return_value
+    return found
+
+
+def _measure(settings: dict[str, Any]) -> Benchmark:
+    from gfl_platform.benchmark_worker import benchmark_worker  # which needs torch
+
+    return benchmark_worker(settings)
+
+
+def keep(job: JobConfig, model: str, run_id: str | None, found: Benchmark, picture: Path) -> str:
+    """Log a benchmark to the model's run; return what compares it with the last.
+
+    Args:
+        job: How it was measured; says which tracking store.
+        model: What was measured, as the user calls it.
+        run_id: The run that trained it; if that is not known, there is one for its benchmarks.
+        found: What was measured.
+        picture: The histogram.
+    """
+    client = connect(job)
+    with tempfile.TemporaryDirectory(prefix="gfl-benchmark-") as scratch:
+        run_id = run_id or _run_of_benchmarks(job, model, Path(scratch))
+        said = _compare(found, _last(job, run_id, Path(scratch)))
+        when = time.strftime("%Y%m%d-%H%M%S", time.localtime(found.time_s))
+        name = f"{when}-{found.standard.hash}"
+        path = Path(scratch) / f"{name}.json"
+        path.write_text(json.dumps(as_json(found), indent=1) + "\n")
+        client.log_artifact(run_id, str(path), FOLDER)
+        drawn = path.with_suffix(".png")
+        drawn.write_bytes(picture.read_bytes())
+        client.log_artifact(run_id, str(drawn), FOLDER)
+    for timing in found.timings:
+        if not timing.unavailable:
+            key = timing.name.replace(" ", "_")
+            client.log_metric(run_id, f"benchmark.{key}.fps", timing.fps)
+            for percentile, value in timing.percentiles_ms.items():
+                client.log_metric(run_id, f"benchmark.{key}.{percentile}_ms", value)
+            if timing.peak_bytes:
+                client.log_metric(run_id, f"benchmark.{key}.peak_MiB", timing.peak_bytes / 2**20)
+    client.log_metric(run_id, "benchmark.parameters", found.parameters)
+    client.log_metric(run_id, "benchmark.flops", found.flops)
+    client.set_tag(run_id, "benchmark.protocol", found.standard.hash)
+    return said
+
+
+def as_json(found: Benchmark) -> dict[str, Any]:
+    """Return a benchmark as it is kept, the protocols with their hashes."""
+    timings = [vars(timing) | {"protocol_hash": timing.hash} for timing in found.timings]
+    return vars(found) | {"timings": timings}
+
+
+def _run_of_benchmarks(job: JobConfig, model: str, folder: Path) -> str:
+    """Return the run that benchmarks of `model` go to; a new one, for which `folder` is needed."""
+    client = connect(job)
+    if experiment := client.get_experiment_by_name(job.tracking.experiment):
+        for run in client.search_runs([experiment.experiment_id], "tags.kind = 'benchmark'"):
+            if run.data.tags.get("model") == model:
+                return str(run.info.run_id)
+    tags = {"kind": "benchmark", "model": model}
+    with RunTracker(job, "benchmark", folder, tags) as tracker:
+        return tracker.require_run()
+
+
+def recall_fps(job: JobConfig, run_id: str, protocol: str) -> float | None:
+    """Return the FPS of a run's latest benchmark under the protocol of this hash, if any."""
+    with tempfile.TemporaryDirectory(prefix="gfl-benchmark-") as scratch:
+        found = _last(job, run_id, Path(scratch), protocol)
+    return found["timings"][0]["fps"] if found else None
+
+
+def _last(job: JobConfig, run_id: str, scratch: Path, protocol: str = "") -> dict[str, Any]:
+    """Return the run's latest benchmark, maybe of one protocol; empty if it has none."""
+    client = connect(job)
+    names = [entry.path for entry in client.list_artifacts(run_id, FOLDER)]
+    kept = sorted(name for name in names if name.endswith(f"{protocol}.json"))
+    return (
+        read_json(Path(client.download_artifacts(run_id, kept[-1], str(scratch)))) if kept else {}
+    )
+
+
+def _compare(found: Benchmark, last: dict[str, Any]) -> str:
+    if not last:
+        return "the first benchmark of this model"
+    before, now = last["timings"][0], found.standard
+    differing = differences(before["protocol"], now.protocol)
+    if differing:
+        return f"does not compare with the last benchmark: {', '.join(differing)}"
+    median = np.median(now.milliseconds) / np.median(before["milliseconds"])
+    said = f"median latency {_percent(median)} against the last benchmark, same protocol"
+    if earlier := before["protocol"][STATE].get(YARDSTICK):
+        machine = now.protocol[STATE][YARDSTICK] / earlier
+        left = np.mean(now.milliseconds) / np.mean(before["milliseconds"]) / machine
+        said += f"; the machine took {_percent(machine)} for a fixed convolution beside it"
+        said += f", which leaves {_percent(left)} of the mean"
+    return said
+
+
+def _percent(ratio: Any) -> str:
+    return f"{100 * (ratio - 1):+.1f} %"

@@ -1,0 +1,1 @@
+"""MLflow's model registry: lookup, registration, the gate before `champion`, model cards."""

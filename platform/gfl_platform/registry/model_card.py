@@ -1,0 +1,157 @@
+"""The lineage of a model: what it was made of, and how to make it again."""
+
+import hashlib
+import importlib.metadata
+import json
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from gfl.checkpoint.files import WEIGHTS
+from gfl.config.loader import config_hash
+from gfl.config.schema import Config
+from gfl_platform.cluster.launch import Workers
+from gfl_platform.config import JobConfig, load_job
+from gfl_platform.registry import models
+from gfl_platform.registry.history import read_trail
+from gfl_platform.registry.models import RegistryError, Version
+from gfl_platform.tracking.client import connect
+from gfl_platform.tracking.metadata import (
+    COMMIT,
+    CONFIG_FILE,
+    DIFF_FILE,
+    PACKAGES_FILE,
+    PROTOCOL,
+    git_state,
+)
+
+DIGESTS = ("data.train.digest", "data.val.digest", "weights.pretrained", "weights.teacher")
+
+FIRST = (
+    "AP", "fps", "protocol", "data", "git.commit", "git.changed", "config_hash", "workers",
+    "restarts", "weights.pretrained", "weights.teacher",
+)  # fmt: skip
+"""What the card shows first, where it is known."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A training to be done again.
+
+    Attributes:
+        job: Its configuration.
+        digests: Of the annotations and weights that it read, by the names of its run's tags.
+        differences: Where the code or the packages are not what they were.
+    """
+
+    job: JobConfig
+    digests: dict[str, str]
+    differences: list[str]
+
+
+def describe(job: JobConfig, version: Version) -> dict[str, str]:
+    """Return what is known of a version: where it comes from, what it can, what was decided."""
+    client = connect(job)
+    facts: dict[str, str] = {}
+    packages = []
+    if version.run_id:
+        run = client.get_run(version.run_id)
+        tags = {k: v for k, v in run.data.tags.items() if not k.startswith("mlflow.")}
+        metrics = {key: f"{value:.6g}" for key, value in sorted(run.data.metrics.items())}
+        facts = {"restarts": "0"} | metrics | tags
+        packages = _artifact(job, version.run_id, PACKAGES_FILE).split()
+        if tags.get("git.changed", "nothing") != "nothing":
+            facts["git.diff"] = f"runs:/{version.run_id}/git.diff"
+    facts |= version.tags
+    first = {key: facts.pop(key) for key in FIRST if key in facts}
+    about = {"aliases": ", ".join(version.aliases), "run": version.run_id, **first}
+    about["config"] = f"runs:/{version.run_id}/{CONFIG_FILE}"
+    about["packages"] = ", ".join(packages)
+    decided = [
+        f"{decision.number}: {decision.action}"
+        for decision in read_trail(client, version.name)
+        if decision.version == version.version and not decision.void
+    ]
+    return about | {"decisions": ", ".join(decided)} | facts
+
+
+def lineage(config: Config, workers: Workers, sources: dict[str, Path | None]) -> dict[str, str]:
+    """Return what a run's model comes from, beside its data and code."""
+    device = "GPU" if workers.use_gpu else "CPU"
+    number = f"{workers.least} to {workers.count}" if workers.elastic else workers.count
+    tags = {"config_hash": config_hash(config), "workers": f"{number} ({device})"}
+    teacher = config.loss.distillation.teacher if config.loss.distillation else None
+    named = {"pretrained": config.model.pretrained, "teacher": teacher}
+    files = {"pretrained": sources["weights"], "teacher": sources["teacher"]}
+    for what, location in named.items():
+        if location and (file := files[what]):
+            file = file / WEIGHTS if file.is_dir() else file
+            with file.open("rb") as content:
+                digest = hashlib.file_digest(content, "sha256").hexdigest()
+            tags[f"weights.{what}"] = f"{location} (sha256 {digest[:12]})"
+    return tags
+
+
+def recipe(where: JobConfig, model: str, overrides: Sequence[str]) -> Recipe:
+    """Return how the model `models:/NAME@ALIAS`, `models:/NAME/VERSION` or `runs:/ID` was trained.
+
+    Args:
+        where: Says which registry, and where to keep what is trained.
+        model: The model.
+        overrides: Change the configuration.
+
+    Raises:
+        ValueError: no such model, or one whose configuration is not there any more.
+    """
+    run_id = models.run_of(where, model)
+    if not run_id:
+        raise RegistryError(f"{model}: no run is known that trained it")
+    text = _artifact(where, run_id, CONFIG_FILE)
+    if not text:
+        raise RegistryError(f"{model}: run {run_id} holds no {CONFIG_FILE}; is it one of ours?")
+    with tempfile.TemporaryDirectory(prefix="gfl-recipe-") as scratch:
+        path = Path(scratch) / CONFIG_FILE
+        path.write_text(text)
+        anew = ("run={name: null}", "registry={name: null, alias: null}", "sweep=null")
+        job = load_job(path, [*anew, *overrides])
+    job = job.model_copy(update={"storage": where.storage, "tracking": where.tracking})
+    tags = connect(where).get_run(run_id).data.tags
+    commit, changed, diff = git_state()
+    now = {COMMIT: commit, "git.changed": changed or "nothing"}
+    differing = [f"{k} {tags.get(k)} -> {v}" for k, v in now.items() if tags.get(k) != v]
+    if _artifact(where, run_id, DIFF_FILE).splitlines() != diff.splitlines():
+        differing.append(f"{DIFF_FILE}: what is not committed is not what runs:/{run_id} had")
+    for line in _artifact(where, run_id, PACKAGES_FILE).split():
+        package, _, version = line.partition("==")
+        if (present := _installed(package)) != version:
+            differing.append(f"{package} {version} -> {present}")
+    return Recipe(job, {key: tags[key] for key in DIGESTS if key in tags}, differing)
+
+
+def _installed(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def protocol_of(job: JobConfig, model: str) -> dict[str, Any]:
+    """Return how the FPS of a model was measured in its training; empty where that is unknown."""
+    run_id = models.run_of(job, model)
+    tags = connect(job).get_run(run_id).data.tags if run_id else {}
+    found: dict[str, Any] = json.loads(tags.get(PROTOCOL, "{}"))
+    return found
+
+
+def _artifact(job: JobConfig, run_id: str, name: str) -> str:
+    """Return the text of a run's artifact; empty if there is none."""
+    client: Any = connect(job)
+    from mlflow.exceptions import MlflowException
+
+    with tempfile.TemporaryDirectory(prefix="gfl-card-") as scratch:
+        try:
+            return Path(client.download_artifacts(run_id, name, scratch)).read_text()
+        except (MlflowException, OSError):
+            return ""

@@ -1,0 +1,1 @@
+"""Files and S3 behind one interface; run folders."""

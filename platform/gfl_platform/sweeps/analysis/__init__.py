@@ -1,0 +1,1 @@
+"""What a sweep shows: statistics, verdicts, figures and the report."""

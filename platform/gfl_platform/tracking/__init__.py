@@ -1,0 +1,1 @@
+"""MLflow runs: client, spool, run metadata, status."""

@@ -1,0 +1,134 @@
+"""What an MLflow run says of itself: configuration, code and packages."""
+
+import getpass
+import importlib.metadata
+import os
+import subprocess
+import uuid
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import yaml
+
+from gfl.config.loader import ConfigError, ConfigT, dump_config, flatten, load_schema
+from gfl_platform.cluster.events import Event
+from gfl_platform.config import JobConfig
+from gfl_platform.storage.runs import write_atomically
+from gfl_platform.tracking.client import without_password
+
+CONFIG_FILE, PACKAGES_FILE, DIFF_FILE = "config.yaml", "packages.txt", "git.diff"
+"""Among the artifacts of a run: how it was configured, and what it ran with."""
+
+COMMIT = "git.commit"
+
+GIT_VARIABLES = ("GFL_GIT_COMMIT", "GFL_GIT_CHANGED", "GFL_GIT_DIFF")
+"""In the environment of a submitted job: what `git_state` returned where it was submitted."""
+
+CODE = ("*.py", "*.yaml", "*.yml", "*.toml")
+"""Of the files that git does not know, those whose content is noted."""
+
+USER = "GFL_USER"
+"""In the environment of a submitted job: who submitted it."""
+
+PROTOCOL = "fps.protocol"
+"""Tag: the protocol of FPS as JSON."""
+
+IDENTITY = "identity"
+"""Tag: given to a run before its store could be reached."""
+
+PACKAGES = ("torch", "torchvision", "ray", "mlflow", "hotcoco", "numpy", "safetensors")
+
+
+def describe(job: JobConfig, name: str, tags: Mapping[str, str]) -> Event:
+    """Return what a new run holds: the configuration, the code's state, the packages."""
+    values = job.model_dump(mode="json")
+    if job.tracking.uri:
+        values["tracking"]["uri"] = without_password(job.tracking.uri)
+    commit, changed, diff = git_state()
+    versions = [f"{package}=={importlib.metadata.version(package)}" for package in PACKAGES]
+    texts = {CONFIG_FILE: yaml.safe_dump(values, sort_keys=False)}
+    texts[PACKAGES_FILE] = "\n".join(versions) + "\n"
+    if diff:
+        texts[DIFF_FILE] = diff
+    state = {COMMIT: commit, "git.changed": changed or "nothing", IDENTITY: uuid.uuid4().hex}
+    return {
+        "name": name,
+        "tags": {**tags, **state},
+        "params": {key: str(value) for key, value in flatten(values).items()},
+        "texts": texts,
+    }
+
+
+def git_state() -> tuple[str, str, str]:
+    """Return the code's commit (`unknown` outside a repository), changed files and their diff.
+
+    A job that was submitted has no repository: its environment says.
+    """
+    if GIT_VARIABLES[0] in os.environ:
+        commit, changed, diff = (os.environ.get(name, "") for name in GIT_VARIABLES)
+        return commit, changed, diff
+
+    return git_state_of(Path(__file__).parents[2])
+
+
+def git_state_of(folder: Path) -> tuple[str, str, str]:
+    """Return `git_state` of a repository; the diff has the code and configurations it adds, too."""
+
+    def git(*arguments: str, differs: int = 0) -> str:
+        command = ["git", "-C", str(folder), *arguments]
+        ran = subprocess.run(command, capture_output=True, text=True, errors="replace")
+        if ran.returncode not in (0, differs):
+            raise subprocess.CalledProcessError(ran.returncode, command)
+        return ran.stdout
+
+    try:
+        changed = ", ".join(line[3:] for line in git("status", "--porcelain").splitlines())
+        listed = git("ls-files", "-z", "--others", "--exclude-standard", "--", *CODE)
+        new = [
+            git("diff", "--no-index", "--", os.devnull, file, differs=1)
+            for file in listed.split("\0")
+            if file
+        ]
+        return git("rev-parse", "HEAD").strip(), changed, "".join([git("diff", "HEAD"), *new])
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown", "", ""
+
+
+def acting_user() -> str:
+    """Return who runs this, or submitted it; the number of a user without a name."""
+    if submitted_by := os.environ.get(USER):
+        return submitted_by
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):  # a container's user may have no entry in its passwd
+        return f"uid {os.getuid()}"
+
+
+def require_same(path: Path, config: ConfigT, what: str, free: Sequence[str] = ()) -> None:
+    """Note the configuration of a new run; refuse to go on with another than the one noted.
+
+    Args:
+        path: Where it is noted.
+        config: The present one.
+        what: Is called so in the message.
+        free: Beginnings of keys that may differ.
+
+    Raises:
+        ConfigError: names every key that differs.
+    """
+    if not path.exists():
+        write_atomically(path, dump_config(config))
+        return
+    before = flatten(load_schema(type(config), path).model_dump(mode="json"))
+    now = flatten(config.model_dump(mode="json"))
+    changes = [
+        f"{key} {before.get(key)!r} -> {now.get(key)!r}"
+        for key in sorted(before.keys() | now.keys())
+        if before.get(key) != now.get(key) and not key.startswith(tuple(free))
+    ]
+    if changes:
+        raise ConfigError(
+            f"{path}: this {what} was started with another configuration ({', '.join(changes)}); "
+            "resume it with the same, or start another run"
+        )
+    write_atomically(path, dump_config(config))

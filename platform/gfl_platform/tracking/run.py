@@ -1,0 +1,209 @@
+"""MLflow runs: the driver's process opens one, notes what happens, and closes it.
+
+Opening and closing may wait for MLflow; noting never does, for a thread delivers what is noted.
+Nothing here is called by a training process. Importing MLflow costs seconds, so it is imported
+where it is used.
+"""
+
+import logging
+import sqlite3
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from queue import SimpleQueue
+
+from gfl_platform.cluster.events import Event
+from gfl_platform.config import JobConfig
+from gfl_platform.spool import SPOOL_FILE, Spool
+from gfl_platform.tracking.client import (
+    chosen_uri,
+    connect,
+    reason_of,
+    tracking_uri,
+    without_password,
+)
+from gfl_platform.tracking.metadata import describe
+from gfl_platform.tracking.spool import RESTARTS, Delivery, note, require_store
+from gfl_platform.tracking.status import note_killed
+
+logger = logging.getLogger(__name__)
+
+NUMBERS = {"steps": "step", "stored": "stored", "checkpoint": "evaluated"}
+"""What is noted of each kind of event: the last step."""
+
+LOGGED = {"step": "loss", "stored": "checkpoint_seconds", "evaluated": "AP"}
+"""Metrics that tell these numbers of a run that another machine has noted."""
+
+
+class RunTracker:
+    """One MLflow run from its opening to its end, through a spool: a dead server loses nothing."""
+
+    def __init__(
+        self,
+        job: JobConfig,
+        name: str,
+        folder: Path,
+        tags: Mapping[str, str] | None = None,
+        *,
+        patient: bool = False,
+    ) -> None:
+        """Open a run called `name`, or go on in the one that `folder` belongs to.
+
+        Args:
+            job: Logged as parameters and as a file.
+            name: Of a new run.
+            folder: The run's folder; remembers the MLflow run and what waits for it.
+            tags: Of a new run.
+            patient: Whether a store may answer later, as with `tracking.unreachable: spool`.
+
+        Raises:
+            TrackingError: no store answers, and none may later.
+        """
+        self._folder, self._job = folder, job
+        require_store(job, folder)
+        if job.tracking.unreachable == "fail" and not patient:
+            connect(job)
+        self._spool = Spool(folder / SPOOL_FILE)
+        self._delivery = Delivery(job, folder)
+        if self.run_id is None and (uri := chosen_uri(job)):
+            note(folder, store=without_password(uri))
+        if self.run_id is None and not self._spool:
+            self._add({"kind": "opened", **describe(job, name, tags or {})})
+        else:
+            if self._spool.is_new:
+                self._learn_what_is_logged()
+            with self._spool.transaction():
+                self._add({"kind": "reopened", "restarts": self._spool.count(RESTARTS)})
+        self._delivery.deliver()
+        self._asked: SimpleQueue[Callable[[], object] | None] = SimpleQueue()
+        # At its end the process waits for no such thread: what is noted is safe.
+        self._thread = threading.Thread(target=self._work, name="tracking", daemon=True)
+        self._thread.start()
+
+    def __enter__(self) -> "RunTracker":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        """Close the run: FINISHED, or what an exception makes of it."""
+        # Ray turns SIGTERM, which `ray job stop` sends, into SystemExit.
+        stopped = kind is not None and issubclass(kind, KeyboardInterrupt | SystemExit)
+        self.close("FINISHED" if kind is None else "KILLED" if stopped else "FAILED")
+
+    @property
+    def run_id(self) -> str | None:
+        """The MLflow run; none before a store has answered."""
+        return self._delivery.run_id
+
+    def require_run(self) -> str:
+        """Return the MLflow run, with what was noted of it, if the store answers.
+
+        Raises:
+            TrackingError: no store has answered yet, so there is none.
+        """
+        self.flush()
+        return self._delivery.require_run()
+
+    def handle(self, event: Event) -> None:
+        """Note `event`; it is logged when a store answers, and outlives this process until then.
+
+        Steps and epochs that were noted before an interruption are not noted again.
+        """
+        number = NUMBERS.get(event["kind"])
+        with self._on_a_full_device(), self._spool.transaction():
+            is_new = not number or self._spool.raise_to(number, event["step"])
+            # An epoch that was trained again has another checkpoint.
+            if not is_new and (event["kind"] != "checkpoint" or event.get("repeated")):
+                return
+            if event["kind"] == "failure" and not event["final"]:
+                event = event | {"restarts": self._spool.count(RESTARTS)}
+            self._add(event)
+        self._asked.put(self._delivery.deliver)
+
+    def flush(self) -> None:
+        """Wait until all that was noted is logged, or has been tried in vain."""
+        done = threading.Event()
+        self._asked.put(self._delivery.deliver_all)
+        self._asked.put(done.set)
+        while self._thread.is_alive() and not done.wait(1):
+            pass
+
+    def _work(self) -> None:
+        """Do what is asked for, in the thread."""
+        for task in iter(self._asked.get, None):
+            try:
+                task()
+            except Exception:  # what is not logged is still noted
+                logger.exception("tracking: %s", self._spool.path)
+
+    def _learn_what_is_logged(self) -> None:
+        """Where another machine noted the run before: its last numbers are those in the store."""
+        try:
+            for number, metric in LOGGED.items():
+                self._spool.raise_to(number, self._delivery.last_step(metric))
+        except Exception as error:  # as `Delivery` has it
+            logger.warning("tracking: %s; steps may be logged twice", reason_of(error))
+
+    def close(self, status: str | None = None) -> None:
+        """End the run as FINISHED, FAILED or KILLED; wait until that is logged or tried in vain.
+
+        Without a status its end has been noted.
+
+        Hides nothing of why a job ended: only an interruption comes of it, and loses no event.
+        """
+        if status:
+            self.handle({"kind": "end", "status": status})
+        try:
+            self.flush()
+        finally:
+            self._asked.put(None)
+        with self._on_a_full_device():
+            if left := len(self._spool):
+                logger.warning(
+                    "tracking: %d events wait in %s; they are logged when the run goes on with "
+                    "--resume, or by `python -m jobs.status %s storage.root=%s tracking.uri=%s "
+                    "--deliver`",
+                    left,
+                    self._spool.path,
+                    self._folder.name,
+                    self._job.storage.root,
+                    without_password(tracking_uri(self._job)),
+                )
+            self._delivery.spool.close()
+            self._spool.close()
+
+    @contextmanager
+    def _on_a_full_device(self) -> Iterator[None]:
+        """Let nothing but a warning come of a spool that cannot be written."""
+        try:
+            yield
+        except sqlite3.Error as error:
+            logger.warning("tracking: %s: %s; not noted", self._spool.path, error)
+
+    def _add(self, event: Event) -> None:
+        # MLflow keeps one of two metrics that are alike to the millisecond: trying again is safe.
+        self._spool.add({"time_ms": int(time.time() * 1000)} | event)
+
+
+def settle(job: JobConfig, folder: Path) -> None:
+    """Log what waits of a run that has no driver any more; what was killed is then KILLED.
+
+    Args:
+        job: Says which store.
+        folder: The run's, held by the caller.
+
+    Raises:
+        TrackingError: no store answers, or it is not the run's.
+    """
+    require_store(job, folder)
+    connect(job)
+    delivery = Delivery(job, folder)
+    if note_killed(folder):
+        delivery.spool.add({"kind": "end", "status": "KILLED", "time_ms": int(time.time() * 1000)})
+    delivery.deliver_all()
+
+
+def log_file(job: JobConfig, run_id: str, path: Path) -> None:
+    """Store a file among the artifacts of a run, which may have ended."""
+    connect(job).log_artifact(run_id, str(path))

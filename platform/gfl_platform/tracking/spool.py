@@ -1,0 +1,293 @@
+"""The way from a run's spool to MLflow, the only one that writes to runs besides the registry's."""
+
+import json
+import logging
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from functools import cached_property
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+from gfl_platform.cluster.events import Event, straggler
+from gfl_platform.config import JobConfig
+from gfl_platform.spool import SPOOL_FILE, Spool
+from gfl_platform.storage.runs import (
+    is_there,
+    read_json,
+    share_state,
+    storage_root,
+    write_atomically,
+)
+from gfl_platform.tracking.client import (
+    TrackingError,
+    chosen_uri,
+    client_of,
+    on_all_pages,
+    reason_of,
+    tracking_uri,
+    without_password,
+)
+from gfl_platform.tracking.metadata import IDENTITY, PROTOCOL
+
+logger = logging.getLogger(__name__)
+
+RUN_FILE = "run.json"
+"""Beside the checkpoints: which MLflow run they belong to, and in which store it is."""
+
+RESTARTS = "restarts"
+"""Tag: how often a run went on after it had lost a worker, a node or its driver."""
+
+DATABASES = ("sqlite", "postgresql", "mysql", "mssql")
+"""Schemes of stores that are reached without a server of MLflow's."""
+
+BATCH, METRICS_PER_CALL = 100, 1000
+"""Events taken from the spool at once; MLflow's limit."""
+
+LONGEST_DELAY = 60.0
+"""Seconds between two attempts to reach a store."""
+
+REFUSALS = ("INVALID_PARAMETER_VALUE", "RESOURCE_DOES_NOT_EXIST", "BAD_REQUEST")
+"""Answers of a store that would be the same next time."""
+
+
+class Delivery:
+    """Takes events from the spool of the run in a folder and logs them."""
+
+    def __init__(self, job: JobConfig, folder: Path) -> None:
+        """Open the spool; nothing is sent yet.
+
+        Args:
+            job: Says which store and which experiment.
+            folder: The run's.
+        """
+        self._job, self._folder = job, folder
+        self.spool = Spool(folder / SPOOL_FILE)
+        self.run_id: str | None = read_json(folder / RUN_FILE).get("run_id")
+        self._delay, self._try_at = 0.0, 0.0
+
+    @cached_property
+    def client(self) -> Any:
+        """MLflow's; made when it is needed first, for that takes a database that answers."""
+        return client_of(self._job)
+
+    def deliver(self) -> None:
+        """Log all that waits; after a failure not at once, and less and less often."""
+        if time.monotonic() >= self._try_at:
+            self.deliver_all()
+
+    def deliver_all(self) -> None:
+        """Log all that waits, oldest first, until one fails; also if one failed a moment ago."""
+        try:
+            while waiting := self.spool.first(BATCH):
+                for last, events in _together(waiting):
+                    self._log_or_drop(events)
+                    self.spool.remove(last)
+        except Exception as error:  # whatever a store and where its artifacts lie may raise
+            self._delay = min(max(2 * self._delay, 1.0), LONGEST_DELAY)
+            self._try_at = time.monotonic() + self._delay
+            logger.warning("tracking: %s; %d events wait", reason_of(error), len(self.spool))
+        else:
+            self._delay = 0.0
+
+    def require_run(self) -> str:
+        """Return the MLflow run.
+
+        Raises:
+            TrackingError: no store has answered yet, so there is none.
+        """
+        if self.run_id is None:
+            raise TrackingError(
+                f"{without_password(tracking_uri(self._job))}: no MLflow store answers"
+            )
+        return self.run_id
+
+    def last_step(self, metric: str) -> int:
+        """Return the last step at which a metric of the run is logged; 0 if none is.
+
+        Raises:
+            MlflowException: no store answers.
+        """
+        history = self.client.get_metric_history(self.require_run(), metric)
+        return max((each.step for each in history), default=0)
+
+    def _log_or_drop(self, events: list[Event]) -> None:
+        """Log events; drop what the store will never take, lest it hold up all that follow."""
+        from mlflow.exceptions import MlflowException
+
+        for last in (False, True):  # a connection that broke may look like a refusal, once
+            try:
+                self._log(events)
+            except MlflowException as error:
+                if error.error_code not in REFUSALS:
+                    raise
+                if last:
+                    if self.run_id:
+                        self.client.get_run(self.run_id)  # in another store: nothing is dropped
+                    what = events[0]["kind"]
+                    logger.warning("tracking: %s; not logged: %s", reason_of(error), what)
+            else:
+                return
+
+    def _metrics(self, rows: Iterable[tuple[Event, Mapping[str, float]]]) -> None:
+        from mlflow.entities import Metric
+
+        found = [
+            Metric(key, value, event["time_ms"], event.get("step", 0))
+            for event, values in rows
+            for key, value in values.items()
+        ]
+        for start in range(0, len(found), METRICS_PER_CALL):
+            part = found[start : start + METRICS_PER_CALL]
+            self.client.log_batch(self._run, metrics=part)
+
+    def _tag(self, tags: Mapping[str, str]) -> None:
+        from mlflow.entities import RunTag
+
+        self.client.log_batch(self._run, tags=[RunTag(k, v) for k, v in tags.items()])
+
+    @property
+    def _run(self) -> str:
+        return self.require_run()  # which is there: `opened` comes first
+
+    def _open(self, event: Event) -> None:
+        """Create the run that `event` describes, once: an interruption may have been in between."""
+        experiment = self._find_experiment()
+        same = f"tags.`{IDENTITY}` = '{event['tags'][IDENTITY]}'"
+        found = self.client.search_runs([experiment], filter_string=same, max_results=1)
+        run = found[0] if found else self._create(experiment, event)
+        self.run_id = run.info.run_id
+        note(self._folder, run_id=self.run_id)
+        share_state(self._job, self._folder)
+        from mlflow.entities import Param
+
+        params = [Param(key, value) for key, value in event["params"].items()]
+        self.client.log_batch(self._run, params=params)
+        for file, text in event["texts"].items():
+            self.client.log_text(self._run, text, file)
+
+    def _create(self, experiment: str, event: Event) -> Any:
+        return self.client.create_run(
+            experiment, start_time=event["time_ms"], run_name=event["name"], tags=event["tags"]
+        )
+
+    def _find_experiment(self) -> str:
+        called = self._job.tracking.experiment
+        found = self.client.get_experiment_by_name(called)
+        if found:
+            return str(found.experiment_id)
+        # A database without a server has no place for artifacts: MLflow would take ./mlruns.
+        embedded = tracking_uri(self._job).startswith(DATABASES)
+        location = (storage_root(self._job) / "artifacts").as_uri() if embedded else None
+        return str(self.client.create_experiment(called, location))
+
+    def _log(self, events: list[Event]) -> None:
+        """Log one event, or reports of steps that follow each other."""
+        event = events[0]
+        match event["kind"]:
+            case "steps":
+                self._metrics((e, {**e["metrics"], "epoch": e["epoch"]}) for e in events)
+            case "slow":
+                self._tag({"straggler": straggler(event)})
+            case "stored" | "outage":
+                self._metrics([(event, event["metrics"])])
+            case "opened":
+                self._open(event)
+            case "reopened":
+                self.client.update_run(self._run, status="RUNNING")
+                self._tag({RESTARTS: str(event["restarts"])})
+            case "checkpoint":
+                self._log_checkpoint(event)
+            case "data":
+                self._tag({f"data.{key}": str(value) for key, value in event["facts"].items()})
+            case "result":
+                self._metrics([(event, {"fps": event["fps"]})])
+                facts = {f"fps.{key}": str(value) for key, value in event["protocol"].items()}
+                self._tag(facts | {PROTOCOL: json.dumps(event["protocol"])})
+                self._tag_deleted_checkpoints()
+            case "failure" if not event["final"]:
+                self._tag({RESTARTS: str(event["restarts"])})
+            case "discarded":
+                self._tag_deleted_checkpoints(all_of_them=True)
+            case "folder":
+                self._log_folder(Path(event["path"]))
+            case "tags":
+                self._tag(event["tags"])
+            case "end":
+                self.client.set_terminated(self._run, event["status"])
+
+    def _log_folder(self, folder: Path) -> None:
+        if folder.is_dir():
+            self.client.log_artifacts(self._run, str(folder), folder.name)
+        else:  # it would never come
+            logger.warning("tracking: %s is gone; not logged: folder", folder)
+
+    def _log_checkpoint(self, event: Event) -> None:
+        """Log an epoch's evaluation, and its checkpoint as a model that stays where it is.
+
+        What was logged before an interruption, whole or in part, is not logged twice.
+        """
+        import mlflow
+        from mlflow.entities import Metric
+
+        name = f"epoch-{event['epoch']}"
+        model = next((model for model in self._models() if model.name == name), None)
+        if model is None:
+            model = mlflow.create_external_model(
+                name=name,
+                source_run_id=self._run,
+                tags={"uri": event["uri"]},
+                experiment_id=self._experiment(),
+            )
+        elif model.tags.get("uri") != event["uri"]:  # the epoch's first checkpoint was damaged
+            self.client.set_logged_model_tags(model.model_id, {"uri": event["uri"]})
+        logged = {metric.key for metric in model.metrics or []}
+        metrics = [
+            Metric(key, value, event["time_ms"], event["step"], model_id=model.model_id)
+            for key, value in event["metrics"].items()
+            if key not in logged
+        ]
+        self.client.log_batch(self._run, metrics=metrics)  # of a model, hence of its run, too
+
+    def _tag_deleted_checkpoints(self, *, all_of_them: bool = False) -> None:
+        """Mark the models of checkpoints that gave way to better ones."""
+        for model in self._models():
+            uri = model.tags.get("uri")
+            if uri and (all_of_them or not is_there(uri)):
+                self.client.set_logged_model_tags(model.model_id, {"deleted": "true"})
+
+    def _experiment(self) -> str:
+        return str(self.client.get_run(self._run).info.experiment_id)
+
+    def _models(self) -> list[Any]:
+        where, what = [self._experiment()], f"source_run_id = '{self._run}'"
+        return on_all_pages(
+            lambda token: self.client.search_logged_models(where, what, page_token=token)
+        )
+
+
+def note(folder: Path, **facts: str) -> None:
+    """Note facts in a run's `RUN_FILE`."""
+    known = read_json(folder / RUN_FILE)
+    write_atomically(folder / RUN_FILE, json.dumps(known | facts) + "\n")
+
+
+def require_store(job: JobConfig, folder: Path) -> None:
+    """Check that a run whose store was chosen once does not end up in the default one.
+
+    Raises:
+        TrackingError: no store is chosen now.
+    """
+    store = read_json(folder / RUN_FILE).get("store")
+    if store and not chosen_uri(job):
+        raise TrackingError(
+            f"run '{folder.name}' is kept in {store}: set tracking.uri or MLFLOW_TRACKING_URI to it"
+        )
+
+
+def _together(waiting: Mapping[int, Event]) -> Iterator[tuple[int, list[Event]]]:
+    """Give events with the number of the last: neighbouring steps together, others alone."""
+    for is_steps, group in groupby(waiting.items(), lambda item: item[1]["kind"] == "steps"):
+        items = list(group)
+        for part in [items] if is_steps else [[item] for item in items]:
+            yield part[-1][0], [event for _, event in part]

@@ -1,0 +1,160 @@
+"""Where a run stands: noted in its folder by the driver, read by `jobs.status`."""
+
+import json
+import logging
+import time
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+from gfl_platform.cluster.events import Event, straggler
+from gfl_platform.spool import backlog
+from gfl_platform.storage.runs import read_json, write_atomically
+from gfl_platform.tracking.spool import RUN_FILE
+
+logger = logging.getLogger(__name__)
+
+STATUS_FILE = "status.json"
+
+ENDED = ("finished", "stopped", "failed")
+
+SILENCE = 300.0
+"""Seconds without a word from a running driver, after which it is asked for."""
+
+
+class StatusFile:
+    """Notes where a run stands, at most every second; a context that notes its end."""
+
+    def __init__(self, folder: Path, workers: int, nodes: int) -> None:
+        """Begin, or go on with the counts of the driver before.
+
+        Args:
+            folder: The run's.
+            workers: Training processes.
+            nodes: Of the cluster.
+        """
+        self._path = folder / STATUS_FILE
+        before = read_json(self._path)
+        self._facts: dict[str, Any] = {
+            "restarts": before["restarts"] + 1 if before else 0,
+            "lost_seconds": before.get("lost_seconds", 0.0),
+            "best_ap": before.get("best_ap"),
+        }
+        self._facts |= {"state": "starting", "workers": workers, "nodes": nodes}
+        self._lost_at: float | None = before.get("time")
+        self._written = 0.0
+        self._write()
+
+    def __enter__(self) -> "StatusFile":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        stopped = kind is not None and issubclass(kind, KeyboardInterrupt | SystemExit)
+        self._facts["state"] = "finished" if kind is None else "stopped" if stopped else "failed"
+        self._write()
+
+    @property
+    def outages(self) -> dict[str, float]:
+        """How often the run went on after a loss, and the minutes without a step."""
+        facts = self._facts
+        return {"restarts": facts["restarts"], "lost_minutes": facts["lost_seconds"] / 60}
+
+    def handle(self, event: Event) -> None:
+        """Note what `event` tells."""
+        facts = self._facts
+        match event["kind"]:
+            case "steps" if not event.get("repeated"):
+                if self._lost_at is not None:  # it steps again
+                    facts["lost_seconds"] += time.time() - self._lost_at
+                    self._lost_at = None
+                facts |= {key: event[key] for key in ("epoch", "step", "total_steps")}
+                facts |= {"state": "training", "seconds_left": event["seconds_left"]}
+                facts["metrics"] = event["metrics"]
+            case "workers":
+                facts |= {"workers": event["count"], "nodes": event["nodes"], "state": "starting"}
+            case "checkpoint":
+                facts["ap"] = event["metrics"]["AP"]
+                facts["best_ap"] = max(facts["best_ap"] or -1.0, facts["ap"])
+            case "stored":
+                facts["checkpoint_seconds"] = event["metrics"]["checkpoint_seconds"]
+            case "slow":
+                facts["slow"] = straggler(event)
+            case "failure":
+                facts["restarts"] += 1
+                facts["state"] = f"restarting after worker {event['rank']}: {event['reason']}"
+                self._lost_at = time.time()
+            case _:
+                return
+        if event["kind"] != "steps" or time.time() - self._written >= 1:
+            self._write()
+
+    def _write(self) -> None:
+        self._written = self._facts["time"] = time.time()
+        try:
+            write_atomically(self._path, json.dumps(self._facts) + "\n")
+        except OSError as error:  # a full device must not hide what ends a training
+            logger.warning("%s: %s", self._path, error.strerror)
+
+
+def note_killed(folder: Path) -> bool:
+    """Note that a run has ended whose driver could not; return whether that was so.
+
+    Args:
+        folder: The run's, held by the caller: its driver is gone.
+    """
+    facts = read_json(folder / STATUS_FILE)
+    if not facts or facts["state"] in ENDED:
+        return False
+    write_atomically(folder / STATUS_FILE, json.dumps(facts | {"state": "stopped"}) + "\n")
+    return True
+
+
+def read_status(folder: Path) -> dict[str, Any]:
+    """Return where the run in `folder` stands, as `jobs.status` shows it."""
+    facts = read_json(folder / STATUS_FILE)
+    run_id = read_json(folder / RUN_FILE).get("run_id")
+    elsewhere = "unknown here; ask on its driver's machine" if run_id else "not started"
+    rows: dict[str, Any] = {"state": facts.get("state", elsewhere)}
+    age = time.time() - facts.get("time", time.time())
+    if facts and rows["state"] not in ENDED and age > SILENCE:
+        rows["state"] += f"; no word for {age / 60:.0f} min: if its driver is gone, use --resume"
+    if "step" in facts:
+        left = facts["seconds_left"] if rows["state"] == "training" else 0
+        rows["epoch"] = f"{facts['epoch']:.2f} (step {facts['step']} of {facts['total_steps']})"
+        rows["left"] = f"{left / 60:.0f} min, evaluations not counted" if left else "-"
+        rows |= _rates(facts["metrics"])
+    if "ap" in facts:
+        rows["AP"] = f"{facts['ap']:.4f}, best {facts['best_ap']:.4f}"
+    rows["workers"] = f"{facts.get('workers', '-')} (nodes of the cluster: {facts.get('nodes')})"
+    if "checkpoint_seconds" in facts:
+        rows["checkpoint"] = f"written in {facts['checkpoint_seconds']:.1f} s, beside training"
+    if "slow" in facts:
+        rows["straggler"] = facts["slow"]
+    lost = facts.get("lost_seconds", 0.0)
+    rows["restarts"] = f"{facts.get('restarts', 0)}, {lost / 60:.1f} min lost"
+    rows["last word"] = f"{age:.0f} s ago"
+    rows["MLflow run"] = run_id or "none yet"
+    rows["waits for MLflow"] = f"{backlog(folder)} events"
+    return rows
+
+
+def _rates(metrics: dict[str, float]) -> dict[str, str]:
+    """Return how fast training goes and what its workers use."""
+    p50, p90, p99 = (metrics[f"step_ms_p{percent}"] for percent in (50, 90, 99))
+    rows = {
+        "images/s": f"{metrics['images_per_second']:.1f}",
+        "a step": f"{p50:.0f} ms; one in ten {p90:.0f} ms or more, one in a hundred {p99:.0f} ms",
+        "waits for images": f"{metrics['data_wait_share']:.0%} of the time",
+    }
+    for rank in count():
+        names = ("cpu", "memory_gib", "gpu", "gpu_memory_gib")
+        used = {name: metrics.get(f"worker{rank}.{name}") for name in names}
+        if used["cpu"] is None:
+            return rows
+        texts = [f"{used['cpu']:.1f} cores", f"{used['memory_gib']:.1f} GiB"]
+        if used["gpu"] is not None:
+            texts.append(f"GPU busy {used['gpu']:.0%}")
+        if used["gpu_memory_gib"] is not None:
+            texts.append(f"{used['gpu_memory_gib']:.1f} GiB on the GPU")
+        rows[f"worker {rank}"] = ", ".join(texts)
+    return rows

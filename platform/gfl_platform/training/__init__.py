@@ -1,0 +1,1 @@
+"""The training job: driver, Ray fit and worker."""

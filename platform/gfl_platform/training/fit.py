@@ -1,0 +1,170 @@
+"""A training as who starts it sees it: what it begins with, its workers, its best checkpoint.
+
+Light to import: the processes of a training or a sweep need no torch, except where one trains.
+"""
+
+import logging
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from ray.train import UserCallback
+
+from gfl.config.loader import config_hash, dump_config, reproducible
+from gfl.config.schema import Config
+from gfl_platform.cluster import launch
+from gfl_platform.cluster.events import Events
+from gfl_platform.config import JobConfig
+from gfl_platform.storage.runs import cache_of, discard, folders_in, ray_storage, shared
+from gfl_platform.storage.s3 import S3Error, is_remote
+from gfl_platform.training.sources import TORCHVISION, fetch_model, fetch_weights
+
+logger = logging.getLogger(__name__)
+
+RAY_FOLDER = "ray"
+"""In a run's: the checkpoints, and what Ray notes of them."""
+
+
+def used_by_sources(job: JobConfig) -> tuple[str, ...]:
+    """Return what `fetch_sources` imports that takes seconds, unless it downloads besides."""
+    if (pretrained := job.model.pretrained) is None:
+        return ()
+    if launch.in_cluster():
+        return ("torchvision",) if pretrained.startswith(TORCHVISION) else ()
+    return ("gfl.checkpoint.pretrained",)
+
+
+def fetch_sources(job: JobConfig) -> dict[str, Path | None]:
+    """Return the weights to start from and the teacher's checkpoint, where all nodes see them.
+
+    Raises:
+        ValueError: what cannot be fetched or loaded; before anything is written for the run.
+    """
+    weights, backbone, distillation = None, job.model.backbone, job.loss.distillation
+    if job.model.pretrained is not None:
+        weights = fetch_weights(job, job.model.pretrained)
+        if not launch.in_cluster():  # where nodes' files may be elsewhere
+            reset = job.model.reset_classifier
+            from gfl.checkpoint.pretrained import load_weights
+            from gfl.model.detector import Detector
+
+            load_weights(Detector(reproducible(job)), weights, reset_classifier=reset)
+    elif backbone.frozen_stages >= 0 or backbone.norm_eval:
+        logger.warning(
+            "warning: model.pretrained is null, so frozen stages and fixed BatchNorm stay random; "
+            "from scratch, set model.backbone.frozen_stages=-1 and model.backbone.norm_eval=false"
+        )
+    return {
+        "weights": weights,
+        "teacher": fetch_model(job, distillation.teacher) if distillation else None,
+    }
+
+
+def run(
+    job: JobConfig,
+    sources: dict[str, Path | None],
+    workers: launch.Workers,
+    folder: Path,
+    events: Events,
+    callbacks: Sequence[UserCallback] = (),
+) -> tuple[dict[str, Any], str, dict[str, float]]:
+    """Train in `folder`, from the latest checkpoint there if there is one.
+
+    Args:
+        job: What to train.
+        sources: What `fetch_sources` returned.
+        workers: What to run on.
+        folder: Of the run.
+        events: Is told what happens.
+        callbacks: Of Ray's training controller.
+
+    Returns:
+        What rank 0 measured at the end, and where the best checkpoint lies, with its metrics.
+
+    Raises:
+        JobFailedError: training stopped.
+    """
+    from ray.train import CheckpointConfig
+
+    config = reproducible(job)
+    result = launch.run_workers(
+        _train,
+        {
+            "config": dump_config(config),
+            "weights": _for_workers(job, sources["weights"], job.model.pretrained),
+            "teacher": _for_workers(job, sources["teacher"], None),
+            "folder": str(folder),
+            "report_every": job.tracking.every_steps,
+            "checkpoint_every": job.storage.checkpoint_steps,
+            "shares": workers.count,
+            "cache": cache_of(job),
+        },
+        workers,
+        events,
+        [HashCheck(config), *callbacks],
+        max_failures=job.cluster.max_failures,
+        resize_seconds=job.cluster.resize_seconds,
+        name=RAY_FOLDER,
+        **ray_storage(job, folder),
+        checkpoint_config=CheckpointConfig(
+            num_to_keep=job.storage.keep_checkpoints, checkpoint_score_attribute="AP"
+        ),
+    )
+    kept = [result.checkpoint, *(each for each, _ in result.best_checkpoints)]
+    discard_others(job, folder / RAY_FOLDER, kept)
+    epochs = result.return_value["epochs"]
+    if epochs < job.schedule.epochs:
+        patience = job.schedule.patience
+        logger.info("stopped after epoch %d: AP has not risen for %d epochs", epochs, patience)
+    measured = [pair for pair in result.best_checkpoints if "AP" in pair[1]]
+    # Of two that are alike the later: the first may be damaged, and its epoch trained again.
+    best, facts = max(measured, key=lambda pair: (pair[1]["AP"], pair[0].path))
+    return result.return_value, launch.uri_of(best), facts["metrics"]
+
+
+def discard_others(job: JobConfig, folder: Path, kept: Sequence[Any]) -> None:
+    """Delete checkpoints in `folder` that Ray did not keep: killed workers left them.
+
+    Args:
+        job: Says where nodes see the folder.
+        folder: Of a training that has ended.
+        kept: The latest, from which the run would go on, and the best.
+    """
+    names = {Path(checkpoint.path).name for checkpoint in kept}
+    with suppress(OSError, S3Error):  # they only take room
+        for name in folders_in(job, folder):
+            if name.startswith("checkpoint_") and name not in names:
+                discard(job, folder / name)
+
+
+def _for_workers(job: JobConfig, path: Path | None, origin: str | None) -> str | None:
+    """Return from where workers take what lies at `path`: each from S3 if it is from there."""
+    if path is None or (origin and is_remote(origin)):
+        return origin
+    return shared(job, path)
+
+
+def _train(settings: dict[str, Any]) -> dict[str, Any]:
+    from gfl_platform.training.worker import train_worker
+
+    return train_worker(settings)
+
+
+class HashCheck(UserCallback):
+    """Ends a training whose workers train another configuration than they were given."""
+
+    def __init__(self, config: Config) -> None:
+        self._expected = config_hash(config)
+
+    def after_report(
+        self, run_context: Any, metrics: list[dict[str, Any]], checkpoint: Any
+    ) -> None:
+        """Compare what every worker says that it trains with."""
+        for rank, facts in enumerate(metrics):
+            if facts["config_hash"] != self._expected:
+                raise launch.JobFailedError(
+                    f"worker {rank} trains the configuration {facts['config_hash'][:12]}, not "
+                    f"{self._expected[:12]}: its figures would be another's; are all nodes' "
+                    "packages the same?"
+                )

@@ -1,0 +1,100 @@
+"""Weights to start from, fetched once: files, published ones, our own models."""
+
+import hashlib
+import shutil
+import tempfile
+from pathlib import Path
+
+from gfl_platform.config import JobConfig
+from gfl_platform.storage.runs import StorageError, cache_of, storage_root
+from gfl_platform.storage.s3 import is_remote
+
+TORCHVISION = "torchvision://"
+
+
+def fetch_weights(job: JobConfig, location: str) -> Path:
+    """Return a file of the weights at `location` that all nodes see.
+
+    Remote ones are kept in the folder `weights` of the storage, and fetched only once.
+
+    Args:
+        job: Says where the storage and the registry are.
+        location: A path, `s3://BUCKET/KEY`, `https://...`, `torchvision://resnet50`, or one of our
+            models: a checkpoint folder, `models:/NAME@ALIAS`, `runs:/ID`.
+
+    Raises:
+        StorageError: a location that cannot be reached.
+    """
+    from gfl.checkpoint.files import WEIGHTS
+
+    if location.startswith(("models:/", "runs:/")):
+        return fetch_model(job, location) / WEIGHTS
+    if "://" not in location:
+        path = Path(location).expanduser()
+        return path / WEIGHTS if path.is_dir() else path
+    if is_remote(location):
+        return cache_of(job).local(location)
+    if location.startswith(TORCHVISION):
+        location = _torchvision_url(location)
+    if not location.startswith(("https://", "http://")):
+        raise StorageError(
+            f"{location}: expected a file, s3://, https://, torchvision:// or models:/"
+        )
+    # Many files are called latest.pth: what tells them apart is where they are.
+    folder = hashlib.sha256(location.encode()).hexdigest()[:12]
+    path = storage_root(job) / "weights" / folder / Path(location).name
+    if path.exists():
+        return path
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".fetch-", dir=path.parent) as scratch:
+        partial = Path(scratch) / path.name
+        try:
+            _download(location, partial)
+        except Exception as error:  # urllib and the checksum each have their own
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise StorageError(
+                f"{location}: cannot be downloaded ({reason}); put the file at {path}, or set "
+                "model.pretrained to a local one"
+            ) from error
+        partial.replace(path)
+    return path
+
+
+def fetch_model(job: JobConfig, location: str) -> Path:
+    """Return the checkpoint folder of one of our models (see `registry.fetch_checkpoint`)."""
+    from gfl_platform.registry import models  # which stands on this module
+
+    name = models.resolve(job, location)
+    folder = storage_root(job) / "weights" / name.replace("models:/", "").replace("/", "-")
+    if not name.startswith("models:/") or not folder.exists():
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".fetch-", dir=folder.parent) as scratch:
+            fetched = models.fetch_checkpoint(job, name, Path(scratch))
+            if not fetched.is_relative_to(scratch):
+                return fetched
+            fetched.replace(folder)
+    return folder
+
+
+def _torchvision_url(location: str) -> str:
+    from torchvision.models import get_model_weights
+
+    name = location.removeprefix(TORCHVISION)
+    try:
+        return get_model_weights(name)["IMAGENET1K_V1"].url
+    except (ValueError, KeyError) as error:
+        raise StorageError(f"{location}: torchvision has no such model") from error
+
+
+def _download(url: str, path: Path) -> None:
+    import torch
+
+    cached = Path(torch.hub.get_dir()) / "checkpoints" / path.name
+    if cached.exists():
+        shutil.copy(cached, path)
+        return
+    # Names of published files end in the beginning of their checksum.
+    checksum = torch.hub.HASH_REGEX.search(path.name)
+    torch.hub.download_url_to_file(
+        url, str(path), hash_prefix=checksum[1] if checksum else None, progress=False
+    )

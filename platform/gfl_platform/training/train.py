@@ -1,0 +1,151 @@
+"""Training on a Ray cluster: `gfl.train.engine.fit` in workers, reports in MLflow, checkpoints stored."""
+
+import logging
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from gfl.config.loader import reproducible
+from gfl.data import load_splits
+from gfl.data.samplers import share_of_batch
+from gfl.rates import scaled_lr
+from gfl_platform import registration
+from gfl_platform.cluster import launch
+from gfl_platform.cluster.events import Event, Watcher, pumped, straggler
+from gfl_platform.config import JobConfig
+from gfl_platform.imports import imported_meanwhile
+from gfl_platform.registry import models
+from gfl_platform.registry.gate import promote
+from gfl_platform.registry.history import Decision
+from gfl_platform.registry.model_card import lineage
+from gfl_platform.storage.runs import cache_of, held, open_run_folder, share_state
+from gfl_platform.tracking import client, run
+from gfl_platform.tracking.metadata import CONFIG_FILE, require_same
+from gfl_platform.tracking.status import StatusFile
+from gfl_platform.training.fit import fetch_sources, run, used_by_sources
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class TrainingResult:
+    """A finished training.
+
+    Attributes:
+        run_id: The MLflow run; none if no store has answered yet.
+        checkpoint: Folder of the checkpoint with the best AP.
+        metrics: COCO statistics of that checkpoint.
+        fps: Frames per second of the last weights (the same for all).
+        seconds: Wall time, start of the workers and registration included.
+        version: Of the registered model, if the configuration names one.
+        decision: Of the gate, if the configuration wants it as champion.
+    """
+
+    run_id: str | None
+    checkpoint: Path
+    metrics: dict[str, float]
+    fps: float
+    seconds: float
+    version: int | None
+    decision: Decision | None
+
+
+def train(job: JobConfig, name: str, *, resume: bool, watch: Watcher) -> TrainingResult:
+    """Train `job` as the run `name`, or go on with it; register the model if `job` names one.
+
+    Raises:
+        ValueError: a configuration, dataset, cluster or tracking store that cannot be used.
+        JobFailedError: training stopped.
+    """
+    started = time.perf_counter()
+    config = reproducible(job)
+    if not launch.in_cluster():
+        load_splits(cache_of(job).localized(config))  # here workers see the same: say what is wrong
+    with imported_meanwhile("mlflow", *used_by_sources(job)):
+        launch.connect()
+    workers = launch.allot(job)
+    share_of_batch(config, workers.count)
+    if job.tracking.unreachable == "fail":
+        client.connect(job)  # before anything is written
+    sources = fetch_sources(job)
+    logger.info("learning rate %g for %d images a step", scaled_lr(config), config.data.batch)
+    folder = open_run_folder(job, name, resume=resume)
+    require_same(folder / CONFIG_FILE, config, "run")
+    with (
+        held(folder),
+        imported_meanwhile(*_used_at_the_end(job)),
+        run.RunTracker(job, name, folder) as tracker,
+        StatusFile(folder, workers.count, launch.node_count()) as status,
+    ):
+
+        def handle(event: Event) -> None:
+            for finding in event.get("findings", ()):  # what workers log, nobody sees
+                logger.warning("warning: %s; jobs.inspect shows more", finding)
+            if event["kind"] == "damaged":
+                logger.warning("warning: %s; going on from the one before", event["reason"])
+            if event["kind"] == "slow":
+                logger.warning("warning: %s; the others wait for it", straggler(event))
+            tracker.handle(event)
+            before = status.outages
+            status.handle(event)
+            if status.outages != before:
+                step = event.get("step", 0)
+                tracker.handle({"kind": "outage", "step": step, "metrics": status.outages})
+            watch(event)
+
+        share_state(job, folder)
+        origins = {"kind": "tags", "tags": lineage(config, workers, sources)}
+        tracker.handle(origins)
+        watch(origins)
+        with pumped(handle) as events:
+            measured, best, metrics = run(job, sources, workers, folder, events)
+        checkpoint = cache_of(job).local(best)  # comes here if it lies on S3
+        fps = measured["fps"]
+        tracker.handle({"kind": "result", **measured})
+        version = None
+        if model := job.registry.name:
+            facts = registration.figures_of_version(metrics["AP"], fps, measured["protocol"])
+            version = _register(job, model, checkpoint, tracker, facts)
+    decision = None
+    if version is not None and job.registry.alias:
+        decision = _point(job, version, job.registry.alias, watch)
+    seconds = time.perf_counter() - started
+    return TrainingResult(tracker.run_id, checkpoint, metrics, fps, seconds, version, decision)
+
+
+def _used_at_the_end(job: JobConfig) -> tuple[str, ...]:
+    """Return what is imported once the workers are done: who gives an alias loads the model."""
+    return ("gfl.inference.predictor",) if job.registry.alias else ()
+
+
+def _register(
+    job: JobConfig,
+    model: str,
+    checkpoint: Path,
+    tracker: run.RunTracker,
+    facts: dict[str, float | str],
+) -> int:
+    """Register a training's best checkpoint.
+
+    Raises:
+        TrackingError: the store does not answer, or where its artifacts lie.
+    """
+    from mlflow.exceptions import MlflowException
+
+    try:
+        return registration.register_once(job, model, checkpoint, tracker.require_run(), facts)
+    except (MlflowException, OSError, client.TrackingError) as error:
+        raise client.TrackingError(
+            f"model {model}: not registered ({client.reason_of(error)}); the training is done "
+            "and its checkpoints are kept: --resume registers it"
+        ) from error
+
+
+def _point(job: JobConfig, version: int, alias: str, watch: Watcher) -> Decision | None:
+    """Point an alias at a version; `champion` only through the gate, whose decision is returned."""
+    model = job.registry.name
+    assert model
+    if alias == "champion":
+        return promote(job, model, version, watch)
+    models.set_alias(job, model, version, alias)
+    return None

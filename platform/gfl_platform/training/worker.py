@@ -1,0 +1,271 @@
+"""Training as a worker of a Ray cluster does it: `gfl.train.engine.fit`, its reports, its checkpoints."""
+
+import json
+import shutil
+import socket
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from gfl.checkpoint.files import require_whole
+from gfl.checkpoint.snapshot import Snapshot
+from gfl.config.loader import config_hash, parse_config
+from gfl.config.schema import Config
+from gfl.data import load_splits
+from gfl.data.split import Split
+from gfl.errors import LeaveError
+from gfl.evaluation.speed import measure_fps
+from gfl.inspection.findings import find_cheaply
+from gfl.train.engine import CheckpointReport, EpochReport, StepReport, fit
+from gfl.train.trainer import worker_rank
+from gfl_platform.cluster import launch
+from gfl_platform.cluster.events import Event, Events
+from gfl_platform.cluster.preflight import problem_of_any_worker, same_on_all_nodes
+from gfl_platform.mirror import Cache
+from gfl_platform.storage.runs import StorageError, space_required
+from gfl_platform.storage.s3 import patiently
+
+LEAVE_SECONDS = 90.0
+"""For the last checkpoint before a node goes: less than the notice of two minutes."""
+
+UNSTORED = "gfl-unstored-"
+"""Begins the names of folders, among the node's temporary files, of checkpoints to be stored."""
+
+UNSTORED_SECONDS = 3600.0
+"""After which nobody is storing such a checkpoint any more."""
+
+REPORTS_FILE = "reports.json"
+"""In a checkpoint: the reports of steps since the one before."""
+
+
+class WorkerListener:
+    """Reports what a worker's `fit` does: steps to the driver, checkpoints to Ray.
+
+    Training waits for a checkpoint's copy into the host's memory, and for the one before if that
+    is not stored by then; a thread writes it.
+    """
+
+    def __init__(self, events: Events) -> None:
+        import ray.train
+
+        self._events = events
+        self._context = ray.train.get_context()
+        self.is_first = self._context.get_world_rank() == 0
+        self._since_checkpoint: list[Event] = []
+        self._storing = threading.Semaphore()
+
+    def on_steps(self, report: StepReport) -> None:
+        """Tell the driver; without waiting. A straggler tells where it is."""
+        facts = {**vars(report), "time_ms": int(time.time() * 1000)}
+        rank, stragglers = self._context.get_world_rank(), facts.pop("stragglers")
+        if rank in stragglers:
+            where = {"rank": rank, "node": socket.gethostname(), "times": stragglers[rank]}
+            self._events.tell({"kind": "slow", **where})
+        if self.is_first:
+            self._since_checkpoint.append({"kind": "steps", **facts})
+            self._events.tell(self._since_checkpoint[-1])
+
+    def repeat(self, checkpoint: Path, uri: str) -> None:
+        """Tell of a checkpoint, and what led to it, again: a driver that died may not have heard.
+
+        Args:
+            checkpoint: A copy of it.
+            uri: Where it lies.
+        """
+        if self.is_first:
+            for event in json.loads((checkpoint / REPORTS_FILE).read_text()):
+                self._events.tell({"uri": uri, "repeated": True, **event})
+
+    def on_damage(self, reason: str) -> None:
+        """Tell of a checkpoint that is damaged; all workers see the same."""
+        if self.is_first:
+            self._events.tell({"kind": "damaged", "reason": reason})
+
+    def on_checkpoint(self, report: CheckpointReport) -> None:
+        """Hand over a checkpoint within an epoch."""
+        self._hand_over(report, {})
+
+    def on_epoch(self, report: EpochReport) -> None:
+        """Hand over the checkpoint of an epoch; Ray keeps those of the best AP."""
+        # Ray Train and Ray Tune look at what is not nested.
+        self._hand_over(report, {"metrics": report.metrics, **report.metrics})
+
+    def wait_until_written(self) -> None:
+        """Wait for the thread that writes the last checkpoint."""
+        with self._storing:
+            pass
+
+    def _hand_over(self, report: CheckpointReport, facts: dict[str, Any]) -> None:
+        import ray.train
+        from ray.train import Checkpoint, CheckpointUploadMode
+
+        facts |= {"epoch": report.epoch, "step": report.step}
+        facts["config_hash"] = config_hash(report.config)
+        checkpoint = store = None
+        if self.is_first:
+            started = time.perf_counter()
+            self._storing.acquire()
+            # Ray wants a folder at once, and deletes it when `store` has filled and copied it.
+            checkpoint = Checkpoint.from_directory(tempfile.mkdtemp(prefix=UNSTORED))
+            snapshot = report.snapshot()
+            held_up = {"checkpoint_blocked_seconds": time.perf_counter() - started}
+            told = {"kind": "stored", "step": report.step, "metrics": held_up}
+            evaluated = [{"kind": "checkpoint", **facts}] if "metrics" in facts else []
+            reports = json.dumps([*self._since_checkpoint, *evaluated])
+            store = self._store(snapshot, reports, told)
+            self._since_checkpoint.clear()
+        ray.train.report(
+            facts,
+            checkpoint=checkpoint,
+            checkpoint_upload_mode=CheckpointUploadMode.ASYNC,
+            checkpoint_upload_fn=store,
+        )
+
+    def _store(self, snapshot: Snapshot, reports: str, told: Event) -> Callable[[Any, str], Any]:
+        """Return what stores a checkpoint, and tells the driver how long that took."""
+        storage = self._context.get_storage()
+
+        def store(checkpoint: Any, name: str) -> Any:
+            folder, started = Path(checkpoint.path), time.perf_counter()
+            try:
+                with space_required(tempfile.gettempdir()):
+                    snapshot.write(folder, {REPORTS_FILE: reports})
+                with space_required(storage.experiment_fs_path):
+                    stored = patiently(
+                        lambda: storage.persist_current_checkpoint(checkpoint, name), OSError
+                    )
+            except BaseException:
+                _remove(storage, name)  # a half, which on a full device would be in the way
+                raise
+            finally:
+                self._storing.release()
+            seconds = {"checkpoint_seconds": time.perf_counter() - started}
+            self._events.tell(told | {"metrics": told["metrics"] | seconds})
+            return stored
+
+        return store
+
+
+def remove_abandoned() -> None:
+    """Delete checkpoints that killed workers had not stored: they would fill the device."""
+    for folder in Path(tempfile.gettempdir()).glob(f"{UNSTORED}*"):
+        with suppress(OSError):  # another worker may delete it, too
+            if folder.stat().st_mtime < time.time() - UNSTORED_SECONDS:
+                shutil.rmtree(folder)
+
+
+def _remove(storage: Any, name: str) -> None:
+    with suppress(OSError):
+        storage.storage_filesystem.delete_dir(storage.build_checkpoint_path_from_name(name))
+
+
+def train_worker(settings: dict[str, Any]) -> dict[str, Any]:
+    """Train in one process of the cluster; return what rank 0 measured at the end."""
+    config = parse_config(settings["config"], "job")
+    events, cache = settings["events"], settings["cache"]
+    device = launch.worker_device()
+    splits = same_on_all_nodes(lambda: load_splits(cache.localized(config)))
+    remove_abandoned()
+    listener = WorkerListener(events)
+    if listener.is_first:
+        count = worker_rank()[1]
+        events.tell({"kind": "workers", "count": count, "nodes": launch.node_count()})
+        events.tell(_describe(config, splits))
+    options = {
+        "device": device,
+        "failure_folder": Path(settings["folder"]) / "non_finite",
+        "teacher": settings["teacher"] and cache.local(settings["teacher"]),
+        "report_every": settings["report_every"],
+        "checkpoint_every": settings["checkpoint_every"],
+        "shares": settings["shares"],
+        "leave": _node_is_drained,
+    }
+    restored = _latest_whole_checkpoint(cache, listener.on_damage)
+    if restored is None:
+        options["weights"] = settings["weights"] and cache.local(settings["weights"])
+    else:
+        listener.repeat(*restored)
+        options["resume"] = restored[0]
+    try:
+        trainer = fit(config, splits, listener, **options)
+    except LeaveError:
+        _wait_until_stored()
+        raise
+    if not listener.is_first:
+        return {}
+    listener.wait_until_written()
+    fps, protocol = measure_fps(trainer.model, splits[1], config, device)
+    return {"fps": fps, "protocol": protocol, "epochs": trainer.epochs_done}
+
+
+def _node_is_drained() -> bool:
+    """Return whether Ray has heard that a node of this training goes away.
+
+    The public `ray.train.get_preemption_info` makes workers agree on it, for which they all wait;
+    `fit` makes them agree where they wait anyway.
+    """
+    from ray.train.v2._internal.execution.context import get_train_context
+
+    return get_train_context().preemption_context.preemption_info is not None
+
+
+def _wait_until_stored() -> None:
+    """Wait until Ray has noted the last checkpoint, from which the others will go on."""
+    import ray.train
+
+    committed = ray.train.CheckpointConsistencyMode.COMMITTED
+    ray.train.get_all_reported_checkpoints(consistency_mode=committed, timeout_s=LEAVE_SECONDS)
+
+
+def _describe(config: Config, splits: tuple[Split, Split]) -> Event:
+    """Return what is to be noted of the data."""
+    facts: dict[str, str | int] = {}
+    for name, split in zip(("train", "val"), splits, strict=True):
+        facts |= {f"{name}.digest": split.digest, f"{name}.images": len(split.records)}
+    facts |= {f"train.dropped.{why}": count for why, count in splits[0].dropped.items()}
+    findings = [str(finding) for finding in find_cheaply(config, splits[0])]
+    return {"kind": "data", "facts": facts, "findings": findings}
+
+
+def _latest_whole_checkpoint(cache: Cache, tell: Callable[[str], None]) -> tuple[Path, str] | None:
+    """Return a copy of the latest checkpoint that is as it was written, and where it lies.
+
+    It is the same on all workers, and None at first.
+
+    Args:
+        cache: Where the node keeps its copy of what lies on S3.
+        tell: Is told why another is passed over.
+
+    Raises:
+        StorageError: there are some, but all are damaged.
+    """
+    import ray.train
+
+    latest = ray.train.get_checkpoint()
+    if latest is None:
+        return None
+    reason = ""
+    for checkpoint in (latest, *_others_newest_first(latest)):
+        uri, problem = launch.uri_of(checkpoint), ""
+        folder = cache.local(uri)
+        try:
+            require_whole(folder)
+        except ValueError as error:
+            problem = str(error)
+        reason = problem_of_any_worker(problem)
+        if not reason:
+            return folder, uri
+        tell(reason)
+    raise StorageError(f"{reason}; there is no other: start anew under another run.name")
+
+
+def _others_newest_first(latest: Any) -> Iterator[Any]:
+    import ray.train
+
+    known = ray.train.get_all_reported_checkpoints()
+    known.sort(key=lambda reported: reported.metrics["step"], reverse=True)
+    yield from (each.checkpoint for each in known if each.checkpoint.path != latest.path)

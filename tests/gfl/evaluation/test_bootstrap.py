@@ -1,0 +1,109 @@
+"""Intervals of AP differences: pycocotools' figures, and what drawing images really gives."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from gfl.config.schema import Config
+from gfl.data.split import ImageRecord, Split
+from gfl.evaluation import bootstrap, coco_eval
+from gfl.evaluation.bootstrap import measure_gain
+from gfl.evaluation.coco_eval import evaluate_detections, evaluate_split
+
+
+def split_of(annotations, images):
+    """Return a split of the classes a and b from (image, class, box, iscrowd)."""
+    truth = {
+        "images": [{"id": n} for n in range(1, images + 1)],
+        "categories": [{"id": 3, "name": "a"}, {"id": 7, "name": "b"}],
+        "annotations": [
+            {"id": n, "image_id": i, "category_id": c, "bbox": list(box), "iscrowd": crowd,
+             "area": box[2] * box[3]}
+            for n, (i, c, box, crowd) in enumerate(annotations, start=1)
+        ],
+    }  # fmt: skip
+    records = [
+        ImageRecord(
+            n, Path(f"{n}.jpg"), (99, 99), np.empty((0, 4), np.float32), np.empty(0, np.int64)
+        )
+        for n in range(1, images + 1)
+    ]
+    return Split(records=records, classes=["a", "b"], category_ids=[3, 7], truth=truth,
+                 annotations=Path("none"), digest="", dropped={})  # fmt: skip
+
+
+@pytest.fixture
+def scene():
+    """A split of 12 images, and what two detectors of different skill found in it."""
+    generator = np.random.default_rng(5)
+    annotations, found = [], ([], [])
+    for image in range(1, 13):
+        for _ in range(generator.integers(0, 4)):
+            kind, box = generator.choice([3, 7]), generator.uniform(10, 40, 4)
+            annotations.append((image, int(kind), box.tolist(), int(generator.random() < 0.15)))
+            for rows, noise in zip(found, (2.0, 6.0), strict=True):
+                moved = box + generator.normal(0, noise, 4)
+                rows.append([image, *moved, generator.random(), kind])
+        for rows in found:  # nothing is there
+            rows.append([image, *generator.uniform(10, 40, 4), generator.random(), 3])
+    return split_of(annotations, 12), *(np.array(rows) for rows in found)
+
+
+def test_the_difference_is_the_evaluations(scene):
+    split, rows, baseline = scene
+    config = Config()
+    gain = measure_gain(split, rows, baseline, config, draws=50)
+    one, other = (evaluate_split(split, each, config) for each in (rows, baseline))
+    assert gain.ap == pytest.approx(one.metrics["AP"] - other.metrics["AP"], abs=1e-12)
+    assert gain.low < gain.ap < gain.high
+    assert gain.by_class == pytest.approx(
+        {name: one.ap_by_class[name] - other.ap_by_class[name] for name in "ab"}, abs=1e-12
+    )
+    same = measure_gain(split, rows, rows, config, draws=50)
+    assert (same.ap, same.low, same.high, same.is_noise) == (0, 0, 0, True)
+
+
+def test_an_image_that_is_drawn_twice_counts_twice(scene):
+    """Weights give what pycocotools finds where images are really there several times."""
+    split, rows, _ = scene
+    order = {record.image_id: place for place, record in enumerate(split.records)}
+    matches = coco_eval.match_split(split, rows, Config())
+    classes = bootstrap._by_class(matches, order)
+    generator = np.random.default_rng(1)
+    for _ in range(5):
+        drawn = generator.integers(1, 13, 12)
+        weights = np.bincount(drawn, minlength=13)[1:].astype(float)
+        annotations, copies = [], []
+        for new, image in enumerate(drawn, start=1):
+            of_image = [a for a in split.truth["annotations"] if a["image_id"] == image]
+            annotations += [(new, a["category_id"], a["bbox"], a["iscrowd"]) for a in of_image]
+            part = rows[rows[:, 0] == image].copy()
+            part[:, 0] = new
+            copies.append(part)
+        together = split_of(annotations, 12)
+        expected = evaluate_detections(
+            together.truth, np.concatenate(copies), range(1, 13), official=True
+        )
+        (found,) = bootstrap._mean_ap(bootstrap._ap_by_class(classes, weights[None]))
+        assert found == pytest.approx(expected.metrics["AP"], abs=1e-12)
+
+
+def test_the_interval_is_as_wide_as_sampling_makes_it():
+    """A detector that finds half of all objects, beside one that finds all: a binomial."""
+    count = 200
+    box = (0, 0, 50, 50)
+    split = split_of([(n, 3, box, 0) for n in range(1, count + 1)], count)
+    everything = np.array([[n, *box, 0.9, 3] for n in range(1, count + 1)], float)
+    gain = measure_gain(split, everything, everything[::2], Config(), draws=2000)
+    assert gain.ap == pytest.approx(0.5, abs=0.01)
+    deviation = (0.25 / count) ** 0.5
+    assert gain.high - gain.low == pytest.approx(2 * 1.96 * deviation, rel=0.1)
+    assert not gain.is_noise
+    assert gain.by_class == pytest.approx({"a": gain.ap})
+
+
+def test_without_detections_there_is_no_difference(scene):
+    nothing = np.empty((0, 7))
+    gain = measure_gain(scene[0], nothing, nothing, Config(), draws=20)
+    assert (gain.ap, gain.low, gain.high) == (0, 0, 0)

@@ -1,0 +1,189 @@
+"""`gfl.load(...).predict(...)`: forms of images, batches, augmented looks, other tools."""
+
+import weakref
+
+import numpy as np
+import pytest
+import supervision
+import torch
+from PIL import Image
+from tests_support import attentive_detector
+
+import gfl
+from gfl.checkpoint.files import About
+from gfl.checkpoint.snapshot import take_snapshot
+from gfl.data.errors import DataError
+from gfl.data.images import list_images, read_image
+from gfl.inference.detections import Detections
+from gfl.inference.predictor import Model, _batches, _mirror
+from gfl.outputs import require_own_names, write_detections
+
+
+@pytest.fixture(scope="module")
+def folder(tiny, tmp_path_factory):
+    """The checkpoint of a detector that finds something everywhere."""
+    detector = attentive_detector(tiny)
+    path = tmp_path_factory.mktemp("checkpoint")
+    about = About(["rectangle", "ellipse", "triangle"], [1, 2, 5], 0, 0, {})
+    take_snapshot(detector, tiny, about, {}).write(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def model(folder):
+    return gfl.load(folder)
+
+
+@pytest.fixture(scope="module")
+def files(shapes_folder):
+    return list_images(shapes_folder / "val" / "images")
+
+
+def same(one, other):
+    torch.testing.assert_close(one.boxes, other.boxes, atol=1e-3, rtol=0)
+    torch.testing.assert_close(one.scores, other.scores, atol=1e-5, rtol=0)
+    assert torch.equal(one.labels, other.labels)
+
+
+def test_every_form_of_an_image_gives_the_same(model, files):
+    (expected,) = model.predict(files[0])
+    assert isinstance(expected, Detections)
+    assert len(expected) > 0
+    assert (expected.source, expected.size) == (str(files[0]), (64, 64))
+    pixels = read_image(files[0])
+    array = pixels.permute(1, 2, 0).numpy()
+    forms = (str(files[0]), files[0].read_bytes(), pixels, array, Image.open(files[0]))
+    for form in (*forms, array[None], pixels[None]):
+        (found,) = model.predict(form)
+        same(found, expected)
+
+
+def test_a_folder_is_its_images_in_order(model, files, shapes_folder):
+    seen = []
+    found = model.predict(shapes_folder / "val" / "images", progress=seen.append)
+    assert [each.source for each in found] == [str(file) for file in files]
+    assert seen == list(range(1, len(files) + 1))
+    assert model.predict([]) == []
+
+
+def test_a_batch_changes_no_more_than_rounding(model, files):
+    thin = torch.zeros(3, 1, 400, dtype=torch.uint8)  # less than a pixel high when scaled
+    mixed = [*files[:3], torch.zeros(3, 40, 96, dtype=torch.uint8), thin, *files[3:5]]
+    for one, other in zip(model.predict(mixed), model.predict(mixed, batch=4), strict=True):
+        same(one, other)
+
+
+def test_images_of_many_sizes_do_not_pile_up():
+    alive = []
+
+    def images():
+        for height in range(32, 132):
+            yield torch.zeros(3, height, 40, dtype=torch.uint8)
+            alive.append(height)
+
+    passes = 0
+    for places, pixels in _batches(images(), 4):
+        assert {tuple(each.shape) for each in pixels} == {(3, 32 + places[0], 40)}
+        passes += len(places)
+        assert len(alive) - passes < 32
+    assert passes == 100
+
+
+def test_images_of_an_iterator_are_not_kept(model):
+    frames = []
+
+    def video():
+        for number in range(12):
+            assert sum(frame() is not None for frame in frames) <= 2
+            image = np.full((64, 64, 3), number, np.uint8)
+            frames.append(weakref.ref(image))
+            yield image
+
+    found = model.predict(video())
+    assert [each.source for each in found] == [""] * 12
+
+
+def test_thresholds_leave_out_what_is_below(folder, model, files, tiny):
+    (found,) = model.predict(files[0], min_score=0.3)
+    assert (found.scores >= 0.3).all()
+    (everything,) = model.predict(files[0])
+    assert len(found) == (everything.scores >= 0.3).sum()
+    strict = gfl.Config(**tiny.model_dump() | {"postprocess": {"detections_per_image": 2}})
+    assert len(gfl.load(folder, strict).predict(files[0])[0]) <= 2
+
+
+def test_a_mirrored_look_finds_what_is_mirrored(model, files):
+    pixels = read_image(files[0])
+    (found,) = model.predict(pixels)
+    (mirrored,) = model.predict(pixels.flip(2))
+    back = _mirror(_mirror(mirrored.predictions, 64), 64)
+    torch.testing.assert_close(back.boxes, mirrored.boxes, atol=1e-4, rtol=0)
+    assert torch.equal(back.edge_std, mirrored.edge_std)
+    (both,) = model.predict(pixels, flip=True)
+    best = max(found.scores.max(), mirrored.scores.max())
+    assert both.scores[0] == pytest.approx(best.item(), abs=1e-5)
+    (other,) = model.predict(pixels.flip(2), flip=True)
+    torch.testing.assert_close(other.scores, both.scores, atol=1e-4, rtol=0)
+    x1, _, x2, _ = both.boxes[0]
+    torch.testing.assert_close(
+        other.boxes[0, [2, 0]], 64 - torch.stack([x1, x2]), atol=0.01, rtol=0
+    )
+    (scaled,) = model.predict(pixels, scales=(1.0, 1.5))
+    assert len(scaled) > 0
+    assert (scaled.boxes >= 0).all()
+    assert (scaled.boxes <= 64).all()
+
+
+def test_other_tools_understand_the_detections(model, files):
+    (found,) = model.predict(files[0])
+    theirs = found.to_supervision()
+    assert isinstance(theirs, supervision.Detections)
+    assert theirs.data["class_name"].tolist() == found.names
+    np.testing.assert_allclose(theirs.xyxy, found.boxes.numpy())
+    record = found.to_coco(7)[0]
+    x1, y1, x2, y2 = found.boxes[0].tolist()
+    assert record["bbox"] == pytest.approx([x1, y1, x2 - x1, y2 - y1], abs=1e-4)
+    assert (record["image_id"], record["category_id"]) == (7, [1, 2, 5][found.labels[0]])
+    assert record["edge_std"] == found.edge_std[0].tolist()
+    label, cx, cy, w, h, score = found.to_yolo().splitlines()[0].split()
+    assert int(label) == found.labels[0]
+    assert (float(cx) - float(w) / 2) * 64 == pytest.approx(x1, abs=1e-3)
+    assert (float(cy) + float(h) / 2) * 64 == pytest.approx(y2, abs=1e-3)
+    assert float(score) == pytest.approx(found.scores[0].item(), abs=1e-6)
+
+
+def test_yolo_files_are_written(model, files, tmp_path):
+    counts = write_detections(model.predict(files[:2]), tmp_path, "yolo", 0.3)
+    text = (tmp_path / f"{files[0].stem}.txt").read_text()
+    assert len(text.splitlines()) <= sum(counts.values())
+    require_own_names(files)
+    with pytest.raises(ValueError, match=f"{files[0].stem}: 2 images have this name"):
+        require_own_names([*files, tmp_path / files[0].with_suffix(".png").name])
+    assert (tmp_path / "classes.txt").read_text().split() == ["rectangle", "ellipse", "triangle"]
+
+
+@pytest.mark.parametrize(
+    ("image", "error", "message"),
+    [
+        (b"no image", DataError, r"8 bytes: cannot be read as an image \(cannot identify image"),
+        (b"", DataError, "0 bytes: cannot be read as an image"),
+        ("nowhere.png", ValueError, r"nowhere\.png: no such image or folder"),
+        (np.zeros((4, 4)), ValueError, r"got ndarray float64 \(4, 4\); expected a path"),
+        (torch.zeros(3, 4, 4), ValueError, r"got Tensor torch\.float32 \(3, 4, 4\); expected"),
+        ([None], ValueError, "got NoneType; expected a path"),
+    ],
+)
+def test_what_is_no_image_is_said(model, image, error, message):
+    with pytest.raises(error, match=message):
+        model.predict(image)
+
+
+def test_a_batch_of_none_is_refused(model, files):
+    with pytest.raises(ValueError, match=r"batch 0, scales \[1.0\]: expected positive numbers"):
+        model.predict(files, batch=0)
+
+
+def test_the_model_says_what_it_is(model, tiny):
+    assert isinstance(model, Model)
+    assert model.about.classes == ["rectangle", "ellipse", "triangle"]
+    assert model.config == tiny

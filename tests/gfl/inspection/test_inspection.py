@@ -1,0 +1,238 @@
+"""The data doctor on sets with one thing wrong each, on rendered shapes and on real images."""
+
+import time
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from gfl.config.loader import load_config
+from gfl.data import load_splits
+from gfl.data.dataset import DetectionDataset
+from gfl.data.split import ImageRecord
+from gfl.inference.visualize import draw_samples
+from gfl.inspection.findings import SHOWN, check_files, find_cheaply
+from gfl.inspection.inspection import describe, inspect_data
+
+
+@pytest.fixture
+def prepared(shapes_folder, tiny):
+    """The splits of rendered shapes, in which nothing is wrong but small objects."""
+    train, val = load_splits(tiny)
+    return replace(train, dropped={}), replace(val, dropped={})
+
+
+def examine(config, train, val, *, quick=False):
+    paths = set() if quick else {r.path for r in [*train.records, *val.records]}
+    return inspect_data(config, train, val, dict(check_files(paths)))
+
+
+def findings(config, train, val, *, quick=False):
+    """What there is to say, without what rendered shapes always have."""
+    expected = ("images without boxes", "objects that no location learns")
+    found = examine(config, train, val, quick=quick).findings
+    return [finding for finding in found if finding.what not in expected]
+
+
+def changed(split, index, **values):
+    records = list(split.records)
+    records[index] = replace(records[index], **values)
+    return replace(split, records=records)
+
+
+def test_nothing_is_wrong_with_rendered_shapes(tiny, prepared):
+    assert findings(tiny, *prepared) == []
+
+
+def test_a_damaged_file_is_an_error_that_names_it(tiny, prepared, tmp_path):
+    train, val = prepared
+    whole = train.records[0].path.read_bytes()
+    (cut := tmp_path / "cut.jpg").write_bytes(whole[: len(whole) // 2])
+    (text := tmp_path / "text.jpg").write_text("no image")
+    broken = changed(changed(train, 0, path=cut), 1, path=text)
+    (found,) = findings(tiny, broken, val)
+    assert (found.error, found.split, found.count) == (True, "train", 2)
+    assert found.what == "files that cannot be read"
+    assert str(cut) in found.details[0]
+    assert str(text) in found.details[1]
+    assert findings(tiny, broken, val, quick=True) == []
+
+
+def test_another_size_than_annotated_is_an_error(tiny, prepared):
+    train, val = prepared
+    name = val.records[2].path.name
+    (found,) = findings(tiny, train, changed(val, 2, size=(48, 64)))
+    assert (found.error, found.split, found.count) == (True, "val", 1)
+    assert found.details == [f"{name} is 64 x 64 px, annotated as 64 x 48"]
+    assert str(found) == f"val: images of another size than annotated: 1 ({found.details[0]})"
+
+
+def test_copies_are_found_by_content_within_a_set_and_across(tiny, prepared, tmp_path):
+    train, val = prepared
+    original = train.records[3].path
+    (copy := tmp_path / "copy.jpg").write_bytes(original.read_bytes())
+    (found,) = findings(tiny, changed(train, 5, path=copy), val)
+    assert (found.error, found.split, found.what) == (False, "train", "copies of another image")
+    assert found.details == [f"copy.jpg = {original.name}"]
+    (found,) = findings(tiny, train, changed(val, 5, path=copy))
+    assert (found.error, found.split) == (False, "val")
+    assert found.what == "images that are trained on, too"
+    assert found.details == [f"copy.jpg = {original.name}"]
+
+
+def test_without_reading_copies_are_found_by_path(tiny, prepared):
+    train, _ = prepared
+    found = findings(tiny, train, train, quick=True)
+    count = len(train.records)
+    assert [(f.what, f.count) for f in found] == [("images that are trained on, too", count)]
+    assert found[0].details[SHOWN:] == [f"{count - SHOWN} more"]
+
+
+def test_unreadable_files_are_no_copies_of_each_other(tiny, prepared, tmp_path):
+    train, val = prepared
+    for name in "ab":
+        (tmp_path / name).write_bytes(b"")
+    broken = changed(changed(train, 0, path=tmp_path / "a"), 1, path=tmp_path / "b")
+    assert [found.what for found in findings(tiny, broken, val)] == ["files that cannot be read"]
+
+
+def test_a_class_without_boxes_is_named(tiny, prepared):
+    train, val = prepared
+    (found,) = findings(tiny, replace(train, classes=[*train.classes, "ghost"]), val)
+    assert (found.error, found.count, found.details) == (False, 1, ["ghost"])
+    assert found.what == "classes without boxes"
+
+
+def test_boxes_beyond_their_image_are_counted_with_its_name(tiny, prepared):
+    train, val = prepared
+    boxes = np.array([[-9.0, 5, 20, 20], [3, 3, 20, 80], [-0.5, 0, 64.5, 64]], np.float32)
+    broken = changed(train, 4, boxes=boxes, labels=np.zeros(3, np.int64))
+    (found,) = findings(tiny, broken, val)
+    assert (found.error, found.count) == (False, 2)
+    assert found.details == [train.records[4].path.name] * 2
+
+
+def test_what_the_reader_left_out_is_told(tiny, prepared):
+    train, val = prepared
+    (found,) = findings(tiny, replace(train, dropped={"degenerate boxes": 7}), val)
+    assert (found.error, found.count, found.what) == (False, 7, "degenerate boxes, left out")
+
+
+def test_errors_come_before_warnings(tiny, prepared):
+    train, val = prepared
+    train, val = replace(train, dropped={"crowd boxes": 1}), changed(val, 0, size=(65, 64))
+    assert [found.error for found in findings(tiny, train, val)] == [True, False]
+
+
+def test_images_and_boxes_are_counted(tiny, prepared):
+    train, val = prepared
+    labels = [label for r in train.records for label in r.labels.tolist()]
+    statistics = examine(tiny, train, val, quick=True).splits["train"]
+    assert statistics.images == len(train.records)
+    assert statistics.boxes == len(labels) == sum(statistics.sizes.values())
+    assert statistics.classes == {n: labels.count(i) for i, n in enumerate(train.classes)}
+    assert statistics.boxes_per_image.max == max(len(r.boxes) for r in train.records)
+
+
+def test_sizes_are_those_of_the_network_s_input(tiny, prepared):
+    train, _ = prepared
+    sides = np.array([[31, 32], [32, 32], [95, 96], [96, 96]], np.float32)
+    boxes = np.concatenate([0 * sides, 2 * sides], axis=1)  # the image is halved
+    labels = np.zeros(4, np.int64)
+    data = tiny.data.model_copy(update={"short_side": 100, "long_side": 200})
+    record = replace(train.records[0], size=(200, 400), boxes=boxes, labels=labels)
+    statistics = describe(replace(train, records=[record]), data)
+    assert statistics.sizes == {"small": 1, "medium": 2, "large": 1}
+    assert (statistics.height.min, statistics.width.median, statistics.aspect.max) == (200, 400, 2)
+
+
+def clipping(tiny):
+    return tiny.model_copy(update={"model": tiny.model.model_copy(update={"reg_max": 2})})
+
+
+def test_edges_out_of_reach_are_told_with_what_to_set(tiny, prepared):
+    config = clipping(tiny)
+    report = examine(config, *prepared, quick=True)
+    (found,) = [f for f in report.findings if "cannot reach" in f.what]
+    (reach,) = report.reach
+    assert found.count == reach.total.clipped > 0
+    assert f"model.reg_max={reach.reg_max} clips under 0.1%" in found.details
+    assert f"{reach.clipped_objects} of {reach.objects} objects" in found.details
+    enough = config.model_copy(
+        update={"model": config.model.model_copy(update={"reg_max": reach.reg_max})}
+    )
+    again = examine(enough, *prepared, quick=True)
+    assert not [f for f in again.findings if "cannot reach" in f.what]
+
+
+def test_the_check_before_training_says_the_same_without_a_file(tiny, prepared, tmp_path):
+    train, _ = prepared
+    config = clipping(tiny)
+    records = [replace(r, path=tmp_path / "absent.jpg") for r in train.records]
+    ghost = replace(train, records=records, classes=[*train.classes, "ghost"])
+    reach, empty = map(str, find_cheaply(config, ghost))
+    assert reach.startswith("train: edges that model.reg_max 2 cannot reach, hence clipped: ")
+    assert empty == "train: classes without boxes: 1 (ghost)"
+    assert "images at short side" not in reach
+
+
+def test_the_check_before_training_samples_a_large_set_in_a_second_or_two(prepared):
+    generator = torch.Generator().manual_seed(0)
+    config = load_config("configs/gfl_r50_1x.yaml")
+    corners = torch.rand(118_000, 7, 2, 2, generator=generator) * torch.tensor([640.0, 480.0])
+    boxes = torch.cat([corners.amin(dim=2), corners.amax(dim=2)], dim=-1)
+    labels = torch.randint(0, 79, (118_000, 7), generator=generator)
+    first = prepared[0].records[0]
+    records = [
+        ImageRecord(number, first.path, (480, 640), *objects)
+        for number, objects in enumerate(zip(boxes.numpy(), labels.numpy(), strict=True))
+    ]
+    names = [f"{label}" for label in range(80)]
+    split = replace(prepared[0], records=records, classes=names)
+    config = config.model_copy(update={"model": config.model.model_copy(update={"reg_max": 8})})
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    started = time.process_time()
+    reach, empty = map(str, find_cheaply(config, split))
+    seconds = time.process_time() - started
+    torch.set_num_threads(threads)
+    assert "of edges in 1000 of 118000 images at short side 800" in reach
+    assert empty == "train: classes without boxes: 1 (79)"
+    assert seconds < 2  # of one core; on a free one it takes a quarter of that
+
+
+def test_samples_are_drawn_as_training_sees_them(tiny, prepared, tmp_path):
+    train, _ = prepared
+    boxes = np.array([[16, 16, 48, 40]], np.float32)
+    train = changed(train, 0, boxes=boxes, labels=np.zeros(1, np.int64))
+    config = tiny.model_copy(update={"data": tiny.data.model_copy(update={"flip": 0.0})})
+    draw_samples(DetectionDataset(train, config, training=True), tmp_path / "new", count=5)
+    drawn = sorted((tmp_path / "new").iterdir())
+    assert len(drawn) == 5
+    assert drawn[0].name == f"000000-{train.records[0].path.stem}.png"
+    picture = np.asarray(Image.open(drawn[0]).convert("RGB")).astype(int)
+    assert picture.shape == (640, 640, 3)  # ten times the size
+    blue = np.array([31, 119, 180])  # of the first class
+    for x, y in ((160, 300), (480, 300), (300, 160), (300, 400)):
+        around = picture[y - 2 : y + 3, x - 2 : x + 3]
+        assert np.abs(around - blue).sum(axis=-1).min() < 60
+    assert np.abs(picture[280, 320] - blue).sum() > 60
+
+
+@pytest.mark.real_data
+def test_real_images_have_no_errors_and_known_troubles(real_data):
+    folder = real_data / "coco128"
+    where = f"{{images: {folder}/images, annotations: {folder}/annotations/instances.json}}"
+    config = load_config("configs/coco128.yaml", [f"data.train={where}", f"data.val={where}"])
+    report = examine(config, *load_splits(config))
+    assert report.files == 128
+    assert (report.splits["train"].images, report.splits["train"].boxes) == (126, 929)
+    counts = {(f.split, f.what): f.count for f in report.findings}
+    assert not any(finding.error for finding in report.findings)
+    assert counts["val", "images that are trained on, too"] == 126
+    assert counts["train", "classes without boxes"] == 9
+    assert counts["val", "images without boxes"] == 2
+    (reach,) = report.reach
+    assert (reach.total.clipped, reach.reg_max) == (0, 12)

@@ -1,0 +1,133 @@
+"""What a job asks of the cluster, and what is said of workers that stop."""
+
+from contextlib import nullcontext
+from pathlib import Path
+
+import pytest
+import yaml
+from ray.exceptions import ActorDiedError
+from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
+
+from gfl.config.loader import derive
+from gfl.data import load_splits
+from gfl.data.dataset import DetectionDataset, TrainBatches, build_loader
+from gfl.data.errors import DataError
+from gfl.errors import LeaveError
+from gfl_platform.cluster import launch
+from gfl_platform.cluster.launch import ControllerCallback, JobFailedError, one_line, root_cause
+from gfl_platform.cluster.resources import of_autoscaler
+from gfl_platform.config import load_job
+from gfl_platform.storage.s3 import S3Error, S3UnavailableError
+
+
+@pytest.mark.parametrize("processes", [0, 1])
+def test_a_damaged_image_is_named_in_one_line_whichever_process_read_it(coco, tiny, processes):
+    folder, file = coco(annotations=[{"bbox": [0, 0, 9, 9]}])
+    (Path(folder) / "a.jpg").write_bytes(b"no picture")
+    split = f"{{images: {folder}, annotations: {file}}}"
+    config = derive(
+        type(tiny), tiny, [f"data.train={split}", f"data.val={split}", "model.num_classes=1"]
+    )
+    dataset = DetectionDataset(load_splits(config)[0], config, training=True)
+    loader = build_loader(
+        dataset, TrainBatches(dataset.split.records, config, 0, 1, 0), processes, pin=False
+    )
+    with pytest.raises(DataError) as caught:
+        next(iter(loader))
+    line = one_line(caught.value)
+    assert line.startswith(f"{folder}/a.jpg: cannot be read as an image")
+    assert line.endswith("replace or remove it")
+
+
+def test_the_cause_is_found_inside_its_wrappings():
+    inner = ValueError("why\nand a traceback")
+    outer, outermost = RuntimeError("outer"), RuntimeError("outermost")
+    outer._base_exc, outermost.controller_failure = inner, outer
+    assert root_cause(outermost) is inner
+    assert one_line(inner) == "why"
+    assert one_line(KeyError()) == "KeyError"
+    assert one_line(JobFailedError("")) == "JobFailedError"
+
+
+class Heard:
+    """Stands in for the queue of events."""
+
+    def __init__(self):
+        self.events = []
+
+    def tell(self, event):
+        self.events.append(event)
+
+
+def test_a_node_that_is_drained_is_no_failure():
+    heard = Heard()
+    callback = ControllerCallback(heard, max_failures=1)
+    died_with_its_node = ActorDiedError()
+    died_with_its_node._preempted = True
+    assert died_with_its_node.preempted
+    for lost in ({0: LeaveError("step 4"), 1: LeaveError("step 4")}, {1: died_with_its_node}):
+        for _ in range(3):
+            callback.after_exception(None, {**lost})
+        callback.after_report(None, [{}], None)
+    assert [event["reason"] for event in heard.events] == ["its node is drained"] * 2
+    callback.after_exception(None, {0: RuntimeError("first")})
+    with pytest.raises(JobFailedError, match="second"):
+        callback.after_exception(None, {0: RuntimeError("second")})
+
+
+@pytest.mark.parametrize(
+    ("error", "final"), [(S3Error("denied"), True), (S3UnavailableError("503"), False)]
+)
+def test_a_service_that_fails_for_a_while_ends_no_training(error, final):
+    heard = Heard()
+    with pytest.raises(JobFailedError) if final else nullcontext():
+        ControllerCallback(heard, max_failures=1).after_exception(None, {0: error})
+    assert heard.events[0]["final"] == final
+
+
+def test_a_worker_that_stops_its_partners_is_one_loss():
+    heard = Heard()
+    died = WorkerHealthCheckFailedError("rank 1 is gone", ActorDiedError())
+    partner = RuntimeError("Connection closed by peer")
+    ControllerCallback(heard, max_failures=1).after_exception(None, {0: partner, 1: died})
+    assert [event["rank"] for event in heard.events] == [1]
+    with pytest.raises(JobFailedError, match="bad data"):
+        ControllerCallback(heard, max_failures=9).after_exception(
+            None, {0: partner, 1: died, 2: ValueError("bad data")}
+        )
+    assert heard.events[-1] == {
+        "kind": "failure",
+        "rank": 2,
+        "reason": "bad data",
+        "final": True,
+    }
+
+
+def test_the_most_that_an_autoscaler_adds_is_in_its_file():
+    definition = yaml.safe_load(Path("ray-cluster.yaml").read_text())
+    assert of_autoscaler(definition) == {"CPU": 64, "GPU": 8, "spot": 8}
+    definition["max_workers"] = 4
+    definition["available_node_types"]["gpu_spot"]["max_workers"] = 3
+    assert of_autoscaler(definition) == {"CPU": 32, "GPU": 4, "spot": 3}
+
+
+def test_an_autoscaler_may_have_what_is_not_there_yet(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    present = {"CPU": 2.0}
+    monkeypatch.delenv("KUBERAY_GEN_RAY_START_CMD", raising=False)
+    monkeypatch.setattr("ray.cluster_resources", lambda: present)
+    monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
+
+    def allot(*overrides):
+        return launch.allot(load_job("configs/demo.yaml", overrides))
+
+    assert allot("cluster.workers=[1, 8]") == launch.Workers(8, 1, False, 1)
+    with pytest.raises(launch.ClusterError, match="3 workers need 3 CPUs, but the cluster has 2;"):
+        allot("cluster.workers=[3, 8]")
+    (tmp_path / "ray_bootstrap_config.yaml").write_text(Path("ray-cluster.yaml").read_text())
+    assert allot("cluster.workers=8") == launch.Workers(8, 8, True, 1)
+    with pytest.raises(launch.ClusterError, match=r"has 8 at most \(.*ray_bootstrap_config.yaml,"):
+        allot("cluster.workers=9")
+    (tmp_path / "ray_bootstrap_config.yaml").unlink()
+    monkeypatch.setenv("KUBERAY_GEN_RAY_START_CMD", "ray start --head  --no-monitor ")
+    assert allot("cluster={workers: 64, use_gpu: true}").count == 64

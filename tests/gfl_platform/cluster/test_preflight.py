@@ -1,0 +1,72 @@
+"""What is said of nodes that cannot train together."""
+
+from dataclasses import replace
+
+import pytest
+from tests_support import run_workers
+
+from gfl.config.loader import derive
+from gfl.data import load_splits
+from gfl_platform.cluster.preflight import (
+    DifferentNodesError,
+    NodeFacts,
+    code_digest,
+    find_difference,
+    problem_of_any_worker,
+    same_on_all_nodes,
+)
+
+ONE = NodeFacts("a (10.0.0.1)", "code", {"torch": "2.14.1"}, ("train", "val"), "", 1000.0)
+TWO = replace(ONE, node="b (10.0.0.2)", clock=1059.0)
+
+
+def test_nodes_that_have_all_in_common_train():
+    assert find_difference([ONE, TWO, ONE]) is None
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"code": "other"}, "other code of gfl and gfl_platform than a (10.0.0.1); let the job"),
+        ({"versions": {"torch": "2.13.0"}}, "torch 2.13.0, but 2.14.1 on a (10.0.0.1); install"),
+        ({"data": ("train", "other")}, "other images or annotations than a (10.0.0.1)"),
+        ({"data": (), "problem": "/x: no such folder"}, "/x: no such folder; a (10.0.0.1) has"),
+        ({"clock": 1100.0}, "its clock is 100 s ahead of a (10.0.0.1); set both by NTP"),
+    ],
+)
+def test_the_node_that_differs_is_named(change, message):
+    odd = replace(TWO, **change)
+    for found in ([ONE, ONE, odd], [odd, ONE, ONE], [ONE, odd]):
+        line = find_difference(found)
+        if found == [ONE, odd] and not change.keys() & {"problem", "clock"}:
+            assert line.startswith("node b") or line.startswith("node a")  # who is right?
+        else:
+            assert line.startswith("node b (10.0.0.2): ")
+            assert message in line
+
+
+def test_the_digest_of_the_code_is_of_its_files():
+    assert code_digest() == code_digest()
+    assert len(code_digest()) == 64
+
+
+def load_with_a_folder_that_one_lacks(rank, config, missing):
+    mine = derive(type(config), config, [f"data.val.images={missing}"] if rank == 1 else [])
+    try:
+        same_on_all_nodes(lambda: load_splits(mine))
+    except DifferentNodesError as error:
+        return str(error)
+
+
+def test_data_that_one_node_lacks_stop_all_with_its_name(tiny, tmp_path):
+    first, second = run_workers(2, load_with_a_folder_that_one_lacks, tiny, tmp_path / "none")
+    assert first == second
+    assert f"{tmp_path}/none: no such folder of images" in first
+
+
+def tell_of_a_problem(rank):
+    return problem_of_any_worker("damaged" if rank == 1 else "")
+
+
+def test_a_problem_of_one_worker_is_that_of_all():
+    assert run_workers(2, tell_of_a_problem) == ["damaged", "damaged"]

@@ -1,0 +1,73 @@
+"""Training a model again: from its run's configuration, here, with what differs told."""
+
+import subprocess
+
+import pytest
+
+from gfl.config.loader import derive
+from gfl_platform.config import JobConfig
+from gfl_platform.registry import model_card
+from gfl_platform.tracking import metadata
+from gfl_platform.tracking.metadata import git_state_of
+from gfl_platform.tracking.run import RunTracker
+from jobs.console.cli import Progress
+
+
+@pytest.fixture
+def code(monkeypatch):
+    """Return a function that says what the code's state is."""
+
+    def set_to(changed, diff):
+        for module in (model_card, metadata):
+            monkeypatch.setattr(module, "git_state", lambda: ("abc", changed, diff))
+
+    return set_to
+
+
+def test_a_training_is_done_again_where_it_is_asked_for(tiny, tmp_path, monkeypatch, code):
+    uri = f"sqlite:///{tmp_path}/mlflow.db"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    then = derive(JobConfig, tiny, [f"storage.root={tmp_path}/then", f"tracking.uri={uri}"])
+    code("a.py", "+1\n")
+    (folder := tmp_path / "run").mkdir()
+    tracker = RunTracker(then, "first", folder)
+    tracker.handle({"kind": "tags", "tags": {"weights.pretrained": "w (sha256 123)"}})
+    tracker.close("FINISHED")
+    where = JobConfig(storage={"root": f"{tmp_path}/now"}, tracking={"experiment": "again"})
+    again = model_card.recipe(where, f"runs:/{tracker.run_id}", ["seed=3"])
+    assert (again.job.data, again.job.seed) == (then.data, 3)
+    assert (again.job.storage, again.job.tracking) == (where.storage, where.tracking)
+    assert again.differences == []
+    assert again.digests == {"weights.pretrained": "w (sha256 123)"}
+    code("a.py", "+2\n")  # the same file, changed otherwise
+    (told,) = model_card.recipe(where, f"runs:/{tracker.run_id}", []).differences
+    assert told.startswith("git.diff: what is not committed is not what")
+
+
+def test_other_weights_are_told(capsys):
+    progress = Progress()
+    progress.expect({"weights.pretrained": "w (sha256 123)", "data.train.digest": "4"})
+    progress.show({"kind": "tags", "tags": {"weights.pretrained": "w (sha256 567)"}})
+    progress.show({"kind": "data", "facts": {"train.digest": "4"}})
+    out = capsys.readouterr().out
+    assert out == "not as it was then: weights.pretrained w (sha256 123) -> w (sha256 567)\n"
+
+
+def test_new_code_is_part_of_the_diff(tmp_path):
+    def git(*words):
+        identity = ("-c", "user.name=t", "-c", "user.email=t@example.org")
+        subprocess.run(["git", "-C", str(tmp_path), *identity, *words], check=True)
+
+    git("init", "-q")
+    (tmp_path / "old.py").write_text("a = 1\n")
+    git("add", ".")
+    git("commit", "-q", "-m", "first")
+    (tmp_path / "old.py").write_text("a = 2\n")
+    (tmp_path / "new.py").write_text("b = 3\n")
+    (tmp_path / "weights.bin").write_bytes(b"c = 4\n")
+    commit, changed, diff = git_state_of(tmp_path)
+    assert len(commit) == 40
+    assert changed == "old.py, new.py, weights.bin"
+    assert [line for line in diff.splitlines() if line[:2] in ("+a", "+b", "+c")] == [
+        "+a = 2", "+b = 3"
+    ]  # fmt: skip

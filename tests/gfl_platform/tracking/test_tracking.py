@@ -1,0 +1,389 @@
+"""A real MLflow server that dies and comes back: nothing is lost, nothing is logged twice."""
+
+import shutil
+import signal
+import socket
+import threading
+import time
+
+import boto3
+import pytest
+import servers
+
+from gfl_platform import registration
+from gfl_platform.config import load_job
+from gfl_platform.spool import backlog
+from gfl_platform.tracking.client import TrackingError, client_of, connect, without_password
+from gfl_platform.tracking.run import RunTracker, settle
+from gfl_platform.tracking.spool import BATCH, RUN_FILE, Delivery
+from gfl_platform.tracking.status import StatusFile, read_status
+from gfl_platform.training import train
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    made = servers.MLflow(tmp_path_factory.mktemp("server"))
+    yield made
+    made.stop()
+
+
+def job_for(server, tmp_path, *more):
+    overrides = [f"tracking.uri={server.uri}", f"storage.root={tmp_path}", *more]
+    return load_job("configs/demo.yaml", overrides)
+
+
+def steps(number):
+    return {"kind": "steps", "step": number, "epoch": number / 10, "metrics": {"loss": 1 / number}}
+
+
+@pytest.fixture(autouse=True)
+def few_attempts(monkeypatch):
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+
+
+def test_the_password_of_a_store_that_does_not_answer_is_told_to_nobody(tmp_path, caplog):
+    uri = "tracking.uri=http://u:secret@127.0.0.1:9"
+    job = load_job("configs/demo.yaml", [uri, f"storage.root={tmp_path}"])
+    with pytest.raises(TrackingError, match=r"u:\*\*\*@127\.0\.0\.1:9") as told:
+        connect(job)
+    tracker = RunTracker(job, "dead", tmp_path, patient=True)
+    assert "u:***@127.0.0.1:9" in caplog.text
+    with pytest.raises(TrackingError) as unregistered:
+        train._register(job, "m", tmp_path, tracker, {})
+    tracker.close("FAILED")
+    assert "secret" not in f"{told.value} {unregistered.value} {caplog.text}"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "http://u:secret@host:5000",
+        "http://:secret@host",
+        "no: API request to http://u:secret@h/api",
+    ],
+)
+def test_what_is_shown_of_a_uri_holds_no_password(text):
+    assert without_password(text) == text.replace("secret", "***")
+    assert without_password("http://h:1 is not a@b") == "http://h:1 is not a@b"
+
+
+def test_a_report_that_was_not_noted_counts_as_new(tiny_file, tmp_path, monkeypatch):
+    """What ended the driver between number and event must leave neither."""
+    job = load_job(tiny_file, [f"storage.root={tmp_path}"])
+    tracker = RunTracker(job, "cut", tmp_path)
+
+    def die(*_):
+        raise SystemExit
+
+    with monkeypatch.context() as patch:
+        patch.setattr(tracker._spool, "add", die)
+        with pytest.raises(SystemExit):
+            tracker.handle(steps(1))
+        with pytest.raises(SystemExit):
+            tracker.handle({"kind": "failure", "final": False})
+    tracker.handle(steps(1))
+    tracker.handle({"kind": "failure", "final": False})
+    tracker.close("FINISHED")
+    history = client_of(job).get_metric_history(tracker.run_id, "loss")
+    assert [metric.step for metric in history] == [1]
+    assert client_of(job).get_run(tracker.run_id).data.tags["restarts"] == "1"
+
+
+def test_a_backlog_is_delivered_at_the_end(tiny_file, tmp_path):
+    job = load_job(tiny_file, [f"storage.root={tmp_path}"])
+    tracker = RunTracker(job, "behind", tmp_path)
+    for number in range(1, 3 * BATCH):
+        tracker._add(steps(number))
+    tracker.close("FINISHED")
+    assert backlog(tmp_path) == 0
+    history = client_of(job).get_metric_history(tracker.run_id, "loss")
+    assert len(history) == 3 * BATCH - 1
+
+
+def test_a_run_that_goes_on_elsewhere_is_logged_once(tiny_file, tmp_path):
+    job = load_job(tiny_file, [f"storage.root={tmp_path}"])
+    folders = [tmp_path / name for name in ("here", "elsewhere")]
+    for folder, numbers in zip(folders, ((1, 2, 3), (2, 3, 4)), strict=True):
+        folder.mkdir()
+        if folder is folders[1]:
+            shutil.copy(folders[0] / RUN_FILE, folder)
+        with RunTracker(job, "moving", folder) as tracker:
+            for number in numbers:
+                tracker.handle(steps(number))
+            run_id = tracker.require_run()
+    history = connect(job).get_metric_history(run_id, "loss")
+    assert sorted(each.step for each in history) == [1, 2, 3, 4]
+
+
+def test_a_run_stays_in_the_store_that_was_chosen_for_it(tiny_file, tmp_path, caplog):
+    def job_in(*store):
+        return load_job(tiny_file, [f"storage.root={tmp_path}", *store])
+
+    folder = tmp_path / "runs" / "chosen"
+    folder.mkdir(parents=True)
+    chosen = job_in(f"tracking.uri=sqlite:///{tmp_path}/chosen.db")
+    with RunTracker(chosen, "chosen", folder) as tracker:
+        tracker.handle(steps(1))
+        run_id = tracker.require_run()
+    with pytest.raises(TrackingError, match=r"'chosen' is kept in sqlite:.*set tracking\.uri"):
+        settle(job_in(), folder)
+    with pytest.raises(TrackingError, match="'chosen' is kept in"):
+        RunTracker(job_in(), "chosen", folder, patient=True)
+    assert not (tmp_path / "mlflow.db").exists()
+    other = job_in(f"tracking.uri=sqlite:///{tmp_path}/other.db")
+    with RunTracker(other, "chosen", folder) as lost:
+        lost.handle(steps(2))
+    assert "tracking.uri=sqlite" in caplog.text
+    assert backlog(folder) == 3  # that it goes on, a report, its end
+    settle(chosen, folder)
+    assert backlog(folder) == 0
+    history = connect(chosen).get_metric_history(run_id, "loss")
+    assert [each.step for each in history] == [1, 2]
+
+
+def test_a_checkpoint_of_an_epoch_trained_again_takes_the_place_of_the_first(tiny_file, tmp_path):
+    job = load_job(tiny_file, [f"storage.root={tmp_path}"])
+    event = {"kind": "checkpoint", "step": 4, "epoch": 1, "metrics": {"AP": 0.1}}
+    with RunTracker(job, "again", tmp_path) as tracker:
+        for uri in ("damaged", "whole"):
+            tracker.handle(event | {"uri": str(tmp_path / uri)})
+    client = connect(job)
+    experiment = client.get_run(tracker.run_id).info.experiment_id
+    (model,) = client.search_logged_models([experiment])
+    assert model.tags["uri"] == str(tmp_path / "whole")
+
+
+def test_an_epoch_that_a_worker_repeats_is_noted_once(tiny_file, tmp_path):
+    job = load_job(tiny_file, [f"storage.root={tmp_path}"])
+    tracker = RunTracker(job, "repeated", tmp_path)
+    for step, epoch, told in ((4, 1, {}), (4, 1, {"repeated": True}), (8, 2, {"repeated": True})):
+        event = {"kind": "checkpoint", "step": step, "epoch": epoch, "uri": str(tmp_path), **told}
+        tracker.handle(event | {"metrics": {"AP": 0.1 * epoch}})
+    tracker.close("FINISHED")
+    history = client_of(job).get_metric_history(tracker.run_id, "AP")
+    assert [metric.value for metric in history] == [0.1, 0.2]
+
+
+def test_a_store_that_hangs_holds_up_nobody_and_loses_nothing(tmp_path, monkeypatch):
+    """Neither does who is killed meanwhile, nor a second Ctrl-C."""
+    again = (threading.main_thread().ident, signal.SIGINT)
+    # A shell's background ignores it.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        uri = f"tracking.uri=http://127.0.0.1:{silent.getsockname()[1]}"
+        job = load_job("configs/demo.yaml", [uri, f"storage.root={tmp_path}"])
+        monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "1")
+        tracker = RunTracker(job, "hanging", tmp_path, patient=True)
+        monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "60")
+        started = time.monotonic()
+        time.sleep(1)  # after a failure
+        for number in range(1, 4):
+            tracker.handle(steps(number))
+        assert backlog(tmp_path) == 4  # and the opening
+        timer = threading.Timer(1, signal.pthread_kill, again)
+        timer.start()
+        try:
+            with pytest.raises(KeyboardInterrupt):
+                tracker.close("KILLED")
+        finally:
+            timer.cancel()
+            signal.signal(signal.SIGINT, before)
+        assert time.monotonic() - started < 30
+    assert backlog(tmp_path) == 5
+
+
+@pytest.mark.cluster
+def test_a_server_that_dies_loses_nothing_and_doubles_nothing(server, tmp_path):
+    server.start()
+    job = job_for(server, tmp_path)
+    folder = tmp_path / "run"
+    folder.mkdir()
+    tracker = RunTracker(job, "lasting", folder)
+    tracker.handle(steps(1))
+    server.stop()
+    started = time.monotonic()
+    for number in range(2, 400):
+        tracker.handle(steps(number))
+    assert time.monotonic() - started < 5  # the driver does not wait for a dead server, either
+    tracker.close("KILLED")
+    assert backlog(folder) >= 399
+    with pytest.raises(TrackingError):
+        RunTracker(job, "lasting", folder)
+    server.start()
+    again = RunTracker(job, "lasting", folder)
+    for number in range(350, 450):  # steps since the checkpoint are trained again
+        again.handle(steps(number))
+    again.close("FINISHED")
+    assert backlog(folder) == 0
+    (run,) = client_of(job).search_runs([experiment_of(job)])
+    history = client_of(job).get_metric_history(run.info.run_id, "loss")
+    assert sorted(metric.step for metric in history) == list(range(1, 450))
+    assert all(metric.value == 1 / metric.step for metric in history)
+    assert run.info.status == "FINISHED"
+    assert run.data.tags["restarts"] == "1"
+    assert run.data.params["optim.lr"] == str(job.optim.lr)
+
+
+@pytest.mark.cluster
+def test_a_run_may_begin_without_a_server(server, tmp_path):
+    server.stop()
+    job = job_for(server, tmp_path, "tracking.unreachable=spool", "tracking.experiment=spooled")
+    folder = tmp_path / "run"
+    folder.mkdir()
+    tracker = RunTracker(job, "early", folder)
+    tracker.handle(steps(1))
+    assert tracker.run_id is None
+    tracker.close("FAILED")
+    again = RunTracker(job, "early", folder)
+    again.handle(steps(1))
+    again.handle(steps(2))
+    again.close("FINISHED")
+    server.start()
+    for _ in range(2):  # once more changes nothing
+        Delivery(job, folder).deliver_all()
+    (run,) = client_of(job).search_runs([experiment_of(job)])
+    assert (run.info.status, run.info.run_name) == ("FINISHED", "early")
+    assert run.data.tags["restarts"] == "1"
+    history = client_of(job).get_metric_history(run.info.run_id, "loss")
+    assert [metric.step for metric in history] == [1, 2]
+
+
+def test_a_run_whose_driver_was_killed_is_closed_later(tmp_path):
+    job = load_job("configs/demo.yaml", [f"storage.root={tmp_path}"])
+    tracker = RunTracker(job, "killed", tmp_path)
+    status = StatusFile(tmp_path, workers=1, nodes=1)
+    tracker.handle(steps(1))
+    tracker.flush()  # and here it is killed
+    for _ in range(2):
+        settle(job, tmp_path)
+        assert client_of(job).get_run(tracker.run_id).info.status == "KILLED"
+        assert read_status(tmp_path)["state"] == "stopped"
+    with status:  # as with --resume
+        again = RunTracker(job, "killed", tmp_path)
+        assert client_of(job).get_run(tracker.run_id).info.status == "RUNNING"
+        again.close("FINISHED")
+    settle(job, tmp_path)
+    run = client_of(job).get_run(tracker.run_id)
+    assert run.info.status == "FINISHED"
+    assert run.data.tags["restarts"] == "1"
+
+
+@pytest.mark.cluster
+def test_what_a_store_will_never_take_holds_up_nothing(server, tmp_path, caplog):
+    server.stop()
+    server.start()
+    job = job_for(server, tmp_path, "tracking.experiment=refused")
+    folder = tmp_path / "run"
+    folder.mkdir()
+    tracker = RunTracker(job, "refused", folder)
+    tracker.handle({"kind": "tags", "tags": {"a\tb": "no name of a tag"}})
+    tracker.handle(steps(1))
+    tracker.flush()
+    assert "not logged: tags" in caplog.text
+    assert backlog(folder) == 0
+    tracker.close("FINISHED")
+
+
+@pytest.mark.cluster
+def test_a_database_that_dies_loses_nothing_and_stops_nothing(tmp_path, caplog):
+    """MLflow without a server; alone, it would try for two minutes to connect."""
+    database = servers.PostgreSQL()
+    database.start()
+    secret = database.uri.replace("postgres@", "postgres:secret@")
+    job = load_job("configs/demo.yaml", [f"tracking.uri={secret}", f"storage.root={tmp_path}"])
+    spooling = job.model_copy(
+        update={"tracking": job.tracking.model_copy(update={"unreachable": "spool"})}
+    )
+    database.stop()
+    started = time.monotonic()
+    with pytest.raises(TrackingError, match=r"postgres:\*\*\*@.* refused") as told:
+        RunTracker(job, "database", tmp_path)
+    assert "tracking.unreachable=spool" in str(told.value)
+    tracker = RunTracker(spooling, "database", tmp_path)
+    for number in range(1, 100):
+        tracker.handle(steps(number))
+    assert time.monotonic() - started < 15
+    database.start()
+    deadline = time.monotonic() + 30
+    while backlog(tmp_path) and time.monotonic() < deadline:
+        tracker.handle({"kind": "tags", "tags": {"a": "b"}})  # it waits a little after a failure
+        time.sleep(0.2)
+    assert backlog(tmp_path) == 0
+    database.stop()
+    for number in range(100, 200):
+        tracker.handle(steps(number))
+    assert backlog(tmp_path) > 0
+    database.start()
+    tracker.close("FINISHED")
+    try:
+        assert backlog(tmp_path) == 0
+        assert "not logged" not in caplog.text
+        (run,) = client_of(job).search_runs([experiment_of(job)])
+        history = client_of(job).get_metric_history(run.info.run_id, "loss")
+        assert sorted(metric.step for metric in history) == list(range(1, 200))
+        assert "secret" not in str(run.data.params)
+    finally:
+        database.remove()
+
+
+@pytest.mark.cluster
+def test_artifacts_wait_for_their_storage(s3, server, tmp_path, tmp_path_factory, caplog):
+    """The server answers, but where its artifacts lie does not: texts and folders come later."""
+    server.stop()
+    boto3.client("s3").create_bucket(Bucket="artifacts")
+    storing = servers.MLflow(tmp_path_factory.mktemp("storing"), artifacts="s3://artifacts")
+    storing.start()
+    job = job_for(storing, tmp_path)
+    folder, report = tmp_path / "run", tmp_path / "report"
+    for made in (folder, report):
+        made.mkdir()
+    (report / "index.html").write_text("figures")
+    s3.busy(True)
+    tracker = RunTracker(job, "artifacts", folder)
+    tracker.handle({"kind": "folder", "path": str(report)})
+    tracker.handle({"kind": "folder", "path": f"{tmp_path}/gone"})
+    assert backlog(folder) == 3
+    s3.busy(False)
+    tracker.close("FINISHED")
+    Delivery(job, folder).deliver_all()  # the server may have cut the connection
+    try:
+        assert backlog(folder) == 0
+        (run,) = client_of(job).search_runs([experiment_of(job)])
+        client = client_of(job)
+        listed = {file.path for file in client.list_artifacts(run.info.run_id)}
+        assert {"config.yaml", "packages.txt", "report"} <= listed
+        (figures,) = client.list_artifacts(run.info.run_id, "report")
+        assert figures.path == "report/index.html"
+        assert "gone is gone; not logged" in caplog.text
+    finally:
+        storing.stop()
+
+
+@pytest.mark.cluster
+@pytest.mark.ray
+@pytest.mark.usefixtures("ray_cluster")
+def test_a_model_that_could_not_be_registered_is_by_resuming(server, tiny_file, tmp_path):
+    server.stop()
+    words = [
+        "schedule.epochs=1",
+        "cluster.workers=1",
+        "registry.name=late",
+        "tracking.experiment=late",
+    ]
+    spooling = ["tracking.unreachable=spool", f"storage.root={tmp_path}"]
+    job = load_job(tiny_file, [f"tracking.uri={server.uri}", *spooling, *words])
+    with pytest.raises(TrackingError, match=r"late: not registered .* --resume registers it"):
+        train.train(job, "late", resume=False, watch=print)
+    server.start()
+    result = train.train(job, "late", resume=True, watch=print)
+    assert result.version == 1
+    again = registration.register_once(job, "late", result.checkpoint, result.run_id, {})
+    assert again == 1  # and nothing more
+    (run,) = client_of(job).search_runs([experiment_of(job)])
+    assert run.info.status == "FINISHED"
+    history = client_of(job).get_metric_history(run.info.run_id, "AP")
+    assert len(history) == 1
+
+
+def experiment_of(job):
+    return client_of(job).get_experiment_by_name(job.tracking.experiment).experiment_id

@@ -1,0 +1,28 @@
+"""What a training leaves behind."""
+
+from types import SimpleNamespace
+
+from ray.train import Checkpoint
+
+from gfl_platform.cluster import launch
+from gfl_platform.cluster.launch import Workers
+from gfl_platform.config import load_job
+from gfl_platform.training import fit
+
+
+def test_the_latest_checkpoint_stays_with_the_best(tiny_file, tmp_path, monkeypatch):
+    """Ray goes on from the latest, which may rank below all that it keeps for their AP."""
+    best, half, latest = (tmp_path / "run" / "ray" / f"checkpoint_{n}" for n in (1, 2, 3))
+    for folder in (best, half, latest, best.with_name("another")):
+        folder.mkdir(parents=True)
+    result = SimpleNamespace(
+        checkpoint=Checkpoint(latest),
+        best_checkpoints=[(Checkpoint(best), {"AP": 0.6, "metrics": {"AP": 0.6}})],
+        return_value={"epochs": 3},
+    )
+    monkeypatch.setattr(launch, "run_workers", lambda *_, **__: result)
+    job = load_job(tiny_file, [f"storage.root={tmp_path}"])
+    sources = {"weights": None, "teacher": None}
+    _, uri, metrics = fit.run(job, sources, Workers(1, 1, False, 1), tmp_path / "run", None)
+    assert (uri, metrics) == (str(best), {"AP": 0.6})
+    assert {path.name for path in best.parent.iterdir()} == {"another", best.name, latest.name}

@@ -1,0 +1,97 @@
+"""From which checkpoint the workers of a training go on."""
+
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import ray.train
+from ray.train import Checkpoint
+
+from gfl.checkpoint.files import ABOUT, CHECKSUMS, CONFIG, TRAINING, WEIGHTS, About
+from gfl.checkpoint.snapshot import take_snapshot
+from gfl.model.detector import Detector
+from gfl_platform.mirror import Cache
+from gfl_platform.storage.runs import StorageError
+from gfl_platform.training import worker
+from gfl_platform.training.worker import REPORTS_FILE, _latest_whole_checkpoint
+
+CACHE = Cache(Path("unused"), 0)
+"""These lie on a disk."""
+
+
+def emptied(path):
+    path.write_text("")
+
+
+def removed(path):
+    path.unlink()
+
+
+@pytest.fixture(scope="module")
+def written(tiny, tmp_path_factory):
+    """A checkpoint as a worker writes it."""
+    folder = tmp_path_factory.mktemp("written")
+    about = About(["rectangle", "ellipse", "triangle"], [1, 2, 3], 4, 1, {})
+    snapshot = take_snapshot(Detector(tiny), tiny, about, {"optimizer": {}})
+    snapshot.write(folder, {REPORTS_FILE: "[]"})
+    return folder
+
+
+@pytest.fixture
+def stored(written, tmp_path, monkeypatch):
+    """Two checkpoints, the older first, of which Ray says so."""
+    folders = [tmp_path / name for name in ("before", "latest")]
+    for folder in folders:
+        shutil.copytree(written, folder)
+    known = [
+        SimpleNamespace(checkpoint=Checkpoint(folder), metrics={"step": step})
+        for step, folder in enumerate(folders)
+    ]
+    monkeypatch.setattr(ray.train, "get_checkpoint", lambda: known[-1].checkpoint)
+    monkeypatch.setattr(ray.train, "get_all_reported_checkpoints", lambda: list(known))
+    return folders
+
+
+def test_the_latest_checkpoint_is_gone_on_from(stored):
+    assert _latest_whole_checkpoint(CACHE, pytest.fail) == (stored[1], str(stored[1]))
+
+
+@pytest.mark.parametrize("harm", [emptied, removed])
+@pytest.mark.parametrize("name", [WEIGHTS, CONFIG, ABOUT, TRAINING, REPORTS_FILE, CHECKSUMS])
+def test_one_that_lost_a_file_is_told_of_and_the_one_before_is_used(stored, name, harm):
+    harm(stored[1] / name)
+    told = []
+    assert _latest_whole_checkpoint(CACHE, told.append) == (stored[0], str(stored[0]))
+    assert len(told) == 1
+    assert str(stored[1]) in told[0]
+    assert name in told[0]
+
+
+def test_where_all_are_damaged_it_says_so(stored):
+    for folder in stored:
+        removed(folder / CHECKSUMS)
+    with pytest.raises(StorageError, match="there is no other: start anew"):
+        _latest_whole_checkpoint(CACHE, [].append)
+
+
+def test_where_it_is_damaged_on_one_node_all_use_the_one_before(stored, monkeypatch):
+    """As this worker sees it, for which nothing is wrong."""
+    monkeypatch.setattr(worker, "problem_of_any_worker", lambda _: others.pop())
+    others, told = ["", "elsewhere: damaged"], []
+    assert _latest_whole_checkpoint(CACHE, told.append) == (stored[0], str(stored[0]))
+    assert told == ["elsewhere: damaged"]
+
+
+def test_what_killed_workers_had_not_stored_is_deleted(tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    names = ("gfl-unstored-abandoned", "gfl-unstored-new", "another")
+    for name in names:
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "weights").write_text("half")
+    for name in (names[0], names[2]):
+        os.utime(tmp_path / name, (0, 0))
+    worker.remove_abandoned()
+    assert {path.name for path in tmp_path.iterdir()} == set(names[1:])
