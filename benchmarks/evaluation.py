@@ -16,7 +16,7 @@ import hotcoco
 import numpy as np
 
 from gfl.evaluation.coco_eval import evaluate_detections
-from gfl.rows import Rows, coco_records
+from gfl.structures import Rows, coco_records
 
 REPEATS = 7
 IMAGES, OBJECTS, DETECTIONS, CLASSES = 5000, 36_000, 500_000, 80

@@ -18,12 +18,10 @@ import torch
 import gfl
 from gfl.data import load_splits
 from gfl.data.images import read_image
-from gfl.export.export import export
+from gfl.export.export import export, open_onnx, padded, scaled
 from gfl.export.exportable import Form
-from gfl.folding import folded
 from gfl.inference.predictor import Model
-from gfl.model.detector import Detector
-from gfl.parity import open_onnx, padded, scaled
+from gfl.model.detector import Detector, folded
 
 ROUNDS = 7
 IMAGES = 20

@@ -15,8 +15,8 @@ from PIL import Image
 from torchvision.transforms import functional
 
 import gfl
+from gfl.data.dataset import as_sample, build_transforms, fitted_size
 from gfl.data.images import list_images, read_image
-from gfl.data.transforms import as_sample, build_transforms, fitted_size
 
 IMAGES = 64
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)

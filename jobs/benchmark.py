@@ -3,10 +3,39 @@
 import argparse
 import json
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 
-from jobs.benchmark_tables import draw_latencies, show_benchmark
+from gfl.evaluation.protocol import PRECISIONS, Variant
 from jobs.console.cli import Progress, console, parse, parser, run
+from jobs.console.tables import draw_latencies, show_benchmark
+
+
+def parse_variants(arguments: argparse.Namespace) -> list[Variant]:
+    """Return what the command line asks for.
+
+    Raises:
+        ValueError: a precision or a batch size that does not exist.
+    """
+    if arguments.images is not None and arguments.images < 1:
+        raise ValueError(f"--images {arguments.images}: expected at least 1")
+    found = []
+    for word in arguments.precision.split(","):
+        named = [precision for precision in PRECISIONS if precision == word]
+        if not named:
+            raise ValueError(f"--precision {word}: expected some of {','.join(PRECISIONS)}")
+        plain = Variant(named[0])
+        found.append(plain)
+        if arguments.no_channels_last:
+            found.append(replace(plain, channels_last=False))
+        if arguments.compile:
+            found.append(replace(plain, compiled=True))
+        for size in filter(None, arguments.batches.split(",")):
+            if not size.isdigit() or int(size) < 1:
+                raise ValueError(f"--batches {size}: expected whole numbers, such as 8,32")
+            found.append(replace(plain, batch=int(size)))
+    return list(dict.fromkeys(found))
+
 
 EXAMPLE = "python -m jobs.benchmark models:/gfl-demo@champion --precision bfloat16 --batches 8,32"
 
@@ -33,7 +62,6 @@ def benchmark(arguments: argparse.Namespace) -> None:
     from gfl_platform.evaluation import benchmark
     from gfl_platform.registry import models
     from gfl_platform.storage.runs import scratch_folder, write_atomically
-    from jobs.benchmark_variants import parse_variants
 
     variants = parse_variants(arguments)
     source, given = arguments.model, arguments.overrides

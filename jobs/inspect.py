@@ -30,10 +30,9 @@ def inspect(arguments: argparse.Namespace) -> None:
 
     from gfl.data import load_splits
     from gfl.data.dataset import DetectionDataset
-    from gfl.data.errors import DataError
+    from gfl.errors import DataError
     from gfl.inference.visualize import draw_samples
-    from gfl.inspection.findings import check_files
-    from gfl.inspection.inspection import inspect_data
+    from gfl.inspection.findings import check_files, inspect_data
     from gfl_platform.config import load_job
     from gfl_platform.storage.runs import cache_of, write_atomically
     from jobs.console.tables import show_inspection

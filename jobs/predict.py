@@ -34,8 +34,8 @@ def predict(arguments: argparse.Namespace) -> None:
     from gfl.checkpoint.files import read_config
     from gfl.config.loader import derive
     from gfl.data.images import read_image
+    from gfl.inference.detections import require_own_names, write_detections
     from gfl.inference.predictor import image_files
-    from gfl.outputs import require_own_names, write_detections
     from gfl_platform.config import JobConfig, job_of
     from gfl_platform.registry import models
     from gfl_platform.storage.runs import scratch_folder

@@ -1,29 +1,168 @@
 """Look at registered models, decide which is champion: `python -m jobs.registry COMMAND`."""
 
 import argparse
+import time
+from typing import TYPE_CHECKING
+
+from rich.table import Table
+
+from jobs.console.cli import Progress, console, show_table
+
+if TYPE_CHECKING:
+    from gfl_platform.config import JobConfig
+    from gfl_platform.registry.history import Decision
 import re
 from pathlib import Path
 
-from jobs import registry_commands
 from jobs.console.cli import parse, parser, run
 
+UNITS = (("d", 86400), ("h", 3600), ("min", 60), ("s", 1))
+
+CLASSES_SHOWN = 20
+
+
+def show_versions(job: "JobConfig", arguments: argparse.Namespace) -> None:
+    """Print registered versions, a line each."""
+    from gfl_platform.registry import models
+
+    versions = models.list_versions(job, arguments.name)
+    table = Table("model", "version", "aliases", "AP", "FPS", "protocol", "data", "run", "age")
+    for found in versions:
+        figures = (found.tags.get(key, "") for key in ("AP", "fps", "protocol", "data"))
+        age = _age(time.time() - found.created_ms / 1000)
+        aliases = ", ".join(found.aliases)
+        table.add_row(found.name, str(found.version), aliases, *figures, found.run_id, age)
+    console.print(table)
+    if len({found.tags.get("protocol") for found in versions} - {None}) > 1:
+        console.print("FPS with different protocols do not compare.")
+
+
+def show(job: "JobConfig", arguments: argparse.Namespace) -> None:
+    """Print the card of a version."""
+    from gfl_platform.registry import model_card, models
+
+    found = models.find(job, arguments.name, arguments.version)
+    show_table(f"{found.name} version {found.version}", model_card.describe(job, found))
+
+
+def promote(job: "JobConfig", arguments: argparse.Namespace) -> None:
+    """Make a version champion if it passes the gate.
+
+    Raises:
+        ValueError: it does not.
+    """
+    from gfl_platform.registry import gate, models
+
+    found = models.find(job, arguments.name, arguments.version)
+    with Progress() as progress:
+        decision = gate.promote(job, found.name, found.version, progress.show)
+    show_decision(found.name, decision)
+    if decision.action == "refused":
+        raise ValueError(f"{found.name} version {found.version}: refused by the gate, see above")
+
+
+def rollback(job: "JobConfig", arguments: argparse.Namespace) -> None:
+    """Make the previous champion champion again."""
+    from gfl_platform.registry import gate
+
+    show_decision(arguments.name, gate.rollback(job, arguments.name, arguments.why))
+
+
+def history(job: "JobConfig", arguments: argparse.Namespace) -> None:
+    """Print the trail of a model."""
+    from gfl_platform.registry import history, models
+    from gfl_platform.tracking.client import connect
+
+    models.list_versions(job, arguments.name)  # or there is no such model
+    client = connect(job)
+    history.settle(client, arguments.name)
+    table = Table("", "when", "decision", "champion", "why", "by", "commit", title=arguments.name)
+    for each in history.read_trail(client, arguments.name):
+        when = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(each.time_s))
+        action = f"{each.action} {each.version or ''}" + (" (void)" if each.void else "")
+        champion = "" if each.void else str(each.aliases.get("champion", ""))
+        why = "\n".join(each.reasons)
+        table.add_row(str(each.number), when, action, champion, why, each.user, each.commit[:8])
+    console.print(table)
+
+
+def alias(job: "JobConfig", arguments: argparse.Namespace) -> None:
+    """Point an alias, but `champion` and `previous`, at a version."""
+    from gfl_platform.registry import models
+
+    found = models.find(job, arguments.name, arguments.version)
+    before = models.set_alias(job, found.name, found.version, arguments.alias)
+    was = f" (was version {before})" if before else ""
+    console.print(f"{found.name}@{arguments.alias} is version {found.version}{was}")
+
+
+def compare(job: "JobConfig", arguments: argparse.Namespace) -> None:
+    """Print how a version differs from another, and draw where they disagree.
+
+    Raises:
+        ValueError: --out is no PNG file.
+    """
+    from gfl_platform.registry import compare, models
+
+    if arguments.out.suffix != ".png":
+        raise ValueError(f"--out {arguments.out}: expected a file that ends in .png")
+    a, b = (models.find(job, arguments.name, v) for v in (arguments.version, arguments.other))
+    with Progress() as progress:
+        found = compare.compare(job, a, b, arguments.out, progress.show)
+    gain = found.gain
+    noise = ", within the noise" if gain.is_noise else ""
+    show_table(
+        f"{a.name}: version {a.version} -> version {b.version}",
+        {
+            "AP": f"{found.a.metrics['AP']:.4f} -> {found.b.metrics['AP']:.4f}: {gain.ap:+.4f} "
+            f"(95 % interval {gain.low:+.4f} to {gain.high:+.4f}{noise})",
+            "FPS": f"{found.a.fps:.1f} -> {found.b.fps:.1f}",
+            "protocols": ", ".join(found.protocols) or "the same",
+            "configuration": "\n".join(found.settings) or "the same",
+            "pictures": arguments.out,
+        },
+    )
+    most = sorted(gain.by_class.items(), key=lambda item: -abs(item[1]))[:CLASSES_SHOWN]
+    table = Table("class", f"AP of {a.version}", f"AP of {b.version}", "difference")
+    for name, difference in most:
+        each = (f"{side.ap_by_class[name]:.4f}" for side in (found.a, found.b))
+        table.add_row(name, *each, f"{difference:+.4f}")
+    console.print(table)
+
+
+def show_decision(model: str, decision: "Decision") -> None:
+    """Print what was decided, and why."""
+    console.print(f"{model} version {decision.version}: {decision.action}")
+    for reason in decision.reasons:
+        console.print(f"  {reason}", soft_wrap=True)
+    aliases = decision.aliases.items()
+    console.print("  ".join(f"{model}@{alias} is version {number}" for alias, number in aliases))
+
+
+def _age(seconds: float) -> str:
+    unit, size = next(((u, s) for u, s in UNITS if seconds >= s), UNITS[-1])
+    return f"{seconds / size:.0f} {unit}"
+
+
 EXAMPLE = "python -m jobs.registry promote gfl-demo 3 registry.gate.fps_floor=30"
+
 SECTIONS = ("storage", "tracking", "cluster", "registry")
+
 COMMANDS = {
-    "show": (registry_commands.show, "all that is known of a version", ["version"]),
+    "show": (show, "all that is known of a version", ["version"]),
     "promote": (
-        registry_commands.promote,
+        promote,
         "make a version champion, if AP and FPS pass",
         ["version"],
     ),
-    "rollback": (registry_commands.rollback, "make the previous champion champion again", []),
-    "history": (registry_commands.history, "all decisions, and why", []),
+    "rollback": (rollback, "make the previous champion champion again", []),
+    "history": (history, "all decisions, and why", []),
     "compare": (
-        registry_commands.compare,
+        compare,
         "two versions: settings, AP, pictures",
         ["version", "other"],
     ),
-    "alias": (registry_commands.alias, "point another alias at a version", ["version", "alias"]),
+    "alias": (alias, "point another alias at a version", ["version", "alias"]),
 }
 
 
@@ -33,7 +172,7 @@ def main() -> None:
     below = made.add_subparsers(dest="command", required=True)
     listing = below.add_parser("list", help="all versions")
     listing.add_argument("--name", help="of this model")
-    listing.set_defaults(run=registry_commands.show_versions)
+    listing.set_defaults(run=show_versions)
     for name, (action, about, words) in COMMANDS.items():
         command = below.add_parser(name, help=about)
         for word in ("name", *words):

@@ -31,10 +31,9 @@ def sweep(arguments: argparse.Namespace) -> None:
     name = job.run.name or f"{Path(arguments.config).stem}-{time.strftime('%Y%m%d-%H%M%S')}"
     console.print(f"sweep {name}")
     from gfl_platform.storage.runs import storage_root
-    from gfl_platform.sweeps.challenger import register_best
-    from gfl_platform.sweeps.run import run_sweep
-    from jobs.sweep_progress import SweepProgress
-    from jobs.sweep_tables import show_sweep
+    from gfl_platform.sweeps.run import register_best, run_sweep
+    from jobs.console.cli import SweepProgress
+    from jobs.console.tables import show_sweep
 
     with resumable("jobs.sweep", name):
         with SweepProgress() as progress:

@@ -131,8 +131,8 @@ def trained(ray_cluster, tiny_file, tmp_path_factory):
 
     Its model is `shapes`, in two versions; the first has passed the gate and is `champion`.
     """
-    from gfl_platform import registration
     from gfl_platform.config import load_job
+    from gfl_platform.registry import models
     from gfl_platform.training import train
 
     root, events = tmp_path_factory.mktemp("outputs"), []
@@ -142,7 +142,7 @@ def trained(ray_cluster, tiny_file, tmp_path_factory):
         patch.delenv("MLFLOW_TRACKING_URI", raising=False)
         result = train.train(job, "first", resume=False, watch=events.append)
         figures = {"AP": result.metrics["AP"], "fps": result.fps, "data": "d", "protocol": "p"}
-        registration.register(job, "shapes", result.checkpoint, result.run_id, figures)
+        models.register(job, "shapes", result.checkpoint, result.run_id, figures)
     return job, result, events
 
 

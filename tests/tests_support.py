@@ -16,11 +16,10 @@ import torch.multiprocessing as mp
 from gfl.config.schema import Config
 from gfl.data.split import Split
 from gfl.evaluation.coco_eval import evaluate_split
-from gfl.model.boxes import box_iou
+from gfl.model.boxes import STRIDES, box_iou
 from gfl.model.detector import Detector
 from gfl.model.postprocess import Predictions
-from gfl.points import STRIDES
-from gfl.rows import Rows
+from gfl.structures import Rows
 
 # Workers start with what takes most of their time to import.
 mp.get_context("forkserver").set_forkserver_preload(

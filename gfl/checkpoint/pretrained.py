@@ -7,9 +7,13 @@ from pathlib import Path
 from torch import Tensor
 
 from gfl.checkpoint.mmdet import rename_mmdet
-from gfl.checkpoint.state_dict import differences, infer_model, require_same_entries
+from gfl.checkpoint.state_dict import (
+    differences,
+    infer_model,
+    read_state_dict,
+    require_same_entries,
+)
 from gfl.model.detector import Detector
-from gfl.weightfile import read_state_dict
 
 logger = logging.getLogger(__name__)
 

@@ -4,8 +4,8 @@ from pathlib import Path
 
 from gfl.config.schema import Config
 from gfl.data import synthetic
-from gfl.data.errors import DataError
 from gfl.data.split import Split, read_split, require_same_classes
+from gfl.errors import DataError
 
 __all__ = ["load_splits", "render_shapes"]
 

@@ -1,17 +1,137 @@
 """Pascal VOC annotations: an XML file for every image."""
 
 import difflib
-from collections.abc import Mapping, Sequence
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from math import isfinite
 from pathlib import Path, PurePath, PureWindowsPath
 from typing import Any, NamedTuple, Never
 from xml.etree import ElementTree
 from xml.etree.ElementTree import Element
 
+import yaml
+
 from gfl.config.schema import SplitConfig
-from gfl.data.errors import DataError
-from gfl.data.folders import AnnotatedImage, Object, coco_dictionary, digest, read_files
 from gfl.data.images import image_size, list_images
+from gfl.errors import DataError
+
+FIELDS = {
+    "images": ("id", "file_name", "height", "width"),
+    "annotations": ("id", "image_id", "category_id", "bbox"),
+    "categories": ("id", "name"),
+}
+"""What every entry of a COCO file has."""
+
+
+def read_coco(path: Path) -> tuple[dict[str, Any], str]:
+    """Return the content of a COCO JSON file and its SHA-256.
+
+    Raises:
+        DataError: a file that is missing or not COCO JSON.
+    """
+    try:
+        raw = path.read_bytes()
+    except OSError as error:
+        raise DataError(
+            f"{path}: annotations cannot be read ({error.strerror}); set data.train.annotations "
+            "and data.val.annotations to COCO JSON files, or data.format"
+        ) from error
+    try:
+        content = json.loads(raw)
+    except ValueError as error:
+        raise DataError(f"{path}: not JSON ({error})") from error
+    if isinstance(content, dict):
+        content.setdefault("annotations", [])  # COCO's lists of test images have none
+    for section in ("images", "annotations", "categories"):
+        if not isinstance(content, dict) or not isinstance(content.get(section), list):
+            raise DataError(f"{path}: no list '{section}'; expected COCO JSON")
+    if not content["images"]:
+        raise DataError(f"{path}: lists no image")
+    _require_complete(path, content)
+    return content, hashlib.sha256(raw).hexdigest()
+
+
+def _require_complete(path: Path, content: Mapping[str, Any]) -> None:
+    """Refuse entries that lack a field, and ids that are used twice."""
+    for section, wanted in FIELDS.items():
+        for entry in content[section]:
+            absent = [name for name in wanted if not isinstance(entry, dict) or name not in entry]
+            if absent:
+                shown = str(entry)[:80]
+                raise DataError(f"{path}: {section}: {shown} has no '{absent[0]}'; add it")
+        ids = Counter(entry["id"] for entry in content[section])
+        if ids and (twice := ids.most_common(1)[0])[1] > 1:
+            raise DataError(
+                f"{path}: {section}: id {twice[0]} is used {twice[1]} times; ids name one"
+            )
+
+
+class Object(NamedTuple):
+    """An object of class `label` (0..C-1), with COCO's box: `xywh` in px."""
+
+    label: int
+    bbox: list[float]
+    difficult: bool = False
+
+
+class AnnotatedImage(NamedTuple):
+    """An image file, its (height, width) in px, and its objects."""
+
+    file_name: str
+    size: tuple[int, int]
+    objects: list[Object]
+
+
+def read_files(folder: Path, suffix: str) -> dict[Path, bytes]:
+    """Return the content of every file in `folder` that ends in `suffix`, sorted by name.
+
+    Raises:
+        DataError: there is no such folder, or no such file in it.
+    """
+    advice = "set data.train.annotations and data.val.annotations, or data.format"
+    if not folder.is_dir():
+        raise DataError(f"{folder}: no such folder; expected one of {suffix} files; {advice}")
+    files = sorted(file for file in folder.iterdir() if file.suffix.lower() == suffix)
+    if not files:
+        raise DataError(f"{folder}: no {suffix} file in it; {advice}")
+    return {file: file.read_bytes() for file in files}
+
+
+def digest(files: Mapping[Path, bytes]) -> str:
+    """Return the SHA-256 of names and contents."""
+    total = hashlib.sha256()
+    for file, content in files.items():
+        total.update(f"{file.name}\n{len(content)}\n".encode() + content)
+    return total.hexdigest()
+
+
+def coco_dictionary(images: Iterable[AnnotatedImage], classes: Sequence[str]) -> dict[str, Any]:
+    """Return `images` as COCO has them; every id counts from 1.
+
+    Difficult objects become crowds, which are not trained on and which evaluation ignores: neither
+    they nor detections of them count, as in VOC's own evaluation (VOCevaldet.m of its devkit). One
+    thing differs: COCO measures overlap with a crowd relative to the detection alone.
+    """
+    records: list[dict[str, Any]] = []
+    annotations: list[dict[str, Any]] = []
+    for image_id, (file_name, (height, width), objects) in enumerate(images, start=1):
+        records.append({"id": image_id, "file_name": file_name, "height": height, "width": width})
+        for label, bbox, difficult in objects:
+            annotations.append(
+                {
+                    "id": len(annotations) + 1,
+                    "image_id": image_id,
+                    "category_id": label + 1,
+                    "bbox": bbox,
+                    "area": bbox[2] * bbox[3],
+                    "iscrowd": int(difficult),
+                    "difficult": int(difficult),
+                }
+            )
+    categories = [{"id": number, "name": name} for number, name in enumerate(classes, start=1)]
+    return {"images": records, "annotations": annotations, "categories": categories}
 
 
 class _VocObject(NamedTuple):
@@ -156,3 +276,121 @@ def _label(file: _File, classes: Sequence[str]) -> list[Object]:
             )
         labelled.append(Object(classes.index(name), bbox, difficult))
     return labelled
+
+
+CLASSES_FILE = "classes.txt"
+
+ROUNDING = 1e-3
+"""How far a coordinate may be beyond [0, 1]: that much is a writer's rounding."""
+
+
+def find_classes(folder: Path) -> list[str] | None:
+    """Return the class names that lie with the annotations in `folder`, if any do.
+
+    That is `classes.txt` in it, or `names:` of a `data.yaml` in it or up to two folders above.
+
+    Raises:
+        DataError: a file of names that cannot be used.
+    """
+    listed = folder / CLASSES_FILE
+    if listed.is_file():
+        return [name.strip() for name in _text(listed, listed.read_bytes()).strip().splitlines()]
+    for place in (folder, *folder.absolute().parents[:2]):
+        if (place / "data.yaml").is_file():
+            return _names(place / "data.yaml")
+    return None
+
+
+def read_yolo(split: SplitConfig, classes: Sequence[str] | None) -> tuple[dict[str, Any], str]:
+    """Return YOLO annotations as COCO's dictionary, and the SHA-256 of all files.
+
+    Args:
+        split: The folders of images and of text files.
+        classes: Names in the order of labels.
+
+    Raises:
+        DataError: annotations that cannot be used.
+    """
+    folder = Path(split.annotations)
+    files = read_files(folder, ".txt")
+    labels = {file.stem: file for file in files if file.name != CLASSES_FILE}
+    if not labels:
+        raise DataError(f"{folder}: no .txt file for any image; set data.format or add them")
+    if classes is None:
+        raise DataError(
+            f"{folder}: class names are unknown; set data.classes=[...], or add {CLASSES_FILE} "
+            "there or `names:` in data.yaml"
+        )
+    pictures = list_images(Path(split.images))
+    orphans = sorted(labels.keys() - {picture.stem for picture in pictures})
+    if orphans:
+        raise DataError(
+            f"{labels[orphans[0]]}: its image '{orphans[0]}' is missing in {split.images}; add the "
+            "image or remove the annotations"
+        )
+    images = []
+    for picture in pictures:
+        size = image_size(picture)
+        file = labels.get(picture.stem)
+        objects = _yolo_objects(file, files[file], size, classes) if file else []
+        images.append(AnnotatedImage(picture.name, size, objects))
+    return coco_dictionary(images, classes), digest(files)
+
+
+def _yolo_objects(
+    file: Path, content: bytes, size: tuple[int, int], classes: Sequence[str]
+) -> list[Object]:
+    lines = enumerate(_text(file, content).splitlines(), start=1)
+    return [
+        _yolo_object(line, size, classes, f"{file}: line {n}") for n, line in lines if line.strip()
+    ]
+
+
+def _yolo_object(line: str, size: tuple[int, int], classes: Sequence[str], what: str) -> Object:
+    fields = line.split()
+    if len(fields) > 5:
+        raise DataError(
+            f"{what}: has {len(fields)} numbers, as polygons and scored detections do; expected "
+            "'class cx cy w h'; convert it to a box"
+        )
+    try:
+        label, cx, cy, w, h = map(float, fields)
+    except ValueError as error:
+        raise DataError(
+            f"{what}: got {line[:80]!r}; expected 'class cx cy w h', five numbers; correct it"
+        ) from error
+    if label not in range(len(classes)):
+        raise DataError(
+            f"{what}: class {fields[0]}, but classes are 0..{len(classes) - 1} "
+            f"({', '.join(classes)}); correct it or name all in data.classes"
+        )
+    if not all(-ROUNDING <= share <= 1 + ROUNDING for share in (cx, cy, w, h)):
+        raise DataError(
+            f"{what}: got {line[:80]!r}; expected cx cy w h within 0..1; divide them by the "
+            "image's width and height"
+        )
+    height, width = size
+    return Object(int(label), [(cx - w / 2) * width, (cy - h / 2) * height, w * width, h * height])
+
+
+def _names(file: Path) -> list[str]:
+    try:
+        content = yaml.safe_load(_text(file, file.read_bytes()))
+    except yaml.YAMLError as error:
+        raise DataError(f"{file}: not valid YAML: {' '.join(str(error).split())}") from error
+    names = content.get("names") if isinstance(content, dict) else None
+    if isinstance(names, dict) and sorted(names, key=str) == sorted(range(len(names)), key=str):
+        names = [names[label] for label in range(len(names))]
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise DataError(
+            f"{file}: names: expected a list of texts, or a mapping of 0, 1, ... to texts, got "
+            f"{str(names)[:80]}; correct it or set data.classes"
+        )
+    return names
+
+
+def _text(file: Path, content: bytes) -> str:
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{file}: not UTF-8 text ({error}); save it as such") from error

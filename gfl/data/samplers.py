@@ -5,8 +5,8 @@ from collections.abc import Sequence
 from math import ceil, sqrt
 
 from gfl.config.schema import Config, DataConfig
-from gfl.data.errors import DataError
 from gfl.data.split import ImageRecord
+from gfl.errors import DataError
 
 
 def repeats_per_epoch(records: Sequence[ImageRecord], config: DataConfig) -> list[int]:

@@ -19,10 +19,8 @@ import numpy as np
 import numpy.typing as npt
 
 from gfl.config.schema import DataConfig, SplitConfig
-from gfl.data.coco import read_coco
-from gfl.data.errors import DataError
-from gfl.data.formats import read_voc
-from gfl.data.yolo import find_classes, read_yolo
+from gfl.data.formats import find_classes, read_coco, read_voc, read_yolo
+from gfl.errors import DataError
 
 logger = logging.getLogger(__name__)
 

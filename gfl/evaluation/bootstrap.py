@@ -16,7 +16,7 @@ import numpy.typing as npt
 from gfl.config.schema import Config
 from gfl.data.split import Split
 from gfl.evaluation.coco_eval import Floats, match_split
-from gfl.rows import Rows
+from gfl.structures import Rows
 
 RECALLS = np.linspace(0, 1, 101)
 DRAWS_AT_ONCE = 50
@@ -68,7 +68,7 @@ def measure_gain(
 
     Args:
         split: The images of both, and their ground truths.
-        rows: Detections, (N, 7), as `gfl.rows.Rows` says.
+        rows: Detections, (N, 7), as `gfl.structures.Rows` says.
         baseline: Those of the other detector.
         config: Its section `evaluation` counts.
         draws: How often images are drawn.

@@ -19,7 +19,7 @@ import numpy.typing as npt
 
 from gfl.config.schema import Config
 from gfl.data.split import Split
-from gfl.rows import Rows, coco_records
+from gfl.structures import Rows, coco_records
 
 Floats = npt.NDArray[np.float64]
 
@@ -63,7 +63,7 @@ def evaluate_detections(
 
     Args:
         truth: The dataset: its JSON file, or what is in it.
-        rows: The detections, (N, 7), as `gfl.rows.Rows` says. Between equal scores, of images
+        rows: The detections, (N, 7), as `gfl.structures.Rows` says. Between equal scores, of images
             that of the smaller id goes first, within an image the earlier row.
         image_ids: The images that count.
         max_detections: Of an image and class, the best so many count for the AR of this name, and

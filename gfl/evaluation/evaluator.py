@@ -10,10 +10,9 @@ from torch.utils.data import DataLoader
 from gfl.data.dataset import Batch
 from gfl.data.split import Split
 from gfl.evaluation.coco_eval import evaluate_split
-from gfl.folding import folded
-from gfl.model.detector import Detector
+from gfl.model.detector import Detector, folded
 from gfl.model.postprocess import coco_rows
-from gfl.rows import Rows
+from gfl.structures import Rows
 
 
 def evaluate(

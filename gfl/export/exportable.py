@@ -26,9 +26,8 @@ from gfl.checkpoint.files import About
 from gfl.config.loader import config_hash
 from gfl.config.schema import Config
 from gfl.data.dataset import SIZE_MULTIPLE
-from gfl.model.boxes import ltrb_to_xyxy
+from gfl.model.boxes import STRIDES, grid_points, ltrb_to_xyxy
 from gfl.model.detector import Detector
-from gfl.points import STRIDES, grid_points
 
 OPSET = 20
 METADATA = "gfl.json"

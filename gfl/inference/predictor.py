@@ -15,12 +15,10 @@ from torchvision.ops import batched_nms
 from gfl.checkpoint.files import About
 from gfl.checkpoint.snapshot import load_checkpoint
 from gfl.config.schema import Config
-from gfl.data.dataset import Sample, collate
+from gfl.data.dataset import Sample, as_sample, build_transforms, collate
 from gfl.data.images import list_images, pixels_of, read_image
-from gfl.data.transforms import as_sample, build_transforms
-from gfl.folding import folded
 from gfl.inference.detections import Detections
-from gfl.model.detector import Detector, place
+from gfl.model.detector import Detector, folded, place
 from gfl.model.postprocess import Predictions
 
 ImageLike: TypeAlias = str | Path | bytes | NDArray[np.uint8] | Tensor | Image.Image

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from gfl.data.dataset import DetectionDataset
 from gfl.model.postprocess import Predictions
-from gfl.rows import Rows
+from gfl.structures import Rows
 
 DPI = 120
 PANEL_INCHES = 3.0
@@ -71,7 +71,7 @@ def draw_pairs(
 
     Args:
         images: RGB pixels (3, H, W), uint8.
-        found: Of each detector, of each image: rows as `gfl.rows.Rows` says, (N, 7).
+        found: Of each detector, of each image: rows as `gfl.structures.Rows` says, (N, 7).
         names: Of the classes, by category id.
         titles: What the detectors are called.
         path: The PNG file.

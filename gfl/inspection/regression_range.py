@@ -16,12 +16,11 @@ import torch
 from torch import Tensor
 
 from gfl.config.schema import Config, DataConfig, ModelConfig
+from gfl.data.dataset import fitted_size
 from gfl.data.split import ImageRecord
-from gfl.data.transforms import fitted_size
 from gfl.model.assigner import assign, pad_targets
-from gfl.model.boxes import xyxy_to_ltrb
+from gfl.model.boxes import STRIDES, Points, grid_points, xyxy_to_ltrb
 from gfl.model.losses import REACH_MARGIN
-from gfl.points import STRIDES, Points, grid_points
 
 ENOUGH = 0.001
 """A suggested `reg_max` clips less than this share of edges."""

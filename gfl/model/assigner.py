@@ -15,8 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from gfl.model.boxes import box_iou, xyxy_to_ltrb
-from gfl.points import Points
+from gfl.model.boxes import Points, box_iou, xyxy_to_ltrb
 
 PRIOR_SCALE = 8
 """Side of a location's square prior, in strides."""
@@ -219,3 +218,67 @@ def _wins(location: Tensor, claim: Tensor, truth: Tensor, locations: int) -> Ten
     last = truth.new_full((len(claim), locations), nobody)
     first = last.scatter_reduce(1, location, truth.where(highest, nobody), "amin")
     return highest & (truth == first.gather(1, location))
+
+
+@dataclass(frozen=True)
+class Aim:
+    """What the candidates are to learn; geometry is in units of their strides.
+
+    Attributes:
+        learns: Whether a candidate learns its object, (B, N); the others' boxes mean nothing.
+        valid: Whether a location takes part, (B, P).
+        location: Of every candidate, (B, N).
+        label: The object's class, (B, N).
+        xy: Of every candidate, (B, N, 2).
+        boxes: The object's `xyxy`, (B, N, 4).
+        ltrb: The distances to its edges, (B, N, 4).
+    """
+
+    learns: Tensor
+    valid: Tensor
+    location: Tensor
+    label: Tensor
+    xy: Tensor
+    boxes: Tensor
+    ltrb: Tensor
+
+    def of(self, values: Tensor) -> Tensor:
+        """Return the `values` (B, P, D) of the candidates, (B, N, D)."""
+        return values.gather(1, self.location.unsqueeze(-1).expand(-1, -1, values.shape[-1]))
+
+    def of_label(self, logits: Tensor) -> Tensor:
+        """Return the `logits` (B, P, C) of the candidates' classes, (B, N)."""
+        return logits.flatten(1).gather(1, self.location * logits.shape[2] + self.label)
+
+    def summed(self, background: Tensor, objects: Tensor) -> Tensor:
+        """Return a loss of scores, summed over all locations and classes.
+
+        Args:
+            background: Without any object, (B, P, C).
+            objects: What each candidate changes of it if it learns, (B, N).
+        """
+        return (background.sum(dim=-1) * self.valid).sum() + self.total(objects)
+
+    def total(self, values: Tensor) -> Tensor:
+        """Return the sum of `values` (B, N) over the candidates that learn.
+
+        In the order of locations, so that padding of the ground truths changes no digit.
+        """
+        nothing = torch.zeros_like(self.valid, dtype=values.dtype)
+        return nothing.scatter_add(1, self.location, values * self.learns).sum()
+
+
+def find_aim(points: Points, targets: Targets, topk: int) -> Aim:
+    """Return what the candidates of `targets` learn (ATSS with `topk` of a level)."""
+    found = match(points, targets, topk)
+    boxes = targets.boxes.gather(1, found.truth.unsqueeze(-1).expand(-1, -1, 4)) / found.stride
+    xy = found.xy / found.stride
+    return Aim(
+        learns=found.learns,
+        valid=valid_locations(points, targets.sizes),
+        location=found.location,
+        label=targets.labels.gather(1, found.truth),
+        xy=xy,
+        boxes=boxes,
+        ltrb=xyxy_to_ltrb(xy, boxes),
+    )

@@ -4,13 +4,105 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import partial
 
+import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from torchvision.models import ResNet, resnet18, resnet34, resnet50, resnet101
 from torchvision.models.resnet import Bottleneck
+from torchvision.ops import FeaturePyramidNetwork, deform_conv2d
+from torchvision.ops.feature_pyramid_network import ExtraFPNBlock
 
 from gfl.config.schema import BackboneConfig
-from gfl.deformable import DeformableConv2d
+
+
+class DeformableConv2d(nn.Conv2d):
+    """A convolution whose samples are moved by offsets that it predicts from its own input.
+
+    Parameter names are the reference's: `weight`, `conv_offset.weight`, `conv_offset.bias`. All
+    groups share one set of offsets, which starts at zero: then v1 is a plain convolution, and v2
+    half of one (its mask is `sigmoid(0)`).
+    """
+
+    def __init__(self, convolution: nn.Conv2d, version: int) -> None:
+        """Take the place of `convolution`, without a bias, with its weights."""
+        assert convolution.bias is None
+        assert isinstance(convolution.padding, tuple)
+        super().__init__(
+            convolution.in_channels,
+            convolution.out_channels,
+            (convolution.kernel_size[0], convolution.kernel_size[1]),
+            stride=(convolution.stride[0], convolution.stride[1]),
+            padding=(convolution.padding[0], convolution.padding[1]),
+            dilation=(convolution.dilation[0], convolution.dilation[1]),
+            groups=convolution.groups,
+            bias=False,
+        )
+        self.weight = convolution.weight
+        self._modulated = version == 2
+        self._offsets = 2 * self.kernel_size[0] * self.kernel_size[1]
+        self.conv_offset = nn.Conv2d(
+            self.in_channels,
+            self._offsets * 3 // 2 if self._modulated else self._offsets,
+            (self.kernel_size[0], self.kernel_size[1]),
+            stride=(self.stride[0], self.stride[1]),
+            padding=(convolution.padding[0], convolution.padding[1]),
+            dilation=(self.dilation[0], self.dilation[1]),
+        )
+        nn.init.zeros_(self.conv_offset.weight)
+        assert self.conv_offset.bias is not None
+        nn.init.zeros_(self.conv_offset.bias)
+
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002 (torch's name)
+        """Return (B, out_channels, H', W') of `input` (B, in_channels, H, W)."""
+        moved = self.conv_offset(input)
+        mask = moved[:, self._offsets :].float().sigmoid() if self._modulated else None
+        # Positions need float32, and torchvision's kernel knows autocast on GPUs only.
+        with torch.autocast(input.device.type, enabled=False):
+            sampled = deform_conv2d(
+                input.float(),
+                moved[:, : self._offsets].float(),
+                self.weight,
+                self.bias,
+                stride=self.stride,
+                padding=self.padding,
+                dilation=self.dilation,
+                mask=mask,
+            )
+        return sampled.to(moved.dtype)
+
+
+class StridedLevels(ExtraFPNBlock):
+    """P6 by a stride-2 convolution on P5, P7 likewise on P6."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.p6 = nn.Conv2d(channels, channels, 3, stride=2, padding=1)
+        self.p7 = nn.Conv2d(channels, channels, 3, stride=2, padding=1)
+
+    def forward(
+        self, results: list[Tensor], x: list[Tensor], names: list[str]
+    ) -> tuple[list[Tensor], list[str]]:
+        """Append the two levels to `results` (torchvision's interface)."""
+        p6 = self.p6(results[-1])
+        return [*results, p6, self.p7(p6)], [*names, "p6", "p7"]
+
+
+class FPN(nn.Module):
+    """Five levels of `channels` each."""
+
+    def __init__(self, in_channels: list[int], channels: int) -> None:
+        super().__init__()
+        self.levels = FeaturePyramidNetwork(in_channels, channels, StridedLevels(channels))
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d) and module.bias is not None:
+                nn.init.xavier_uniform_(module.weight)
+                nn.init.zeros_(module.bias)
+
+    def forward(self, features: list[Tensor]) -> list[Tensor]:
+        """Return P3..P7, (B, channels, H_l, W_l) each, of C3, C4, C5."""
+        named = dict(zip(("p3", "p4", "p5"), features, strict=True))
+        return list(self.levels(named).values())
+
 
 BUILDERS: dict[str, Callable[[], ResNet]] = {
     "resnet18": resnet18,

@@ -4,20 +4,20 @@ Shapes: B images, P locations over all levels, C classes, G padded ground truths
 all ground truths (`assigner.Matches`), R bins (`ModelConfig.bins`).
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from copy import deepcopy
+from itertools import pairwise
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
-from gfl.aim import Aim, find_aim
 from gfl.config.schema import Config, ModelConfig
-from gfl.fpn import FPN
-from gfl.integral import build_edges
-from gfl.model.assigner import Targets, pad_targets
-from gfl.model.backbone import Backbone
-from gfl.model.boxes import box_iou, ltrb_centerness, ltrb_to_xyxy
-from gfl.model.head import Head
+from gfl.model.assigner import Aim, Targets, find_aim, pad_targets
+from gfl.model.backbone import FPN, Backbone
+from gfl.model.boxes import Points, box_iou, grid_points, ltrb_centerness, ltrb_to_xyxy
+from gfl.model.head import Head, build_edges
 from gfl.model.losses import (
     FOCAL_ALPHA,
     FOCAL_GAMMA,
@@ -30,8 +30,7 @@ from gfl.model.losses import (
     quality_focal_loss,
 )
 from gfl.model.postprocess import Predictions, postprocess
-from gfl.ops.convolution import convert
-from gfl.points import Points, grid_points
+from gfl.ops.convolution import Convolution, PredictingConvolution, convert
 
 DISTILLATION = "ld"
 """The part of the objective that a teacher adds."""
@@ -275,3 +274,33 @@ def _full_sizes(images: Tensor) -> Tensor:
     height, width = images.shape[-2:]
     rows = torch.full((len(images), 1), height, device=images.device)
     return torch.cat([rows, torch.full_like(rows, width)], dim=1)
+
+
+@torch.no_grad()
+def folded(detector: Detector) -> Detector:
+    """Return a copy that predicts the same, without a pass over maps for every norm.
+
+    In evaluation mode a BatchNorm is a factor and a term per channel, which its convolution takes.
+    """
+    copy = deepcopy(detector).eval().requires_grad_(False)
+    for module in list(copy.backbone.modules()):
+        for convolution, name, norm in _pairs(module):
+            assert norm.running_mean is not None
+            assert norm.running_var is not None
+            factor = norm.weight.double() / (norm.running_var.double() + norm.eps).sqrt()
+            term = norm.bias.double() - norm.running_mean.double() * factor
+            weight = convolution.weight
+            weight.copy_(weight.double() * factor.view(-1, 1, 1, 1))
+            convolution.bias = nn.Parameter(term.to(weight), requires_grad=False)
+            setattr(module, name, nn.Identity())
+    for module in copy.modules():
+        if type(module) is Convolution:
+            module.__class__ = PredictingConvolution
+    return copy
+
+
+def _pairs(module: nn.Module) -> Iterator[tuple[nn.Conv2d, str, _BatchNorm]]:
+    """Give each convolution among the children of `module` that a norm follows, and the norm."""
+    for (_, first), (name, second) in pairwise(list(module.named_children())):
+        if isinstance(first, nn.Conv2d) and isinstance(second, _BatchNorm):
+            yield first, name, second

@@ -8,10 +8,113 @@ import math
 import torch
 from torch import Tensor, nn
 
-from gfl.config.schema import ModelConfig
+from gfl.config.schema import ModelConfig, QualityPredictorConfig
+from gfl.model.boxes import STRIDES
 from gfl.ops.convolution import over
-from gfl.points import STRIDES
-from gfl.quality import QualityPredictor, joint_logits
+
+LARGEST_LOG_DISTANCE = 10.0
+"""Of a Dirac edge, in strides: far beyond any image, and areas stay finite in float32."""
+
+
+class Integral(nn.Module):
+    """The general distribution of every edge.
+
+    Its bins are `0, bin_width, ..., reg_max * bin_width`, in strides.
+    """
+
+    bins: Tensor
+
+    def __init__(self, reg_max: int, bin_width: float = 1.0) -> None:
+        super().__init__()
+        self.reg_max = reg_max
+        self.bin_width = bin_width
+        self.register_buffer("bins", torch.arange(reg_max + 1) * bin_width, persistent=False)
+
+    def distribution(self, logits: Tensor) -> Tensor:
+        """Return the probability of every bin, (..., 4, R), in float32."""
+        return logits.float().unflatten(-1, (4, self.reg_max + 1)).softmax(dim=-1)
+
+    def forward(self, logits: Tensor) -> Tensor:
+        """Return the expected `ltrb` (..., 4) in strides (equation 5)."""
+        with torch.autocast(logits.device.type, enabled=False):  # which would lower the product
+            return self.distribution(logits) @ self.bins
+
+    def describe(self, logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return mean and standard deviation (..., 4), in strides, and distribution (..., 4, R)."""
+        distribution = self.distribution(logits)
+        return (*self.moments(distribution), distribution)
+
+    def moments(self, distribution: Tensor) -> tuple[Tensor, Tensor]:
+        """Return mean and standard deviation (..., 4) of `distribution` (..., 4, R), in strides."""
+        mean = (distribution * self.bins).sum(dim=-1)
+        variance = (distribution * (self.bins - mean.unsqueeze(-1)).square()).sum(dim=-1)
+        return mean, variance.sqrt()
+
+
+class Dirac(nn.Module):
+    """The Dirac delta of every edge: one distance, all of the probability (R = 1).
+
+    Decodes as FCOS does (Tian et al., ICCV 2019), which keeps distances positive.
+    """
+
+    def forward(self, logits: Tensor) -> Tensor:
+        """Return `ltrb` (..., 4) in strides, `exp` of `logits`, in float32 and never infinite."""
+        return logits.float().clamp(max=LARGEST_LOG_DISTANCE).exp()
+
+    def describe(self, logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return distance and spread (..., 4), which is 0, and the one bin's share (..., 4, 1)."""
+        distance = self(logits)
+        return distance, torch.zeros_like(distance), torch.ones_like(distance).unsqueeze(-1)
+
+
+def build_edges(config: ModelConfig) -> Integral | Dirac:
+    """Return what turns the logits of edges into distances."""
+    if config.edges == "dirac":
+        return Dirac()
+    return Integral(config.reg_max, config.bin_width)
+
+
+LARGEST_LOG_SCORE = -1e-7
+"""Joint scores stay under 1 by this much, so that their logit is finite in float32."""
+
+
+class QualityPredictor(nn.Module):
+    """The distribution-guided quality predictor: a sharp distribution is a well-placed edge.
+
+    It reads the `topk` highest probabilities of each of the four distributions and their mean, and
+    gives one number per location (section 3.2).
+    """
+
+    def __init__(self, config: QualityPredictorConfig, bins: int) -> None:
+        super().__init__()
+        self._topk = config.topk
+        self._bins = bins
+        self.layers = nn.Sequential(
+            nn.Conv2d(4 * (config.topk + 1), config.hidden, 1),
+            nn.ReLU(inplace=True),
+            nn.Conv2d(config.hidden, 1, 1),
+        )
+
+    def forward(self, reg_logits: Tensor) -> Tensor:
+        """Return quality logits (B, 1, H, W) of distribution logits (B, 4 * R, H, W)."""
+        probability = reg_logits.float().unflatten(1, (4, self._bins)).softmax(dim=2)
+        highest = probability.topk(self._topk, dim=2).values  # (B, 4, topk, H, W)
+        statistics = torch.cat([highest, highest.mean(dim=2, keepdim=True)], dim=2)
+        return self.layers(statistics.flatten(1, 2))
+
+
+def joint_logits(cls_logits: Tensor, quality_logits: Tensor) -> Tensor:
+    """Return the logits of `sigmoid(cls_logits) * sigmoid(quality_logits)`, in float32.
+
+    GFLv2's score J = C * I (equation 4) as a logit, so that losses and predictions need not know
+    of it: log(J) is a sum, and logit(J) = log(J) - log(1 - J).
+    """
+    log_score = (
+        nn.functional.logsigmoid(cls_logits.float())
+        + nn.functional.logsigmoid(quality_logits.float())
+    ).clamp(max=LARGEST_LOG_SCORE)
+    return log_score - (-torch.expm1(log_score)).log()
+
 
 PRIOR_PROBABILITY = 0.01
 """Score of every class at the start of training (Lin et al., ICCV 2017)."""

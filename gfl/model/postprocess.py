@@ -14,10 +14,9 @@ from torch import Tensor
 from torchvision.ops import batched_nms
 
 from gfl.config.schema import PostprocessConfig
-from gfl.integral import Dirac, Integral
-from gfl.model.boxes import ltrb_to_xyxy
-from gfl.points import Points
-from gfl.rows import Rows
+from gfl.model.boxes import Points, ltrb_to_xyxy
+from gfl.model.head import Dirac, Integral
+from gfl.structures import Rows
 
 
 @dataclass(frozen=True)

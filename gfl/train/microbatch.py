@@ -1,11 +1,16 @@
 """The training objective as one forward pass: what workers share and the compiler compiles."""
 
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+
 import torch
 from torch import Tensor, nn
 
 from gfl.config.schema import Config
+from gfl.data.dataset import Batch
 from gfl.model.assigner import Targets
-from gfl.model.detector import DISTILLATION, Detector, loss_names
+from gfl.model.detector import DISTILLATION, Detector, loss_names, mean_amounts
 
 PRECISIONS = {
     "float32": torch.float32,
@@ -91,3 +96,122 @@ def _require_same_bins(teacher: Config, student: Config) -> None:
                 f"loss.distillation.teacher: {section}.{key} is {theirs} in the teacher, but "
                 f"{ours} here; a student takes its teacher's"
             )
+
+
+@dataclass(frozen=True)
+class Pass:
+    """Images of a share that go through the network together.
+
+    Attributes:
+        images: Normalised, (B, 3, H, W).
+        targets: Of these images.
+        weight: How much its losses count in those of its share.
+    """
+
+    images: Tensor
+    targets: Targets
+    weight: float
+
+
+def cut(detector: Detector, share: Batch, images_per_pass: int | None) -> list[Pass]:
+    """Return a share in passes of `images_per_pass` images; in one by default."""
+    images = detector.normalize(share.pixels, share.targets.sizes)
+    images = images.contiguous(memory_format=torch.channels_last)
+    count = len(images)
+    size = min(images_per_pass or count, count)
+    parts = [slice(start, start + size) for start in range(0, count, size)]
+    return [
+        Pass(images[part], _select(share.targets, part), len(images[part]) / count)
+        for part in parts
+    ]
+
+
+def divisors(objective: Objective, shares: Sequence[list[Pass]], total: int) -> list[Tensor]:
+    """Return what normalises the first pass of every share, the second, and so on: (2,) each.
+
+    That is `mean_amounts` over these passes of all shares, as if they ran at once on as many
+    workers. Takes a forward pass of each.
+
+    Args:
+        objective: What is trained.
+        shares: This worker's.
+        total: Shares of all workers.
+    """
+    with statistics_kept(objective.detector):
+        amounts = [
+            torch.stack([objective.amounts(each.images, each.targets) for each in share])
+            for share in shares
+        ]
+    return list(mean_amounts(torch.stack(amounts).sum(dim=0), total))
+
+
+@contextmanager
+def statistics_kept(detector: Detector) -> Iterator[None]:
+    """Leave the running statistics of BatchNorm as they are.
+
+    Training takes those of the first worker; hence of its first share.
+    """
+    norms = [module for module in detector.modules() if isinstance(module, nn.BatchNorm2d)]
+    for norm in norms:
+        norm.track_running_stats = False
+    try:
+        yield
+    finally:
+        for norm in norms:
+            norm.track_running_stats = True
+
+
+def _select(targets: Targets, part: slice) -> Targets:
+    """Return the targets of some of the images."""
+    chosen = {name: value[part] for name, value in vars(targets).items()}
+    return replace(targets, **chosen)
+
+
+def first_non_finite(
+    objective: Objective, images: Tensor, targets: Targets, divisors: Tensor | None = None
+) -> str | None:
+    """Repeat one training step; return the name of its first tensor with NaN or infinity, if any.
+
+    Looks at the inputs, the parameters, every module's output in the order of execution, the losses
+    and at last the gradients. Waits for the device all along: meant for the one step that failed.
+    """
+    detector = objective.detector
+    tensors = {"input images": images, "input boxes": targets.boxes}
+    tensors |= {f"parameter {name}": p for name, p in detector.named_parameters()}
+    # Go on even so: workers that found nothing wait for this one in the objective's all-reduce.
+    culprits = [name for name, tensor in tensors.items() if not _finite(tensor)]
+    hooks = [
+        module.register_forward_hook(_watch(name, culprits))
+        for name, module in detector.named_modules()
+        if name
+    ]
+    try:
+        # A compiled call would pass by the hooks.
+        losses = objective.forward(images, targets, divisors)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    named = zip(objective.names, losses, strict=True)
+    culprits += [f"loss {name}" for name, loss in named if not _finite(loss)]
+    if culprits:
+        return culprits[0]
+    detector.zero_grad()
+    losses.sum().backward()
+    gradients = {name: p.grad for name, p in detector.named_parameters() if p.grad is not None}
+    # Backpropagation runs from the head to the stem.
+    for name, gradient in reversed(gradients.items()):
+        if not _finite(gradient):
+            return f"gradient of {name}"
+    return None
+
+
+def _watch(name: str, culprits: list[str]) -> Callable[[nn.Module, tuple[Tensor], object], None]:
+    def hook(_module: nn.Module, _inputs: tuple[Tensor], output: object) -> None:
+        if isinstance(output, Tensor) and not _finite(output):
+            culprits.append(f"output of {name}")
+
+    return hook
+
+
+def _finite(tensor: Tensor) -> bool:
+    return bool(tensor.isfinite().all())

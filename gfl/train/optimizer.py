@@ -1,10 +1,74 @@
 """Optimizer and learning-rate schedule."""
 
+from copy import deepcopy
+from math import cos, pi
+
+import torch
 from torch import Tensor, nn, optim
 from torch.optim.lr_scheduler import LambdaLR
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from gfl.config.schema import Config, ScheduleConfig
-from gfl.rates import lr_factor, scaled_lr
+from gfl.model.detector import Detector
+
+
+class Average:
+    """The average of a detector's weights and statistics over its training.
+
+    torch's `AveragedModel` keeps its count on the host and copies it to the device in every step,
+    which waits for the device; this one needs no count.
+
+    Attributes:
+        detector: The average, as a detector of its own.
+    """
+
+    def __init__(self, detector: Detector, decay: float) -> None:
+        """Start from the present weights; each step keeps `decay` of the average."""
+        self.detector = deepcopy(detector).requires_grad_(False)
+        self._fold = get_ema_multi_avg_fn(decay)
+
+    def add(self, detector: Detector) -> None:
+        """Fold in the present weights of `detector`; counters are taken over."""
+        pairs = list(zip(self.detector.state_dict().values(), detector.state_dict().values(),
+                         strict=True))  # fmt: skip
+        average, present = zip(*(p for p in pairs if p[0].is_floating_point()), strict=True)
+        self._fold(list(average), list(present), torch.empty(0))
+        for counter, now in pairs:
+            if not counter.is_floating_point():
+                counter.copy_(now)
+
+
+ONE_CYCLE_RISE = 0.3
+"""Share of training in which the one-cycle rate rises (Smith & Topin, 2018; torch's default)."""
+
+ONE_CYCLE_START = 1 / 25
+
+ONE_CYCLE_END = 1e-5
+
+
+def scaled_lr(config: Config) -> float:
+    """Return the peak learning rate for `data.batch` images a step (linear: Goyal et al., 2017)."""
+    return config.optim.lr * config.data.batch / config.optim.lr_batch
+
+
+def lr_factor(step: int, config: ScheduleConfig, steps_per_epoch: int) -> float:
+    """Return the learning rate at `step` (from 0), relative to its peak."""
+    if config.name == "one_cycle":
+        return _one_cycle(step / max(1, config.epochs * steps_per_epoch - 1))
+    factor = config.gamma ** sum(step >= epoch * steps_per_epoch for epoch in config.milestones)
+    if step < config.warmup_steps:
+        factor *= config.warmup_start + (1 - config.warmup_start) * step / config.warmup_steps
+    return factor
+
+
+def _one_cycle(progress: float) -> float:
+    """Return the factor at `progress` in 0..1: a cosine up to 1, one down to `ONE_CYCLE_END`."""
+    if progress < ONE_CYCLE_RISE:
+        start, end, share = ONE_CYCLE_START, 1.0, progress / ONE_CYCLE_RISE
+    else:
+        share = min(1.0, (progress - ONE_CYCLE_RISE) / (1 - ONE_CYCLE_RISE))
+        start, end = 1.0, ONE_CYCLE_END
+    return end + (start - end) * (1 + cos(pi * share)) / 2
 
 
 def build_optimizer(detector: nn.Module, config: Config) -> optim.Optimizer:

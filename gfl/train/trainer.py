@@ -9,8 +9,6 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from gfl.accumulation import Pass, cut, divisors, statistics_kept
-from gfl.average import Average
 from gfl.checkpoint.files import WEIGHTS, About, read_about
 from gfl.checkpoint.pretrained import load_weights
 from gfl.checkpoint.snapshot import Snapshot, load_checkpoint, read_training, take_snapshot
@@ -18,13 +16,11 @@ from gfl.config.loader import ConfigError, dump_config
 from gfl.config.schema import Config
 from gfl.data.dataset import Batch, DetectionDataset, TrainBatches, collate
 from gfl.data.split import Split
-from gfl.diagnosis import first_non_finite
 from gfl.errors import NonFiniteLossError
 from gfl.model.detector import Detector, place
 from gfl.ops.allocator import keep_freed_memory
-from gfl.rates import scaled_lr
-from gfl.train.microbatch import Objective
-from gfl.train.optimizer import build_optimizer, build_scheduler
+from gfl.train.microbatch import Objective, Pass, cut, divisors, first_non_finite, statistics_kept
+from gfl.train.optimizer import Average, build_optimizer, build_scheduler, scaled_lr
 
 
 class Trainer:

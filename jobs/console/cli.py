@@ -6,6 +6,7 @@ import re
 import shlex
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Self
@@ -14,6 +15,9 @@ from rich.console import Console
 from rich.live import Live
 from rich.logging import RichHandler
 from rich.table import Table
+
+from gfl_platform.sweeps.formatting import point_label
+from gfl_platform.sweeps.trials import Trial
 
 LOSSES = ("qfl", "focal", "centerness", "giou", "dfl", "ld")
 """Shown where a training has them."""
@@ -169,3 +173,49 @@ class Progress:
         elif time.monotonic() - self._last_line >= PLAIN_LINE_SECONDS:
             self._last_line = time.monotonic()
             console.print(line, soft_wrap=True)
+
+
+class SweepProgress(Progress):
+    """Shows a sweep."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._trials: dict[str, Trial] = {}
+        self._epochs: dict[str, float] = {}
+
+    def show_trial(self, trial: Trial, event: Mapping[str, Any]) -> None:
+        """Show what happened to a trial."""
+        self._trials[trial.id] = trial
+        match event["kind"]:
+            case "steps":
+                self._epochs[trial.id] = event["epoch"]
+            case "failure" if not event["final"]:
+                console.print(f"{_name(trial)}: a worker stopped ({event['reason']}); going on")
+            case "ended":
+                console.print(f"{_name(trial)}: {_end(trial)}", soft_wrap=True)
+        self._show_line(self._summary())
+
+    def _summary(self) -> str:
+        counts = Counter(trial.state for trial in self._trials.values())
+        states = ", ".join(f"{count} {state}" for state, count in counts.items())
+        running = "  ".join(
+            f"{trial.id}: epoch {self._epochs.get(trial.id, 0.0):.2f}{_quality(trial)}"
+            for trial in self._trials.values()
+            if trial.state == "running"
+        )
+        return f"{states}   {running}"
+
+
+def _name(trial: Trial) -> str:
+    return f"trial {trial.id}  {point_label(trial.point)}  seed {trial.seed}"
+
+
+def _quality(trial: Trial) -> str:
+    return f" ({trial.curve[-1][1]:.3f})" if trial.curve else ""
+
+
+def _end(trial: Trial) -> str:
+    if trial.cause:
+        return f"{trial.state} ({trial.cause})"
+    ap = f", AP {trial.figures['AP']:.4f}" if "AP" in trial.figures else ""
+    return f"{trial.state} after {trial.epochs} epochs{ap}, {trial.seconds:.0f} s"

@@ -1,15 +1,82 @@
 """The tables of `jobs.inspect`."""
 
-from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rich.table import Table
+
+from jobs.console.cli import console
+
+if TYPE_CHECKING:
+    from gfl_platform.evaluation.benchmark import Benchmark
+from collections.abc import Iterable, Sequence
+
 from rich.text import Text
 
 from gfl.config.schema import ModelConfig
-from gfl.inspection.findings import Finding
-from gfl.inspection.inspection import Inspection, SplitStatistics, Spread
+from gfl.inspection.findings import Finding, Inspection, SplitStatistics, Spread
 from gfl.inspection.regression_range import Reach
-from jobs.console.cli import console
+from gfl_platform.sweeps.analysis.statistics import seeds_of
+from gfl_platform.sweeps.analysis.verdicts import (
+    Analysis,
+    analyse,
+    cost_line,
+    figure_of,
+    warnings_of,
+)
+from gfl_platform.sweeps.formatting import axis_name, point_label
+from gfl_platform.sweeps.trials import SweepResults
+
+
+def show_benchmark(model: str, found: "Benchmark") -> None:
+    """Print a line for each variant, and the model's size."""
+    table = Table(title=model, title_justify="left")
+    for heading in ("variant", "FPS", "p50, ms", "p90, ms", "p99, ms", "peak, MiB", "protocol"):
+        table.add_column(heading, justify="left" if heading in ("variant", "protocol") else "right")
+    for timing in found.timings:
+        if timing.unavailable:
+            table.add_row(timing.name, "-", "-", "-", "-", "-", timing.unavailable)
+            continue
+        latencies = (f"{value:.2f}" for value in timing.percentiles_ms.values())
+        peak = f"{timing.peak_bytes / 2**20:.0f}" if timing.peak_bytes else ""
+        table.add_row(timing.name, f"{timing.fps:.2f}", *latencies, peak, timing.hash)
+    console.print(table)
+    height, width = found.size
+    protocol = found.standard.protocol
+    console.print(
+        f"{found.parameters / 1e6:.2f} M parameters, {found.flops / 1e9:.2f} GFLOPs at "
+        f"{height} x {width} px; {len(found.standard.milliseconds)} passes over "
+        f"{protocol['images']} images on {protocol['device']}, {protocol['threads']} threads, "
+        f"torch {protocol['torch']}",
+        soft_wrap=True,
+    )
+    console.print("latency: of a forward pass and its post-processing; loading is in end to end")
+
+
+def draw_latencies(found: "Benchmark", path: Path) -> None:
+    """Draw a histogram of the latencies of every variant into a PNG."""
+    import numpy as np
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    timings = [timing for timing in found.timings if not timing.unavailable]
+    figure = Figure(figsize=(7, 1.6 * len(timings) + 0.6), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(len(timings), squeeze=False)[:, 0]
+    for each, timing in zip(axes, timings, strict=True):
+        highest = np.percentile(timing.milliseconds, 99.5)
+        each.hist(np.clip(timing.milliseconds, None, highest), bins=60, color="#0072B2")
+        for name, value in timing.percentiles_ms.items():
+            each.axvline(min(value, highest), color="#D55E00", linewidth=1)
+            each.annotate(f"{name} {value:.1f}", (min(value, highest), 1),
+                          xycoords=("data", "axes fraction"), fontsize=7, rotation=90, va="top",
+                          ha="right")  # fmt: skip
+        each.set_title(f"{timing.name}: {timing.fps:.1f} FPS", fontsize=9, loc="left")
+        each.set_ylabel("passes", fontsize=8)
+        each.tick_params(labelsize=7)
+    axes[-1].set_xlabel("ms a forward pass, post-processing included", fontsize=8)
+    figure.savefig(path, dpi=120)
+
 
 CLASSES_SHOWN = 30
 """Of more classes, the most and the least frequent ones."""
@@ -103,3 +170,72 @@ def _bin_widths(reach: Reach, model: ModelConfig) -> Iterable[tuple[str, ...]]:
 def _finding(finding: Finding) -> tuple[str, ...]:
     kind = "ERROR" if finding.error else "warning"
     return kind, finding.split, f"{finding.count}", finding.what, "\n".join(finding.details)
+
+
+POINTS_SHOWN = 10
+
+FAILURES_SHOWN = 10
+
+
+def show_sweep(results: SweepResults) -> None:
+    """Print the best points, the verdicts, a paper's figures, the failures and the cost."""
+    found = analyse(results)
+    if found.points:
+        metrics = [
+            metric
+            for metric in dict.fromkeys((*results.sweep.objectives, "AP", "fps"))
+            if any(metric in point.figures for point in found.points)
+        ]
+        names = ["point", *map(axis_name, metrics), "seeds"]
+        _show_folded("best points, mean ± sd over seeds", names, _points(found, metrics))
+    _show_folded("verdicts, paired over seeds", ["key", "default", "verdict"], _verdicts(found))
+    if found.published:
+        names = ["point", "", "paper", "ours", "paper, diff.", "ours, diff.", "seeds"]
+        _show_folded("the paper's figures and ours", names, _published(found))
+    failures = [t for t in found.unfinished if t.state in ("failed", "nan")]
+    if failures:
+        rows = [(point_label(t.point), f"{t.seed}", t.cause or t.state) for t in failures]
+        hidden = len(rows) - FAILURES_SHOWN
+        more = [(f"... {hidden} more", "", "")] if hidden > 0 else []
+        _show_folded("failures", ["point", "seed", "cause"], [*rows[:FAILURES_SHOWN], *more])
+    states = ", ".join(f"{count} {state}" for state, count in found.cost.states.items())
+    for line in (*warnings_of(found), f"{len(results.trials)} trials: {states}", cost_line(found)):
+        console.print(Text(line))
+
+
+def _show_folded(title: str, names: list[str], rows: Iterable[tuple[str, ...]]) -> None:
+    table = Table(title=title, title_justify="left")
+    for name in names:
+        table.add_column(Text(name), overflow="fold")
+    for row in rows:
+        table.add_row(*map(Text, row))  # a name in brackets is no markup
+    console.print(table)
+
+
+def _points(found: Analysis, metrics: Sequence[str]) -> Iterable[tuple[str, ...]]:
+    for point in found.points[:POINTS_SHOWN]:
+        name = point_label(point.point) + (" (default)" if point.default else "")
+        figures = [figure_of(point, metric) for metric in metrics]
+        yield name, *figures, seeds_of(point)
+
+
+def _verdicts(found: Analysis) -> Iterable[tuple[str, ...]]:
+    for verdict in found.verdicts:
+        whole = len(verdict.keys) > 1
+        yield "all together" if whole else verdict.keys[0], verdict.default, verdict.text
+
+
+def _published(found: Analysis) -> Iterable[tuple[str, ...]]:
+    for row in found.published:
+        name = point_label(row.point) + (" (reference)" if row.reference else "")
+        for number, (metric, value) in enumerate(row.paper.items()):
+            ours, theirs = row.our_difference.get(metric), row.paper_difference.get(metric)
+            yield (
+                "" if number else name,
+                metric,
+                f"{value:.1f}",
+                f"{row.ours[metric]:.2f}" if metric in row.ours else "-",
+                "-" if theirs is None else f"{theirs:+.1f}",
+                "-" if ours is None else f"{ours:+.2f}",
+                f"{row.seeds or '-'}",
+            )

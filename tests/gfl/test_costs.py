@@ -140,7 +140,7 @@ def test_winograds_algorithm_takes_the_levels_together():
         ("import gfl_platform.registry.gate", {"ray", "pandas", "numpy", "hotcoco"}),
         ("import jobs.sweep, jobs.evaluate, jobs.benchmark", set()),
         (
-            "from gfl_platform.trainers import ProcessGroup as P; P().backend_cls()",
+            "from gfl_platform.cluster.launch import ProcessGroup as P; P().backend_cls()",
             {"ray", "pandas", "numpy"},
         ),
     ],

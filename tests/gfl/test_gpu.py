@@ -14,9 +14,8 @@ from gfl.evaluation.protocol import Variant
 from gfl.evaluation.speed import measure_latency, peak_memory
 from gfl.export.export import export
 from gfl.export.exportable import Form
-from gfl.folding import folded
 from gfl.inference.predictor import Model
-from gfl.model.detector import place
+from gfl.model.detector import folded, place
 from gfl.train.engine import fit
 from gfl.train.trainer import Trainer
 

@@ -4,7 +4,7 @@ import sys
 
 import pytest
 
-from gfl_platform.imports import imported_meanwhile
+from gfl_platform.cluster.resources import imported_meanwhile
 
 
 def test_what_is_imported_meanwhile_is_there_after(monkeypatch):

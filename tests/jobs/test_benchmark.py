@@ -26,7 +26,7 @@ def words(**given):
 
 
 def test_variants_are_what_the_command_line_asks_for():
-    from jobs.benchmark_variants import parse_variants
+    from jobs.benchmark import parse_variants
 
     found = parse_variants(words(precision="float32,bfloat16", batches="8"))
     assert found == [

@@ -1,8 +1,10 @@
 """What a cluster can have at most: what it has, or what its autoscaler may add."""
 
+import importlib
 import os
+import threading
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from math import inf
 from pathlib import Path
 from typing import Any
@@ -77,3 +79,20 @@ def _most_of(kind: str, definition: Mapping[str, Any]) -> float:
         total += nodes * each.get("resources", {}).get(kind, 0)
         left -= nodes
     return float(total)
+
+
+@contextmanager
+def imported_meanwhile(*modules: str) -> Iterator[None]:
+    """Import modules in a thread while other processes are waited for."""
+
+    def load() -> None:
+        for module in modules:
+            with suppress(Exception):  # whoever needs it is told
+                importlib.import_module(module)
+
+    thread = threading.Thread(target=load, name="imports", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        thread.join()

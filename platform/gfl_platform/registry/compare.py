@@ -11,7 +11,7 @@ from gfl.evaluation.bootstrap import Gain, measure_gain
 from gfl.evaluation.coco_eval import score_images
 from gfl.evaluation.protocol import differences
 from gfl.inference.visualize import draw_pairs
-from gfl.rows import Rows
+from gfl.structures import Rows
 from gfl_platform.cluster.events import Watcher
 from gfl_platform.config import JobConfig
 from gfl_platform.registry.measurement import (

@@ -16,7 +16,7 @@ from gfl.config.schema import SplitConfig
 from gfl.data import render_shapes
 from gfl.data.split import Split, read_split
 from gfl.evaluation.protocol import protocol_hash
-from gfl.rows import Rows
+from gfl.structures import Rows
 from gfl_platform.cluster.events import Watcher
 from gfl_platform.config import JobConfig
 from gfl_platform.evaluation.evaluate import evaluate_checkpoint
@@ -45,7 +45,7 @@ class Measurement:
         fps: Frames per second.
         protocol: How they were measured.
         digest: Of the images and their annotations.
-        rows: The detections, (N, 7), as `gfl.rows.Rows` says.
+        rows: The detections, (N, 7), as `gfl.structures.Rows` says.
     """
 
     metrics: dict[str, float]

@@ -15,8 +15,8 @@ from pathlib import Path, PurePath
 from typing import Any, Literal
 
 from gfl_platform.config import JobConfig
-from gfl_platform.mirror import Cache
 from gfl_platform.storage.s3 import (
+    Cache,
     PatientS3,
     download,
     is_remote,

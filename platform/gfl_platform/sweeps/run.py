@@ -12,10 +12,11 @@ from gfl.config.loader import derive, reproducible
 from gfl_platform.cluster import launch
 from gfl_platform.cluster.events import Event, pumped
 from gfl_platform.cluster.launch import Workers
-from gfl_platform.cluster.resources import START_TIMEOUT, most_resources
-from gfl_platform.config import JobConfig
-from gfl_platform.imports import imported_meanwhile
+from gfl_platform.cluster.resources import START_TIMEOUT, imported_meanwhile, most_resources
+from gfl_platform.config import BudgetConfig, JobConfig, SweepConfig
+from gfl_platform.registry import models
 from gfl_platform.storage.runs import (
+    cache_of,
     find_run_folder,
     held,
     open_run_folder,
@@ -24,34 +25,63 @@ from gfl_platform.storage.runs import (
     share_state,
 )
 from gfl_platform.sweeps.analysis.statistics import EPOCHS_KEY, direction
-from gfl_platform.sweeps.checks import check_data
+from gfl_platform.sweeps.analysis.verdicts import analyse
 from gfl_platform.sweeps.formatting import identity
 from gfl_platform.sweeps.recorder import EndOfTrials, Recorder
-from gfl_platform.sweeps.schema import BudgetConfig, SweepConfig
 from gfl_platform.sweeps.search import (
     ENDED,
+    BudgetStopper,
     DrawnTrials,
+    EarlyStopping,
     ListedTrials,
     Planned,
     finalist_name,
     trial_name,
 )
 from gfl_platform.sweeps.space import (
+    check_data,
     check_sweep,
     default_point,
     grid_points,
     sweep_of,
     trial_job,
 )
-from gfl_platform.sweeps.stopping import BudgetStopper, EarlyStopping
 from gfl_platform.sweeps.trial import Train, TrialSettings, run_trial, train_with_ray
 from gfl_platform.sweeps.trials import Point, SweepResults, Trial
 from gfl_platform.tracking import client, run
+from gfl_platform.tracking.client import TrackingError
 from gfl_platform.tracking.metadata import require_same
 from gfl_platform.training.fit import fetch_sources, used_by_sources
 
+CHALLENGER = "challenger"
+
+
+def register_best(results: SweepResults, model: str) -> int:
+    """Register the best point's best trial as a version of `model`, once; return the version.
+
+    It gets the alias `challenger`.
+
+    Raises:
+        ValueError: no trial finished.
+    """
+    trial = analyse(results).best_trial
+    if not trial:
+        raise ValueError(f"--register {model}: no trial of sweep '{results.name}' finished")
+    if not trial.run_id:
+        raise TrackingError(f"--register {model}: no store has answered yet; --resume tries again")
+    assert trial.checkpoint
+    ap, fps = trial.figures["AP"], trial.figures["fps"]
+    facts = models.figures_of_version(ap, fps, trial.protocol)
+    checkpoint = cache_of(results.job).local(trial.checkpoint)
+    version = models.register_once(results.job, model, checkpoint, trial.run_id, facts)
+    models.set_alias(results.job, model, version, CHALLENGER)
+    return version
+
+
 CONFIG_FILE = "sweep.yaml"
+
 REPORT_FOLDER = "report"
+
 MAY_CHANGE = ("sweep.budget.", "sweep.concurrency")
 """Keys that a resumed sweep may change."""
 

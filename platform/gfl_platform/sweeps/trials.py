@@ -12,9 +12,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from gfl_platform.config import JobConfig
+from gfl_platform.config import JobConfig, SweepConfig
 from gfl_platform.storage.runs import read_json, write_atomically
-from gfl_platform.sweeps.schema import SweepConfig
 
 TRIAL_FILE = "trial.json"
 

@@ -16,7 +16,6 @@ from queue import SimpleQueue
 
 from gfl_platform.cluster.events import Event
 from gfl_platform.config import JobConfig
-from gfl_platform.spool import SPOOL_FILE, Spool
 from gfl_platform.tracking.client import (
     chosen_uri,
     connect,
@@ -25,7 +24,7 @@ from gfl_platform.tracking.client import (
     without_password,
 )
 from gfl_platform.tracking.metadata import describe
-from gfl_platform.tracking.spool import RESTARTS, Delivery, note, require_store
+from gfl_platform.tracking.spool import RESTARTS, SPOOL_FILE, Delivery, Spool, note, require_store
 from gfl_platform.tracking.status import note_killed
 
 logger = logging.getLogger(__name__)

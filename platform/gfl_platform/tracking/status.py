@@ -8,9 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from gfl_platform.cluster.events import Event, straggler
-from gfl_platform.spool import backlog
 from gfl_platform.storage.runs import read_json, write_atomically
-from gfl_platform.tracking.spool import RUN_FILE
+from gfl_platform.tracking.spool import RUN_FILE, backlog
 
 logger = logging.getLogger(__name__)
 

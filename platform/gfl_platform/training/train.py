@@ -8,12 +8,11 @@ from pathlib import Path
 from gfl.config.loader import reproducible
 from gfl.data import load_splits
 from gfl.data.samplers import share_of_batch
-from gfl.rates import scaled_lr
-from gfl_platform import registration
+from gfl.train.optimizer import scaled_lr
 from gfl_platform.cluster import launch
 from gfl_platform.cluster.events import Event, Watcher, pumped, straggler
+from gfl_platform.cluster.resources import imported_meanwhile
 from gfl_platform.config import JobConfig
-from gfl_platform.imports import imported_meanwhile
 from gfl_platform.registry import models
 from gfl_platform.registry.gate import promote
 from gfl_platform.registry.history import Decision
@@ -104,7 +103,7 @@ def train(job: JobConfig, name: str, *, resume: bool, watch: Watcher) -> Trainin
         tracker.handle({"kind": "result", **measured})
         version = None
         if model := job.registry.name:
-            facts = registration.figures_of_version(metrics["AP"], fps, measured["protocol"])
+            facts = models.figures_of_version(metrics["AP"], fps, measured["protocol"])
             version = _register(job, model, checkpoint, tracker, facts)
     decision = None
     if version is not None and job.registry.alias:
@@ -133,7 +132,7 @@ def _register(
     from mlflow.exceptions import MlflowException
 
     try:
-        return registration.register_once(job, model, checkpoint, tracker.require_run(), facts)
+        return models.register_once(job, model, checkpoint, tracker.require_run(), facts)
     except (MlflowException, OSError, client.TrackingError) as error:
         raise client.TrackingError(
             f"model {model}: not registered ({client.reason_of(error)}); the training is done "

@@ -11,11 +11,10 @@ import torch
 from PIL import Image
 
 from gfl.config.loader import derive
-from gfl.data import cache, load_splits
-from gfl.data.cache import read_cached
+from gfl.data import images, load_splits
 from gfl.data.dataset import DetectionDataset
-from gfl.data.errors import DataError
-from gfl.data.images import read_image
+from gfl.data.images import read_cached, read_image
+from gfl.errors import DataError
 
 
 @pytest.fixture
@@ -35,7 +34,7 @@ def folder(tmp_path):
 def decoded(monkeypatch):
     """The paths that were decoded, in order."""
     paths = []
-    monkeypatch.setattr(cache, "read_image", lambda path: paths.append(path) or read_image(path))
+    monkeypatch.setattr(images, "read_image", lambda path: paths.append(path) or read_image(path))
     return paths
 
 

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from gfl.data.coco import read_coco
-from gfl.data.errors import DataError
+from gfl.data.formats import read_coco
+from gfl.errors import DataError
 
 OBJECT = {"bbox": [0, 0, 9, 9]}
 

@@ -14,14 +14,17 @@ from gfl.data import load_splits
 from gfl.data.dataset import (
     DetectionDataset,
     EvaluationBatches,
+    FitWithin,
     TrainBatches,
+    as_sample,
     build_loader,
+    build_transforms,
     collate,
+    fitted_size,
 )
-from gfl.data.errors import DataError
 from gfl.data.samplers import repeats_per_epoch
 from gfl.data.split import ImageRecord
-from gfl.data.transforms import FitWithin, as_sample, build_transforms, fitted_size
+from gfl.errors import DataError
 
 
 @pytest.fixture

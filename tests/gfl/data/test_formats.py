@@ -16,7 +16,7 @@ from tests_support import average_precision
 from gfl.config.loader import derive
 from gfl.data import load_splits
 from gfl.data.dataset import DetectionDataset
-from gfl.data.errors import DataError
+from gfl.errors import DataError
 
 
 @st.composite

@@ -8,9 +8,9 @@ import pytest
 import torch
 from PIL import Image
 
-from gfl.data.errors import DataError
 from gfl.data.images import image_size, is_on_its_side, list_images, read_image
 from gfl.data.images import pixels_of as of_content
+from gfl.errors import DataError
 
 COLOURS = np.random.default_rng(0).integers(0, 256, (6, 8, 3), dtype=np.uint8)
 GREY = COLOURS[:, :, 0]

@@ -9,8 +9,8 @@ import pytest
 from gfl.config.loader import derive
 from gfl.config.schema import DataConfig, SplitConfig
 from gfl.data import load_splits
-from gfl.data.errors import DataError
 from gfl.data.split import read_split
+from gfl.errors import DataError
 
 
 def read(paths, num_classes=1, training=True, **data):

@@ -8,7 +8,7 @@ from tests_support import average_precision
 
 from gfl.config.loader import derive
 from gfl.data import load_splits
-from gfl.data.errors import DataError
+from gfl.errors import DataError
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ from PIL import Image
 
 from gfl.config.loader import derive
 from gfl.data import load_splits
-from gfl.data.errors import DataError
+from gfl.errors import DataError
 
 
 @pytest.fixture

@@ -20,7 +20,7 @@ from gfl.data import load_splits
 from gfl.evaluation.coco_eval import evaluate_detections, evaluate_split
 from gfl.evaluation.evaluator import detect, evaluate, gather
 from gfl.evaluation.speed import measure_fps
-from gfl.rows import coco_records
+from gfl.structures import coco_records
 from gfl.train.engine import build_evaluation_loader
 
 CPU = torch.device("cpu")

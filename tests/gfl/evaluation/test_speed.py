@@ -12,13 +12,13 @@ from gfl.data import load_splits
 from gfl.evaluation.protocol import Variant, data_digest, differences, protocol_hash
 from gfl.evaluation.speed import (
     UnavailableError,
+    _power,
     count_flops,
     count_parameters,
     measure_fps,
     measure_latency,
     peak_memory,
 )
-from gfl.machine import _power
 from gfl.ops.allocator import keep_freed_memory
 
 CPU = torch.device("cpu")
@@ -83,7 +83,7 @@ def test_what_changes_the_figure_changes_the_protocol(
 def test_another_power_limit_is_another_protocol(tiny, detector, split, monkeypatch):
     _, plain = measure_fps(detector, split, tiny, CPU, images=1)
     assert plain["power"]
-    monkeypatch.setattr("gfl.machine._power", lambda _: "300.00 W")
+    monkeypatch.setattr("gfl.evaluation.speed._power", lambda _: "300.00 W")
     _, other = measure_fps(detector, split, tiny, CPU, images=1)
     assert differences(plain, other) == [f"power {plain['power']} -> 300.00 W"]
     assert protocol_hash(plain) != protocol_hash(other)

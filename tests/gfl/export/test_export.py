@@ -16,10 +16,9 @@ from gfl.config.loader import derive
 from gfl.data import load_splits
 from gfl.data.images import list_images
 from gfl.export import export
-from gfl.export.export import export, quantize
+from gfl.export.export import compare, export, open_onnx, open_pt2, quantize
 from gfl.export.exportable import METADATA, Exportable, ExportError, Form
 from gfl.inference.predictor import Model
-from gfl.parity import compare, open_onnx, open_pt2
 
 ABOUT = About(["rectangle", "ellipse", "triangle"], [1, 2, 3], 0, 0, {})
 SIZES = [(64, 64), (97, 160), (200, 333)]

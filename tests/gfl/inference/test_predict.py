@@ -12,11 +12,10 @@ from tests_support import attentive_detector
 import gfl
 from gfl.checkpoint.files import About
 from gfl.checkpoint.snapshot import take_snapshot
-from gfl.data.errors import DataError
 from gfl.data.images import list_images, read_image
-from gfl.inference.detections import Detections
+from gfl.errors import DataError
+from gfl.inference.detections import Detections, require_own_names, write_detections
 from gfl.inference.predictor import Model, _batches, _mirror
-from gfl.outputs import require_own_names, write_detections
 
 
 @pytest.fixture(scope="module")

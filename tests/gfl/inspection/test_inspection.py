@@ -13,8 +13,7 @@ from gfl.data import load_splits
 from gfl.data.dataset import DetectionDataset
 from gfl.data.split import ImageRecord
 from gfl.inference.visualize import draw_samples
-from gfl.inspection.findings import SHOWN, check_files, find_cheaply
-from gfl.inspection.inspection import describe, inspect_data
+from gfl.inspection.findings import SHOWN, check_files, describe, find_cheaply, inspect_data
 
 
 @pytest.fixture

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from tests_support import level_sizes
 
 from gfl.config.schema import AssignerConfig, Config, DataConfig, ModelConfig
+from gfl.data.dataset import as_sample, build_transforms, fitted_size
 from gfl.data.split import ImageRecord
-from gfl.data.transforms import as_sample, build_transforms, fitted_size
 from gfl.inspection.regression_range import (
     BIN_WIDTHS,
     ENOUGH,
@@ -23,8 +23,8 @@ from gfl.inspection.regression_range import (
     training_scales,
 )
 from gfl.model.assigner import assign, pad_targets
+from gfl.model.boxes import STRIDES, grid_points
 from gfl.model.losses import REACH_MARGIN
-from gfl.points import STRIDES, grid_points
 
 
 def record(boxes, height=800, width=800):

@@ -15,14 +15,13 @@ from gfl.config.schema import ModelConfig
 from gfl.data import load_splits
 from gfl.inspection.findings import find_cheaply
 from gfl.inspection.regression_range import measure_reach
-from gfl.integral import LARGEST_LOG_DISTANCE, Dirac
 from gfl.model import detector
 from gfl.model.assigner import pad_targets
-from gfl.model.boxes import ltrb_centerness
+from gfl.model.boxes import grid_points, ltrb_centerness
 from gfl.model.detector import loss_names
+from gfl.model.head import LARGEST_LOG_DISTANCE, Dirac
 from gfl.model.losses import focal_loss
 from gfl.model.postprocess import postprocess
-from gfl.points import grid_points
 from gfl.train.microbatch import Objective
 
 CPU = torch.device("cpu")

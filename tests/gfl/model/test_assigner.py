@@ -9,7 +9,7 @@ from loop_reference import atss
 from tests_support import level_sizes
 
 from gfl.model.assigner import Targets, assign, pad_targets, valid_locations
-from gfl.points import grid_points
+from gfl.model.boxes import grid_points
 
 CPU = torch.device("cpu")
 

@@ -5,8 +5,7 @@ import torch
 from torch import nn
 
 from gfl.config.schema import BackboneConfig, DeformableConfig
-from gfl.deformable import DeformableConv2d
-from gfl.model.backbone import Backbone
+from gfl.model.backbone import Backbone, DeformableConv2d
 
 
 @pytest.mark.parametrize(("version", "share"), [(1, 1.0), (2, 0.5)])

@@ -116,7 +116,7 @@ def test_losses_weigh_positives_over_the_batch_as_the_paper_normalises(small):
     from tests_support import level_sizes
 
     from gfl.model.assigner import assign
-    from gfl.points import grid_points
+    from gfl.model.boxes import grid_points
 
     points = grid_points(level_sizes(64, 64), images.device)
     targets = pad_targets(boxes, labels, torch.tensor([[64, 64], [64, 64]]))

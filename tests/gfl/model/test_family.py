@@ -12,8 +12,8 @@ from gfl.config.loader import derive
 from gfl.config.schema import QualityPredictorConfig
 from gfl.data import load_splits
 from gfl.data.dataset import collate
+from gfl.model.head import QualityPredictor, joint_logits
 from gfl.model.losses import localisation_distillation_loss, quality_focal_loss
-from gfl.quality import QualityPredictor, joint_logits
 from gfl.train.trainer import Trainer
 
 CPU = torch.device("cpu")

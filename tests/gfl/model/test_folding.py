@@ -4,7 +4,7 @@ from torch import nn
 
 import gfl
 from gfl.config.loader import derive
-from gfl.folding import folded
+from gfl.model.detector import folded
 
 BODIES = (
     "{name: resnet18, frozen_stages: -1}",

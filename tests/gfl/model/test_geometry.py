@@ -9,10 +9,9 @@ from tests_support import level_sizes
 from torchvision.ops import box_iou as pairwise_iou
 from torchvision.ops import generalized_box_iou
 
-from gfl.integral import Integral
-from gfl.model.boxes import box_giou, box_iou, ltrb_to_xyxy, xyxy_to_ltrb
+from gfl.model.boxes import box_giou, box_iou, grid_points, ltrb_to_xyxy, xyxy_to_ltrb
+from gfl.model.head import Integral
 from gfl.model.losses import REACH_MARGIN
-from gfl.points import grid_points
 
 
 def some_boxes(count, seed):

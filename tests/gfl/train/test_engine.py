@@ -11,12 +11,11 @@ from gfl.checkpoint.snapshot import load_checkpoint
 from gfl.config.loader import derive
 from gfl.data import load_splits
 from gfl.data.dataset import collate
-from gfl.diagnosis import first_non_finite
 from gfl.errors import LeaveError, NonFiniteLossError
 from gfl.model.detector import loss_names
-from gfl.rates import lr_factor, scaled_lr
 from gfl.train.engine import fit
-from gfl.train.optimizer import build_optimizer
+from gfl.train.microbatch import first_non_finite
+from gfl.train.optimizer import build_optimizer, lr_factor, scaled_lr
 from gfl.train.trainer import Trainer
 
 CPU = torch.device("cpu")

@@ -10,10 +10,9 @@ from gfl.config.loader import ConfigError, derive
 from gfl.data import load_splits
 from gfl.data.dataset import collate
 from gfl.model.assigner import pad_targets
-from gfl.rates import lr_factor, scaled_lr
 from gfl.train.engine import fit
 from gfl.train.microbatch import Objective
-from gfl.train.optimizer import build_optimizer
+from gfl.train.optimizer import build_optimizer, lr_factor, scaled_lr
 from gfl.train.trainer import Trainer, _require_device
 
 CPU = torch.device("cpu")

@@ -11,8 +11,7 @@ from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
 from gfl.config.loader import derive
 from gfl.data import load_splits
 from gfl.data.dataset import DetectionDataset, TrainBatches, build_loader
-from gfl.data.errors import DataError
-from gfl.errors import LeaveError
+from gfl.errors import DataError, LeaveError
 from gfl_platform.cluster import launch
 from gfl_platform.cluster.launch import ControllerCallback, JobFailedError, one_line, root_cause
 from gfl_platform.cluster.resources import of_autoscaler

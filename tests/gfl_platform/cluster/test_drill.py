@@ -15,8 +15,7 @@ from mlflow import MlflowClient
 
 from gfl.checkpoint.files import read_about
 from gfl.checkpoint.snapshot import load_checkpoint
-from gfl_platform.mirror import Cache
-from gfl_platform.storage.s3 import list_objects, upload
+from gfl_platform.storage.s3 import Cache, list_objects, upload
 
 STEPS_BETWEEN_CHECKPOINTS, STEPS_BETWEEN_REPORTS = 10, 1
 CHECKPOINT = "checkpoint_seconds"

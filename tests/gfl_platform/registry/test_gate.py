@@ -6,7 +6,6 @@ from urllib.parse import urlparse
 import pytest
 
 from gfl.config.loader import derive
-from gfl_platform import registration
 from gfl_platform.config import JobConfig
 from gfl_platform.registry import compare, gate, history, model_card, models
 from gfl_platform.tracking.client import connect
@@ -72,7 +71,7 @@ def test_a_version_with_a_pickle_or_another_ap_is_refused(shapes):
     job, result = shapes
     client = connect(job)
     facts = {"AP": 0.99, "fps": result.fps}
-    number = registration.register(job, "boasts", result.checkpoint, result.run_id, facts)
+    number = models.register(job, "boasts", result.checkpoint, result.run_id, facts)
     decision = gate.promote(job, "boasts", number, lambda _: None)
     assert decision.action == "refused"
     assert "measured again, 0.9900 logged" in " ".join(decision.reasons)

@@ -15,7 +15,6 @@ from gfl.checkpoint.snapshot import take_snapshot
 from gfl.config.loader import derive, reproducible
 from gfl.evaluation.coco_eval import evaluate_split
 from gfl.model.detector import Detector
-from gfl_platform import registration
 from gfl_platform.cluster.launch import JobFailedError
 from gfl_platform.config import JobConfig
 from gfl_platform.evaluation.benchmark import Benchmark, Timing, keep
@@ -48,7 +47,7 @@ def register(job, tmp_path):
         take_snapshot(Detector(config), config, about, {}).write(checkpoint)
         run = client.create_run(experiment).info.run_id
         client.set_terminated(run)
-        return registration.register(job, "m", checkpoint, run, {"AP": ap, "fps": 30.0})
+        return models.register(job, "m", checkpoint, run, {"AP": ap, "fps": 30.0})
 
     return make
 
@@ -185,7 +184,7 @@ def test_a_version_whose_registration_was_interrupted_can_be_promoted(
 ):
     measures(lambda trained, job: 1.0)
     with monkeypatch.context() as patch:
-        patch.setattr(registration, "tag", lambda *_: None)
+        patch.setattr(models, "tag", lambda *_: None)
         register(1.0)
     version = models.find(job, "m", "1")
     assert "AP" not in version.tags

@@ -11,10 +11,11 @@ import pytest
 
 from gfl.config.loader import ConfigError
 from gfl_platform.config import JobConfig, load_job
-from gfl_platform.mirror import MANIFEST, Cache
 from gfl_platform.registry.models import fetch_checkpoint
 from gfl_platform.storage.runs import StorageError, shared
 from gfl_platform.storage.s3 import (
+    MANIFEST,
+    Cache,
     S3Error,
     S3UnavailableError,
     list_objects,
@@ -99,7 +100,7 @@ def test_names_that_begin_alike_are_no_folder(bucket, cache):
 def test_unused_copies_give_way_and_used_ones_do_not(bucket, cache, tmp_path):
     bucket(a="x" * 400, b="y" * 400, c="z" * 400)
     child = (
-        "from gfl_platform.mirror import Cache; from pathlib import Path; import sys; "
+        "from gfl_platform.storage.s3 import Cache; from pathlib import Path; import sys; "
         f"Cache(Path({str(cache.folder)!r}), 1000).local('s3://gfl/set/a.txt'); "
         "print('there', flush=True); sys.stdin.read()"
     )

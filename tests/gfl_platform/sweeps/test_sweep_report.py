@@ -10,14 +10,12 @@ from html.parser import HTMLParser
 import pytest
 from rich.console import Console
 
-from gfl_platform.config import JobConfig
-from gfl_platform.sweeps.analysis.analysis import analyse, warnings_of
-from gfl_platform.sweeps.analysis.report import write_report
-from gfl_platform.sweeps.exports import results_json, trials_csv
-from gfl_platform.sweeps.scales import scale_of
-from gfl_platform.sweeps.schema import PublishedConfig, RangeConfig, SweepConfig
+from gfl_platform.config import JobConfig, PublishedConfig, RangeConfig, SweepConfig
+from gfl_platform.sweeps.analysis.figures import scale_of
+from gfl_platform.sweeps.analysis.report import results_json, trials_csv, write_report
+from gfl_platform.sweeps.analysis.verdicts import analyse, warnings_of
 from gfl_platform.sweeps.trials import SweepResults, Trial
-from jobs import sweep_tables
+from jobs.console import tables
 
 BETA = "loss.qfl.beta"
 STATES = ("finished", "stopped early", "failed", "nan", "out of budget", "running")
@@ -195,8 +193,8 @@ def test_whatever_the_trials_are_there_is_a_report(trials, tmp_path, monkeypatch
     assert "All trials" in page.text
     assert "nan AP" not in page.text
     console = Console(width=80, record=True)
-    monkeypatch.setattr(sweep_tables, "console", console)
-    sweep_tables.show_sweep(results)
+    monkeypatch.setattr(tables, "console", console)
+    tables.show_sweep(results)
     assert "verdicts" in console.export_text()
 
 
@@ -228,8 +226,8 @@ def test_a_terminal_shows_papers_figures_and_ours(monkeypatch):
     trials = [trial(1), trial(2, ap=0.31), trial(4, state="failed", cause="[red] lost")]
     results = results_of(grid([1, 2]), trials, {BETA: 2}, published=published)
     console = Console(width=80, record=True)
-    monkeypatch.setattr(sweep_tables, "console", console)
-    sweep_tables.show_sweep(results)
+    monkeypatch.setattr(tables, "console", console)
+    tables.show_sweep(results)
     text = console.export_text()
     assert max(map(len, text.splitlines())) <= 80
     assert "-0.9" in text

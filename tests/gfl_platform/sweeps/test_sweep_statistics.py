@@ -5,20 +5,19 @@ import random
 
 import pytest
 
-from gfl_platform.config import JobConfig
+from gfl_platform.config import JobConfig, PublishedConfig, RangeConfig, SweepConfig
 from gfl_platform.sweeps import formatting
 from gfl_platform.sweeps.analysis.statistics import (
+    compare_published,
     cost,
     identical_trials,
+    parameter_importance,
     pareto_front,
     ranking,
     summarize,
     unfinished,
 )
 from gfl_platform.sweeps.analysis.verdicts import judge, t_interval
-from gfl_platform.sweeps.importance import parameter_importance
-from gfl_platform.sweeps.published import compare_published
-from gfl_platform.sweeps.schema import PublishedConfig, RangeConfig, SweepConfig
 from gfl_platform.sweeps.trials import SweepResults, Trial
 
 BETA = "loss.qfl.beta"

@@ -14,15 +14,13 @@ from dry_sweep import dry_training
 from gfl.config.loader import ConfigError, config_hash, dump_config, reproducible
 from gfl_platform.cluster import launch
 from gfl_platform.config import load_job
-from gfl_platform.spool import backlog
-from gfl_platform.sweeps.checks import check_data
 from gfl_platform.sweeps.recorder import Recorder
 from gfl_platform.sweeps.run import CONFIG_FILE, comparable, concurrency, run_sweep
-from gfl_platform.sweeps.search import DrawnTrials, trial_name
-from gfl_platform.sweeps.space import check_sweep, default_point, trial_job
-from gfl_platform.sweeps.stopping import BudgetStopper, EarlyStopping
+from gfl_platform.sweeps.search import BudgetStopper, DrawnTrials, EarlyStopping, trial_name
+from gfl_platform.sweeps.space import check_data, check_sweep, default_point, trial_job
 from gfl_platform.sweeps.trials import Trial, read_trial, write_trial
 from gfl_platform.tracking.client import connect
+from gfl_platform.tracking.spool import backlog
 from gfl_platform.training import fit
 from gfl_platform.training.worker import WorkerListener
 

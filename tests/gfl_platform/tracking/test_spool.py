@@ -3,7 +3,7 @@
 import shutil
 import sqlite3
 
-from gfl_platform.spool import SPOOL_FILE, Spool, backlog
+from gfl_platform.tracking.spool import SPOOL_FILE, Spool, backlog
 
 
 def steps(number):

@@ -10,12 +10,11 @@ import boto3
 import pytest
 import servers
 
-from gfl_platform import registration
 from gfl_platform.config import load_job
-from gfl_platform.spool import backlog
+from gfl_platform.registry import models
 from gfl_platform.tracking.client import TrackingError, client_of, connect, without_password
 from gfl_platform.tracking.run import RunTracker, settle
-from gfl_platform.tracking.spool import BATCH, RUN_FILE, Delivery
+from gfl_platform.tracking.spool import BATCH, RUN_FILE, Delivery, backlog
 from gfl_platform.tracking.status import StatusFile, read_status
 from gfl_platform.training import train
 
@@ -377,7 +376,7 @@ def test_a_model_that_could_not_be_registered_is_by_resuming(server, tiny_file, 
     server.start()
     result = train.train(job, "late", resume=True, watch=print)
     assert result.version == 1
-    again = registration.register_once(job, "late", result.checkpoint, result.run_id, {})
+    again = models.register_once(job, "late", result.checkpoint, result.run_id, {})
     assert again == 1  # and nothing more
     (run,) = client_of(job).search_runs([experiment_of(job)])
     assert run.info.status == "FINISHED"

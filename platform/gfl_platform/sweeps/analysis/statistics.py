@@ -3,14 +3,21 @@
 Only finished trials are compared: the figures of one that was stopped are those of fewer epochs.
 """
 
+import logging
+import warnings
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import fsum, isfinite, sqrt
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from gfl_platform.sweeps.formatting import distinct, identity
+from gfl_platform.config import RangeConfig
+from gfl_platform.sweeps.formatting import distinct, identity, is_number
 from gfl_platform.sweeps.trials import Point, SweepResults, Trial
+
+if TYPE_CHECKING:
+    from optuna.distributions import BaseDistribution
+from gfl_platform.sweeps.formatting import factor
 
 METRICS = ("AP", "AP50", "AP75", "fps")
 """Summarised of every point, besides the objectives."""
@@ -226,3 +233,155 @@ def differing_keys(points: Sequence[Mapping[str, Any]]) -> tuple[str, ...]:
     """Return the keys that do not have the same value in all of the points."""
     keys = dict.fromkeys(key for point in points for key in point)
     return tuple(key for key in keys if len(distinct(point.get(key) for point in points)) > 1)
+
+
+FEWEST_TRIALS = 4
+
+
+def parameter_importance(results: SweepResults) -> dict[str, float] | None:
+    """Return the share of the first objective's variance by key, the greatest first.
+
+    Shares add up to 1; a key with one value in all finished trials has 0.
+
+    Returns:
+        None when fewer than four trials finished, or when their figures are all alike.
+    """
+    objective = results.sweep.objectives[0]
+    trials = [trial for trial in results.trials if trial.state == "finished"]
+    trials = [trial for trial in trials if isfinite(trial.figures.get(objective, float("nan")))]
+    figures = [trial.figures[objective] for trial in trials]
+    columns = {key: [trial.point.get(key) for trial in trials] for key in results.sweep.space}
+    varied = {key: values for key, values in columns.items() if len(distinct(values)) > 1}
+    if len(trials) < FEWEST_TRIALS or len(set(figures)) < 2 or not varied:
+        return None
+    encoded = {key: _encode(results.sweep.space[key], values) for key, values in varied.items()}
+    found = dict.fromkeys(columns, 0.0) | _evaluate(encoded, figures, direction(objective))
+    return dict(sorted(found.items(), key=lambda pair: -pair[1]))
+
+
+def _encode(asked: RangeConfig, values: Sequence[Any]) -> tuple[list[Any], "BaseDistribution"]:
+    """Return values and their distribution as Optuna takes them.
+
+    A list of numbers becomes their ranks: an order, without the gaps' widths as weights. Any other
+    list becomes texts, for to Optuna True is 1.
+    """
+    from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
+
+    if asked.bounds and all(map(is_number, values)):
+        # The default is trained, too, and may be beyond the range.
+        low, high = min(*values, asked.bounds[0]), max(*values, asked.bounds[1])
+        if asked.int_uniform and all(float(value).is_integer() for value in values):
+            return [int(value) for value in values], IntDistribution(int(low), int(high))
+        log = asked.log_uniform is not None and low > 0
+        return [float(value) for value in values], FloatDistribution(low, high, log=log)
+    names = [identity(value) for value in distinct(values)]
+    if all(map(is_number, values)):
+        return [names.index(identity(v)) for v in values], IntDistribution(0, len(names) - 1)
+    return [identity(value) for value in values], CategoricalDistribution(names)
+
+
+def _evaluate(
+    encoded: dict[str, tuple[list[Any], "BaseDistribution"]], figures: Sequence[float], sign: int
+) -> dict[str, float]:
+    logging.getLogger("optuna").setLevel(logging.WARNING)
+    import optuna
+    from optuna.importance import FanovaImportanceEvaluator, get_param_importances
+
+    distributions = {key: distribution for key, (_, distribution) in encoded.items()}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        optuna.logging.set_verbosity(optuna.logging.WARNING)
+        study = optuna.create_study(direction="maximize" if sign > 0 else "minimize")
+        for number, value in enumerate(figures):
+            params = {key: values[number] for key, (values, _) in encoded.items()}
+            trial = optuna.create_trial(params=params, distributions=distributions, value=value)
+            study.add_trial(trial)
+        return get_param_importances(study, evaluator=FanovaImportanceEvaluator(seed=0))
+
+
+@dataclass(frozen=True)
+class PublishedComparison:
+    """A row of the paper's table, and our point.
+
+    Figures are as printed: AP 40.2. The paper's data and ours are not the same, so what compares
+    are the differences from the reference, the same row in both.
+
+    Attributes:
+        point: Values of the swept keys that the row names.
+        reference: Whether the row is the one that differences are from.
+        paper: Figures by metric.
+        ours: Means over the seeds; empty when no training of the point finished.
+        paper_difference: From the reference; of the reference itself 0.
+        our_difference: The same, paired over seeds.
+        seeds: Pairs in `our_difference`.
+    """
+
+    point: Point
+    reference: bool
+    paper: dict[str, float]
+    ours: dict[str, float]
+    paper_difference: dict[str, float]
+    our_difference: dict[str, float]
+    seeds: int
+
+
+def compare_published(results: SweepResults) -> list[PublishedComparison]:
+    """Return the paper's rows with our points; the default's row is the reference, or the first.
+
+    A key that a row does not name has its default's value.
+    """
+    published = results.sweep.published
+    if not published or not published.rows:
+        return []
+    points = {identity(point.point): point for point in summarize(results)}
+    names = [identity({**results.defaults, **row.at}) for row in published.rows]
+    default = identity(results.defaults)
+    first = names.index(default) if default in names else 0
+    reference, mine = published.rows[first], points.get(names[first])
+    rows = []
+    for number, (row, name) in enumerate(zip(published.rows, names, strict=True)):
+        point = points.get(name)
+        pairs = _differences(row.figures, point, mine)
+        rows.append(
+            PublishedComparison(
+                point=row.at,
+                reference=number == first,
+                paper=row.figures,
+                ours=_means(row.figures, point),
+                paper_difference={
+                    metric: value - reference.figures[metric]
+                    for metric, value in row.figures.items()
+                    if metric in reference.figures
+                },
+                our_difference={
+                    metric: factor(metric) * sum(each.values()) / len(each)
+                    for metric, each in pairs.items()
+                },
+                seeds=max(map(len, pairs.values()), default=0),
+            )
+        )
+    return rows
+
+
+def _means(metrics: Mapping[str, float], point: PointSummary | None) -> dict[str, float]:
+    found = {metric: by_seed(point.trials, metric) if point else {} for metric in metrics}
+    return {
+        metric: factor(metric) * sum(values.values()) / len(values)
+        for metric, values in found.items()
+        if values
+    }
+
+
+def _differences(
+    metrics: Mapping[str, float], point: PointSummary | None, reference: PointSummary | None
+) -> dict[str, dict[int, float]]:
+    """Return differences by metric and seed; a metric without a pair is missing."""
+    if not point or not reference:
+        return {}
+    found = {}
+    for metric in metrics:
+        ours, theirs = by_seed(point.trials, metric), by_seed(reference.trials, metric)
+        pairs = {seed: ours[seed] - theirs[seed] for seed in ours.keys() & theirs.keys()}
+        if pairs:
+            found[metric] = pairs
+    return found
