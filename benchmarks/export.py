@@ -16,8 +16,8 @@ from typing import Any
 import torch
 
 import gfl
-from gfl.data import load_splits
 from gfl.data.images import read_image
+from gfl.data.split import load_splits
 from gfl.export.export import export, open_onnx, padded, scaled
 from gfl.export.exportable import Form
 from gfl.inference.predictor import Model

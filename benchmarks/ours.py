@@ -13,8 +13,8 @@ from benchmarks.cases import CLASSES, EDGE_BINS, Case, images, logits, objects
 from gfl.config.schema import Config
 from gfl.data.dataset import Batch
 from gfl.data.split import ImageRecord, Split
-from gfl.model.assigner import pad_targets
 from gfl.model.detector import Detector, folded, place
+from gfl.structures import pad_targets
 from gfl.train.trainer import Trainer
 
 CONFIG = "configs/gfl_r50_1x.yaml"

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from gfl.checkpoint.snapshot import load_checkpoint
-from gfl.data import load_splits
+from gfl.data.split import load_splits
 from gfl.evaluation.coco_eval import evaluate_split
 from gfl.evaluation.evaluator import detect
 from gfl.model.detector import place

@@ -25,7 +25,7 @@ WORKERS = 2
 def compare() -> dict[str, dict[str, float]]:
     """Return wall time, images a second while training, and time beside training, of both."""
     from gfl.config.loader import load_config
-    from gfl.data import load_splits
+    from gfl.data.split import load_splits
 
     load_splits(load_config(CONFIG, OVERRIDES))  # renders the shapes before any clock
     with tempfile.TemporaryDirectory() as folder:
@@ -69,7 +69,7 @@ def plain_worker(out: Path) -> None:
     import torch.distributed as dist
 
     from gfl.config.loader import load_config
-    from gfl.data import load_splits
+    from gfl.data.split import load_splits
     from gfl.evaluation.speed import measure_fps
     from gfl.train.engine import CheckpointReport, EpochReport, StepReport, fit
 

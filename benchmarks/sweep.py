@@ -42,7 +42,7 @@ def plain_loop(betas: Sequence[float], overrides: Sequence[str]) -> None:
 
     from gfl.config.loader import load_config
     from gfl.config.schema import Config
-    from gfl.data import load_splits
+    from gfl.data.split import load_splits
     from gfl.evaluation.speed import measure_fps
     from gfl.train.engine import fit
 
@@ -75,7 +75,7 @@ def main() -> None:
     made.add_argument("--out", type=Path, help="write the figures as JSON")
     arguments = made.parse_args()
     from gfl.config.loader import load_config
-    from gfl.data import load_splits
+    from gfl.data.split import load_splits
 
     load_splits(load_config(CONFIG, arguments.overrides))  # renders the shapes before any clock
     slots = os.cpu_count() or 1

@@ -109,17 +109,18 @@ class Turns:
 
 def fit(overrides: list[str], root: Path) -> dict[str, list[float]]:
     """Return the seconds of the blocks of every way."""
-    from gfl_platform.cluster import launch
+    from gfl_platform.cluster import resources
     from gfl_platform.cluster.events import pumped
     from gfl_platform.config import load_job
     from gfl_platform.storage.runs import open_run_folder
     from gfl_platform.tracking.run import RunTracker
-    from gfl_platform.training.fit import fetch_sources, run
+    from gfl_platform.training.fit import run
+    from gfl_platform.training.sources import fetch_sources
 
     server, nobody = Server(root), Server(root)
     server.start()
     where = [f"storage.root={root}", "tracking.unreachable=spool", *overrides]
-    launch.connect()
+    resources.connect()
     job, job_down = (
         load_job(CONFIG, [f"tracking.uri={each.uri}", *where]) for each in (server, nobody)
     )
@@ -130,7 +131,7 @@ def fit(overrides: list[str], root: Path) -> dict[str, list[float]]:
         with RunTracker(job, "on", folder) as on, RunTracker(job_down, "down", folder_down) as down:
             turns = Turns({"checkpoint": on, "off": None, "on": on, "down": down})
             with pumped(turns.handle) as events:
-                run(job, fetch_sources(job), launch.allot(job), folder, events)
+                run(job, fetch_sources(job), resources.allot(job), folder, events)
     finally:
         server.kill()
     return turns.seconds()
@@ -150,8 +151,8 @@ def main() -> None:
     made.add_argument("--out", type=Path, help="write the figures as JSON")
     arguments = made.parse_args()
     from gfl.config.loader import load_config
-    from gfl.data import load_splits
-    from gfl.data.dataset import TrainBatches
+    from gfl.data.samplers import TrainBatches
+    from gfl.data.split import load_splits
 
     config = load_config(CONFIG, ["schedule.epochs=1", *arguments.overrides])
     train, _ = load_splits(config)  # renders the shapes before any clock

@@ -15,7 +15,7 @@ from torch import Tensor
 from torchvision.ops import box_iou
 
 import gfl
-from gfl.data import load_splits
+from gfl.data.split import load_splits
 from gfl.inference.predictor import Model
 
 MIN_SCORE, MIN_IOU = 0.3, 0.5

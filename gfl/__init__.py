@@ -1,6 +1,6 @@
 """Generalized Focal Loss detector: the public API.
 
-Names are looked up when they are first used: who needs a configuration does not wait for torch.
+A name is imported when it is first used, so that `import gfl` does not wait for torch.
 """
 
 import importlib
@@ -14,17 +14,20 @@ if TYPE_CHECKING:
     from gfl.inference.detections import Detections
     from gfl.inference.predictor import Model, load
     from gfl.model.detector import Detector
-    from gfl.model.postprocess import Predictions
+    from gfl.structures import Predictions
 
-_MODULES = {
-    "config": ("Config",),
-    "configfile": ("ConfigError", "load_config"),
-    "detector": ("Detector",),
-    "mmdet": ("convert_mmdet", "export_mmdet"),
-    "postprocess": ("Predictions",),
-    "predict": ("Model", "load"),
-    "pretrained": ("load_weights",),
-    "results": ("Detections",),
+_MODULE_OF = {
+    "Config": "gfl.config.schema",
+    "ConfigError": "gfl.config.loader",
+    "Detections": "gfl.inference.detections",
+    "Detector": "gfl.model.detector",
+    "Model": "gfl.inference.predictor",
+    "Predictions": "gfl.structures",
+    "convert_mmdet": "gfl.checkpoint.mmdet",
+    "export_mmdet": "gfl.checkpoint.mmdet",
+    "load": "gfl.inference.predictor",
+    "load_config": "gfl.config.loader",
+    "load_weights": "gfl.checkpoint.pretrained",
 }
 
 __all__ = [
@@ -43,10 +46,9 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    for module, names in _MODULES.items():
-        if name in names:
-            return getattr(importlib.import_module(f"gfl.{module}"), name)
-    raise AttributeError(f"module 'gfl' has no attribute '{name}'")
+    if name not in _MODULE_OF:
+        raise AttributeError(f"module 'gfl' has no attribute '{name}'")
+    return getattr(importlib.import_module(_MODULE_OF[name]), name)
 
 
 def __dir__() -> list[str]:

@@ -18,8 +18,8 @@ def main() -> None:
 
 def demo(arguments: argparse.Namespace) -> None:
     """Run the demo and write `outputs/demo/summary.json`."""
-    from gfl.data import load_splits
     from gfl.data.images import read_image
+    from gfl.data.split import load_splits
     from gfl.inference.visualize import draw_predictions
     from gfl_platform.config import load_job
     from gfl_platform.registry import models

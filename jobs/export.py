@@ -28,8 +28,8 @@ def export(arguments: argparse.Namespace) -> None:
     import gfl
     from gfl.checkpoint.files import read_config
     from gfl.config.loader import derive
-    from gfl.data import load_splits
     from gfl.data.images import list_images
+    from gfl.data.split import load_splits
     from gfl.export.export import export as export_checked
     from gfl.export.export import quantize
     from gfl.export.exportable import Form

@@ -28,8 +28,8 @@ def inspect(arguments: argparse.Namespace) -> None:
     import torch
     from rich.progress import track
 
-    from gfl.data import load_splits
     from gfl.data.dataset import DetectionDataset
+    from gfl.data.split import load_splits
     from gfl.errors import DataError
     from gfl.inference.visualize import draw_samples
     from gfl.inspection.findings import check_files, inspect_data

@@ -113,11 +113,11 @@ def ray_cluster(s3):
     """
     import ray
 
-    from gfl_platform.cluster import launch
+    from gfl_platform.cluster import resources
 
     torch.set_num_threads(1)
     os.environ["RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"] = "0.2"
-    launch.connect()
+    resources.connect()
     os.environ.pop("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", None)  # jobs on other clusters need it
     os.environ["RAY_ADDRESS"] = ray.get_runtime_context().gcs_address
     yield os.environ["RAY_ADDRESS"]

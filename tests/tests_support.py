@@ -18,8 +18,7 @@ from gfl.data.split import Split
 from gfl.evaluation.coco_eval import evaluate_split
 from gfl.model.boxes import STRIDES, box_iou
 from gfl.model.detector import Detector
-from gfl.model.postprocess import Predictions
-from gfl.structures import Rows
+from gfl.structures import Predictions, Rows
 
 # Workers start with what takes most of their time to import.
 mp.get_context("forkserver").set_forkserver_preload(

@@ -1,12 +1,110 @@
 """Which images an epoch shows, how often, and in which company."""
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from itertools import cycle, islice
 from math import ceil, sqrt
+
+import numpy as np
+import torch
+from torch.utils.data import Sampler
 
 from gfl.config.schema import Config, DataConfig
 from gfl.data.split import ImageRecord
 from gfl.errors import DataError
+
+Key = tuple[int, int]
+"""(draw, image): what a sample of training is drawn by; an epoch draws an image at least once."""
+
+
+class TrainBatches(Sampler[list[Key]]):
+    """This worker's shares of every global batch, from `start_step` to the end of training.
+
+    Every epoch is a permutation of the images; its last batch is filled up from its beginning.
+
+    Attributes:
+        total_shares: Equal shares into which a global batch is cut.
+        shares: Those that are this worker's, each a batch to load.
+    """
+
+    def __init__(
+        self,
+        records: Sequence[ImageRecord],
+        config: Config,
+        rank: int,
+        world: int,
+        start_step: int,
+        shares: int | None = None,
+    ) -> None:
+        """Cut global batches into `shares`, by default as many as there are workers (`world`).
+
+        Each worker takes every `world`-th.
+        """
+        self.total_shares = shares or world
+        self.shares = range(rank, self.total_shares, world)
+        self._size = share_of_batch(config, self.total_shares)
+        self.batch = config.data.batch
+        self._seed = config.seed
+        self._start_step = start_step
+        repeats = repeats_per_epoch(records, config.data)
+        self._draws = max(repeats)
+        self._shown = [(draw, i) for i, times in enumerate(repeats) for draw in range(times)]
+        tall = [height > width for height, width in (record.size for record in records)]
+        self._tall = [config.data.group_by_aspect and tall[image] for _, image in self._shown]
+        self.steps_per_epoch = ceil(len(self._shown) / self.batch)
+        self.total_steps = self.steps_per_epoch * config.schedule.epochs
+
+    def __len__(self) -> int:
+        return (self.total_steps - self._start_step) * len(self.shares)
+
+    def __iter__(self) -> Iterator[list[Key]]:
+        for step in range(self._start_step, self.total_steps):
+            for share in self.shares:
+                yield self.keys(step, share)
+
+    def keys(self, step: int, share: int | None = None) -> list[Key]:
+        """Return the samples of a share, by default the worker's first, at global `step`."""
+        epoch, batch = divmod(step, self.steps_per_epoch)
+        number = self.shares[0] if share is None else share
+        start = batch * self.batch + number * self._size
+        order = self._order(epoch)[start : start + self._size]
+        shown = (self._shown[index] for index in order)
+        return [(epoch * self._draws + draw, image) for draw, image in shown]
+
+    def _order(self, epoch: int) -> list[int]:
+        if getattr(self, "_epoch", None) != epoch:
+            generator = torch.Generator().manual_seed(_mix(self._seed, epoch))
+            order = torch.randperm(len(self._shown), generator=generator).tolist()
+            order = batches_of_one_group(order, self._tall, self.batch)
+            missing = self.steps_per_epoch * self.batch - len(order)
+            self._epoch = epoch
+            self._order_of_epoch = [*order, *islice(cycle(order), missing)]
+        return self._order_of_epoch
+
+
+class EvaluationBatches(Sampler[list[Key]]):
+    """Every `world`-th batch of a split, in order.
+
+    No image comes twice and none is left out, whatever the remainder. The batches themselves do not
+    depend on `world`, hence neither do the detections.
+    """
+
+    def __init__(self, images: int, batch: int, rank: int, world: int) -> None:
+        starts = range(0, images, batch)[rank::world]
+        self._batches = [
+            [(0, image) for image in range(start, min(start + batch, images))] for start in starts
+        ]
+
+    def __len__(self) -> int:
+        return len(self._batches)
+
+    def __iter__(self) -> Iterator[list[Key]]:
+        return iter(self._batches)
+
+
+def _mix(*numbers: int) -> int:
+    """Return one seed that depends on every one of `numbers`."""
+    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0])
 
 
 def repeats_per_epoch(records: Sequence[ImageRecord], config: DataConfig) -> list[int]:

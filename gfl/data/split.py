@@ -18,8 +18,9 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from gfl.config.schema import DataConfig, SplitConfig
+from gfl.config.schema import Config, DataConfig, SplitConfig
 from gfl.data.formats import find_classes, read_coco, read_voc, read_yolo
+from gfl.data.synthetic import render_shapes
 from gfl.errors import DataError
 
 logger = logging.getLogger(__name__)
@@ -265,3 +266,19 @@ def _xyxy(xywh: list[list[float]]) -> npt.NDArray[np.float32]:
     boxes = np.array(xywh, dtype=np.float32).reshape(-1, 4)
     boxes[:, 2:] += boxes[:, :2]
     return boxes
+
+
+def load_splits(config: Config) -> tuple[Split, Split]:
+    """Return the checked training and evaluation sets of `config`.
+
+    Raises:
+        DataError: a set that cannot be used.
+    """
+    render_shapes(config)
+    data, count = config.data, config.model.num_classes
+    train = read_split(data, "train", count)
+    val = read_split(data, "val", count, train.classes)
+    require_same_classes(str(train.annotations), train.classes, str(val.annotations), val.classes)
+    if not any(len(record.labels) for record in val.records):
+        raise DataError(f"{val.annotations}: no annotations; evaluate on images that have some")
+    return train, val

@@ -25,27 +25,53 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from gfl.config.schema import Config
+
+
+def render_shapes(config: Config) -> None:
+    """Render the synthetic set that `data.shapes` asks for, if any, unless it is there already."""
+    wanted = config.data.shapes
+    if wanted is not None:
+        folder = Path(wanted.folder)
+        # Held-out images come from another seed.
+        render(folder / "train", count=wanted.train, size=wanted.size, seed=2 * wanted.seed)
+        render(folder / "val", count=wanted.val, size=wanted.size, seed=2 * wanted.seed + 1)
+
+
 RENDERER_VERSION = 1
 """To be raised whenever the same parameters would give other pixels or annotations."""
+
 CATEGORIES = ("rectangle", "ellipse", "triangle")
 """Category names; the COCO id is the position plus one."""
+
 MIN_IMAGE_SIZE = 32
+
 MIN_SIDE_PX = 8.0
 """Least longer side of a shape's box, before occlusion."""
+
 MAX_SIDE_SHARE = 0.85
 """Greatest longer side of a shape's box, as a share of the image's side."""
+
 MIN_VISIBLE = 0.7
 """Least share of a shape's area that stays visible: with less, its class is a guess."""
+
 HUE_SPREAD = 0.3
 """How far a shape's hue strays from its category's, in units of the distance between categories."""
 
 _MAX_SHAPES = 8
+
 _EMPTY_SHARE = 0.04
+
 _MEAN_SHARE = 0.25
+
 _ANY_SIZE_SHARE = 0.1
+
 _PLACEMENTS = 4
+
 _NOISE_STD = 4.0
+
 _JPEG_QUALITY = 92
+
 _AREAS = {"rectangle": 4.0, "ellipse": math.pi, "triangle": 2.0}
 
 _logger = logging.getLogger(__name__)

@@ -11,8 +11,7 @@ from gfl.data.dataset import Batch
 from gfl.data.split import Split
 from gfl.evaluation.coco_eval import evaluate_split
 from gfl.model.detector import Detector, folded
-from gfl.model.postprocess import coco_rows
-from gfl.structures import Rows
+from gfl.structures import Rows, coco_rows
 
 
 def evaluate(

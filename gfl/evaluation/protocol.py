@@ -10,19 +10,73 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+
+@dataclass(frozen=True)
+class Timing:
+    """How fast a variant is.
+
+    Attributes:
+        name: Of the variant; "end to end" is from the file to the boxes.
+        fps: Images a second over all of them.
+        percentiles_ms: Latency of a forward pass and its post-processing, by percentile.
+        peak_bytes: Peak memory (`gfl.evaluation.speed.peak_memory`); 0 where it is not measured.
+        protocol: How it was measured.
+        milliseconds: Each forward pass.
+        unavailable: Why the variant cannot run here; empty if it can.
+    """
+
+    name: str
+    fps: float
+    percentiles_ms: dict[str, float]
+    peak_bytes: int
+    protocol: dict[str, Any]
+    milliseconds: list[float]
+    unavailable: str = ""
+
+    @property
+    def hash(self) -> str:
+        """Of the protocol."""
+        return protocol_hash(self.protocol)
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """What was measured of a model.
+
+    Attributes:
+        timings: Of each variant.
+        parameters: Their number.
+        flops: Of one image of `size`, two for each multiplication and addition.
+        size: (height, width) of that image, px.
+        time_s: When, in seconds since 1970.
+    """
+
+    timings: list[Timing]
+    parameters: int
+    flops: int
+    size: tuple[int, int]
+    time_s: float
+
+    @property
+    def standard(self) -> Timing:
+        """GFocal's: one image at a time in float32."""
+        return self.timings[0]
+
+
 IMAGES = 2000
 """How many are measured at most, as GFocal did."""
 
 WARM_UP = 5
 
 Precision = Literal["float32", "bfloat16", "float16"]
+
 PRECISIONS: tuple[Precision, ...] = ("float32", "bfloat16", "float16")
 
 STATE = "state"
 """Part of a protocol that is recorded but tells none apart: what changes by itself."""
 
 YARDSTICK = "yardstick_mean_ms"
-"""In a CPU's state: the mean time of a fixed convolution after the passes, see `gfl.evaluation.speed`."""
+"""Key in a CPU's state: mean time of a fixed convolution, in ms (`gfl.evaluation.speed`)."""
 
 
 @dataclass(frozen=True)

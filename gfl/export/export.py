@@ -34,8 +34,7 @@ from gfl.export.exportable import (
 from gfl.inference.predictor import Model
 from gfl.model.boxes import grid_points, ltrb_to_xyxy
 from gfl.model.detector import Detector
-from gfl.model.postprocess import Predictions, coco_rows
-from gfl.structures import Rows
+from gfl.structures import Predictions, Rows, coco_rows
 
 BOX_PX, SCORE = 0.01, 1e-4
 """The most that outputs in px, and in 0 to 1, may differ in float32."""

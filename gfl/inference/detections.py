@@ -6,8 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from gfl.model.postprocess import Predictions, coco_rows
-from gfl.structures import coco_records
+from gfl.structures import Predictions, coco_records, coco_rows
 
 if TYPE_CHECKING:
     import supervision

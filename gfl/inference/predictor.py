@@ -19,7 +19,7 @@ from gfl.data.dataset import Sample, as_sample, build_transforms, collate
 from gfl.data.images import list_images, pixels_of, read_image
 from gfl.inference.detections import Detections
 from gfl.model.detector import Detector, folded, place
-from gfl.model.postprocess import Predictions
+from gfl.structures import Predictions
 
 ImageLike: TypeAlias = str | Path | bytes | NDArray[np.uint8] | Tensor | Image.Image
 """A file, its content, or RGB pixels: (H, W, 3) as an array, (3, H, W) as a tensor, both uint8."""

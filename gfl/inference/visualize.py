@@ -14,8 +14,7 @@ from matplotlib.patches import Rectangle
 from torch import Tensor
 
 from gfl.data.dataset import DetectionDataset
-from gfl.model.postprocess import Predictions
-from gfl.structures import Rows
+from gfl.structures import Predictions, Rows
 
 DPI = 120
 PANEL_INCHES = 3.0

@@ -18,9 +18,10 @@ from torch import Tensor
 from gfl.config.schema import Config, DataConfig, ModelConfig
 from gfl.data.dataset import fitted_size
 from gfl.data.split import ImageRecord
-from gfl.model.assigner import assign, pad_targets
+from gfl.model.assigner import assign
 from gfl.model.boxes import STRIDES, Points, grid_points, xyxy_to_ltrb
 from gfl.model.losses import REACH_MARGIN
+from gfl.structures import pad_targets
 
 ENOUGH = 0.001
 """A suggested `reg_max` clips less than this share of edges."""

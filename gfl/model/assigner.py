@@ -8,37 +8,19 @@ Shapes: B images, G padded ground truths, L levels, K window cells, T candidates
 P locations.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 
 from gfl.model.boxes import Points, box_iou, xyxy_to_ltrb
+from gfl.structures import Targets
 
 PRIOR_SCALE = 8
 """Side of a location's square prior, in strides."""
 
 INSIDE_MARGIN_PX = 0.01
 """How far inside every edge of an object a positive location lies, at least."""
-
-
-@dataclass(frozen=True)
-class Targets:
-    """Ground truths of a batch, padded to equal counts.
-
-    Attributes:
-        boxes: `xyxy` in px of the network's input, (B, G, 4).
-        labels: Classes, (B, G), int64.
-        mask: Which entries are objects and not padding, (B, G).
-        sizes: (height, width) in px of every image without its padding, (B, 2).
-    """
-
-    boxes: Tensor
-    labels: Tensor
-    mask: Tensor
-    sizes: Tensor
 
 
 @dataclass(frozen=True)
@@ -71,38 +53,6 @@ class Matches:
     location: Tensor
     xy: Tensor
     stride: Tensor
-
-
-def pad_targets(boxes: Sequence[Tensor], labels: Sequence[Tensor], sizes: Tensor) -> Targets:
-    """Return ground truths padded to the largest count, and to one at least: no shape is empty.
-
-    Args:
-        boxes: Per image (G_i, 4).
-        labels: Per image (G_i,).
-        sizes: (height, width) of every image, (B, 2).
-
-    Raises:
-        ValueError: counts or shapes that do not fit together.
-    """
-    if not len(boxes) == len(labels) == len(sizes):
-        raise ValueError(
-            f"expected boxes and labels of each of {len(sizes)} images, got {len(boxes)} and "
-            f"{len(labels)}"
-        )
-    for index, (box, label) in enumerate(zip(boxes, labels, strict=True)):
-        if box.shape != (len(label), 4):
-            raise ValueError(
-                f"image {index}: expected boxes (G, 4) and labels (G,), got {tuple(box.shape)} and "
-                f"{tuple(label.shape)}; without objects (0, 4) and (0,)"
-            )
-    present = [torch.ones_like(classes, dtype=torch.bool) for classes in labels]
-    return Targets(_pad(boxes).float(), _pad(labels), _pad(present), sizes)
-
-
-def _pad(values: Sequence[Tensor]) -> Tensor:
-    """Return `values` (G_i, ...) stacked and filled up with zeros, (B, max(1, G_i), ...)."""
-    one = values[0].new_zeros(1, *values[0].shape[1:])
-    return pad_sequence([*values, one], batch_first=True)[:-1]
 
 
 def padded_extent(sizes: Tensor) -> Tensor:

@@ -125,3 +125,16 @@ def grid_points(level_sizes: tuple[tuple[int, int], ...], device: torch.device) 
 def _constants(values: Iterable[float], device: torch.device) -> Tensor:
     """Return `values` (N,) written on `device`: copying a list there would wait for it."""
     return torch.stack([torch.full((), value, device=device) for value in values])
+
+
+def flatten_levels(levels: list[Tensor]) -> Tensor:
+    """Return (B, P, channels) of maps (B, channels, H_l, W_l), in the order of `Points`."""
+    return torch.cat([level.flatten(2).transpose(1, 2) for level in levels], dim=1)
+
+
+def level_points(levels: list[Tensor]) -> Points:
+    """Return the points of maps (B, channels, H_l, W_l)."""
+    sizes = tuple((level.shape[2], level.shape[3]) for level in levels)
+    # The compiler makes constants of its own, and warns of any cache.
+    make = grid_points.__wrapped__ if torch.compiler.is_compiling() else grid_points
+    return make(sizes, levels[0].device)

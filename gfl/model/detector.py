@@ -9,38 +9,34 @@ from copy import deepcopy
 from itertools import pairwise
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from gfl.config.schema import Config, ModelConfig
-from gfl.model.assigner import Aim, Targets, find_aim, pad_targets
+from gfl.config.schema import Config
+from gfl.distributed import world_size
+from gfl.model.assigner import Aim, find_aim
 from gfl.model.backbone import FPN, Backbone
-from gfl.model.boxes import Points, box_iou, grid_points, ltrb_centerness, ltrb_to_xyxy
+from gfl.model.boxes import (
+    flatten_levels,
+    level_points,
+    ltrb_to_xyxy,
+)
+from gfl.model.criterion import (
+    DISTILLATION,
+    _amounts,
+    _centerness_losses,
+    _joint_losses,
+    mean_amounts,
+)
 from gfl.model.head import Head, build_edges
 from gfl.model.losses import (
-    FOCAL_ALPHA,
-    FOCAL_GAMMA,
-    background_focal_loss,
-    centerness_loss,
     distribution_focal_loss,
-    focal_loss,
     giou_loss,
     localisation_distillation_loss,
-    quality_focal_loss,
 )
-from gfl.model.postprocess import Predictions, postprocess
+from gfl.model.postprocess import postprocess
 from gfl.ops.convolution import Convolution, PredictingConvolution, convert
-
-DISTILLATION = "ld"
-"""The part of the objective that a teacher adds."""
-
-
-def loss_names(model: ModelConfig) -> tuple[str, ...]:
-    """Return the parts of the objective, a teacher's apart."""
-    of_scores = ("qfl",) if model.quality == "joint" else ("focal", "centerness")
-    of_boxes = ("giou", "dfl") if model.edges == "distribution" else ("giou",)
-    return of_scores + of_boxes
+from gfl.structures import Predictions, Targets, pad_targets
 
 
 class Detector(nn.Module):
@@ -123,7 +119,7 @@ class Detector(nn.Module):
         losses = {name: loss * getattr(self.config.loss, name).weight
                   for name, loss in losses.items()}  # fmt: skip
         if teacher is not None:
-            ld = self._distillation(edges, aim.of(_flatten(teacher)))
+            ld = self._distillation(edges, aim.of(flatten_levels(teacher)))
             losses[DISTILLATION] = aim.total(ld * weight) / len(ld)
         return losses
 
@@ -136,8 +132,8 @@ class Detector(nn.Module):
         self, outputs: tuple[list[Tensor], ...], targets: Targets
     ) -> tuple[Aim, Tensor, Tensor, dict[str, Tensor], Tensor]:
         """Return aims, logits of edges, boxes, losses of scores, how much each box counts."""
-        points = _points(outputs[0])
-        cls_logits, reg_logits, *centerness = (_flatten(levels) for levels in outputs)
+        points = level_points(outputs[0])
+        cls_logits, reg_logits, *centerness = (flatten_levels(levels) for levels in outputs)
         aim = find_aim(points, targets, self.config.assigner.topk)
         edges = aim.of(reg_logits)  # (B, N, 4 * R)
         boxes = ltrb_to_xyxy(aim.xy, self.integral(edges))
@@ -175,12 +171,12 @@ class Detector(nn.Module):
         outputs = self(images)
         self.train(was_training)
         cls_logits, reg_logits, *centerness = (
-            [_flatten([level]) for level in levels] for levels in outputs
+            [flatten_levels([level]) for level in levels] for levels in outputs
         )
         return postprocess(
             cls_logits,
             reg_logits,
-            _points(outputs[0]),
+            level_points(outputs[0]),
             self.integral,
             sizes,
             sizes if original_sizes is None else original_sizes,
@@ -192,82 +188,6 @@ class Detector(nn.Module):
 def place(detector: Detector, device: torch.device) -> Detector:
     """Move `detector` to `device`, in the memory format in which convolutions are fastest."""
     return detector.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-
-
-def mean_over_workers(values: Tensor) -> Tensor:
-    """Return the mean of `values` over all training processes; itself when there is only one."""
-    if world_size() == 1:
-        return values
-    values = values / world_size()
-    dist.all_reduce(values)
-    return values
-
-
-def mean_amounts(amounts: Tensor, shares: int) -> Tensor:
-    """Return what losses are divided by: positives and box weights (..., 2) of an average share.
-
-    Args:
-        amounts: `Detector.amounts`, summed over this worker's shares of the batch.
-        shares: Of the batch, over all workers.
-    """
-    positives, weights = (mean_over_workers(amounts) * (world_size() / shares)).unbind(-1)
-    # At least 1 over all shares. (The reference: 1 on their average: workers change the losses.)
-    return torch.stack([positives, weights.clamp(min=1 / shares)], dim=-1)
-
-
-def _amounts(aim: Aim, weight: Tensor) -> Tensor:
-    return torch.stack([aim.learns.sum(dim=1).clamp(min=1).sum(), aim.total(weight)])
-
-
-def world_size() -> int:
-    """Return the number of training processes."""
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
-
-
-def _joint_losses(
-    cls_logits: Tensor, boxes: Tensor, aim: Aim, beta: float
-) -> tuple[dict[str, Tensor], Tensor]:
-    """Return GFL's losses of scores, and how much each candidate's box counts, (B, N).
-
-    Scores learn the IoU of the present `boxes`; a box counts by its highest class score.
-    """
-    iou = box_iou(boxes.detach(), aim.boxes)
-    logits = aim.of_label(cls_logits)
-    change = quality_focal_loss(logits, iou, beta) - background_focal_loss(logits, beta)
-    qfl = aim.summed(background_focal_loss(cls_logits, beta), change)
-    weight = aim.of(cls_logits.detach()).amax(dim=-1).sigmoid()
-    return {"qfl": qfl}, weight
-
-
-def _centerness_losses(
-    cls_logits: Tensor, centerness_logits: Tensor, aim: Aim
-) -> tuple[dict[str, Tensor], Tensor]:
-    """Return ATSS's losses of scores, and how much each candidate's box counts, (B, N).
-
-    Scores learn the class alone; a box counts by the centerness that its location is to have.
-    """
-
-    def background(logits: Tensor) -> Tensor:
-        return background_focal_loss(logits, FOCAL_GAMMA) * (1 - FOCAL_ALPHA)
-
-    centerness = ltrb_centerness(aim.ltrb)
-    logits, present = aim.of_label(cls_logits), torch.ones_like(centerness)
-    change = focal_loss(logits, present) - background(logits)
-    focal = aim.summed(background(cls_logits), change)
-    loss = centerness_loss(aim.of(centerness_logits).squeeze(-1), centerness)
-    return {"focal": focal, "centerness": aim.total(loss)}, centerness
-
-
-def _flatten(levels: list[Tensor]) -> Tensor:
-    """Return (B, P, channels) of maps (B, channels, H_l, W_l), in the order of `Points`."""
-    return torch.cat([level.flatten(2).transpose(1, 2) for level in levels], dim=1)
-
-
-def _points(levels: list[Tensor]) -> Points:
-    sizes = tuple((level.shape[2], level.shape[3]) for level in levels)
-    # The compiler makes constants of its own, and warns of any cache.
-    make = grid_points.__wrapped__ if torch.compiler.is_compiling() else grid_points
-    return make(sizes, levels[0].device)
 
 
 def _full_sizes(images: Tensor) -> Tensor:

@@ -6,9 +6,6 @@ Shapes: B images, N detections, R bins (`ModelConfig.bins`), K candidates of an 
 levels, P locations.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass, fields
-
 import torch
 from torch import Tensor
 from torchvision.ops import batched_nms
@@ -16,39 +13,7 @@ from torchvision.ops import batched_nms
 from gfl.config.schema import PostprocessConfig
 from gfl.model.boxes import Points, ltrb_to_xyxy
 from gfl.model.head import Dirac, Integral
-from gfl.structures import Rows
-
-
-@dataclass(frozen=True)
-class Predictions:
-    """The detections of one image, best first.
-
-    Attributes:
-        boxes: `xyxy` in px of the original image, (N, 4).
-        scores: In (0, 1), (N,).
-        labels: Classes, (N,), int64.
-        edge_std: Standard deviation in px of the learned distribution of each edge (left, top,
-            right, bottom), (N, 4): how sure the model is of where the edge lies. 0 of a model
-            without distributions (`model.edges: dirac`).
-        distributions: The learned edge distributions themselves, (N, 4, R).
-    """
-
-    boxes: Tensor
-    scores: Tensor
-    labels: Tensor
-    edge_std: Tensor
-    distributions: Tensor
-
-    def __len__(self) -> int:
-        return len(self.scores)
-
-    def cpu(self) -> "Predictions":
-        """Return the same in the host's memory."""
-        return Predictions(*(getattr(self, field.name).cpu() for field in fields(self)))
-
-    def select(self, keep: Tensor) -> "Predictions":
-        """Return the detections at the indices, or under the mask, `keep`."""
-        return Predictions(*(getattr(self, field.name)[keep] for field in fields(self)))
+from gfl.structures import Predictions
 
 
 def postprocess(
@@ -114,18 +79,3 @@ def _candidates(cls_logits: list[Tensor], per_level: int) -> tuple[Tensor, Tenso
 def _suppress(predictions: Predictions, config: PostprocessConfig) -> Predictions:
     keep = batched_nms(predictions.boxes, predictions.scores, predictions.labels, config.nms_iou)
     return predictions.select(keep[: config.detections_per_image])
-
-
-def coco_rows(predictions: Predictions, image_id: int, category_ids: Sequence[int]) -> Rows:
-    """Return the detections of one image as `Rows`; `category_ids` are those of the labels."""
-    labels = predictions.labels
-    corner, far = predictions.boxes.split(2, dim=1)
-    columns = [
-        torch.full_like(labels, image_id).unsqueeze(1),
-        corner,
-        far - corner,
-        predictions.scores.unsqueeze(1),
-        torch.tensor(category_ids, device=labels.device)[labels].unsqueeze(1),
-    ]
-    # Ids of images are not always exact in float32.
-    return torch.cat([column.double() for column in columns], dim=1).cpu().numpy()

@@ -20,14 +20,16 @@ from torch.utils.data import DataLoader
 
 from gfl.checkpoint.snapshot import Snapshot
 from gfl.config.schema import Config
-from gfl.data.dataset import Batch, DetectionDataset, EvaluationBatches, build_loader
+from gfl.data.dataset import Batch, DetectionDataset, build_loader
+from gfl.data.samplers import EvaluationBatches
 from gfl.data.split import Split
+from gfl.distributed import mean_over_workers, worker_rank
 from gfl.errors import LeaveError
 from gfl.evaluation.evaluator import evaluate
-from gfl.model.detector import Detector, mean_over_workers
+from gfl.model.detector import Detector
 from gfl.ops.allocator import return_freed_memory
 from gfl.train.metrics import Pace, of_all
-from gfl.train.trainer import Trainer, worker_rank
+from gfl.train.trainer import Trainer
 
 logger = logging.getLogger(__name__)
 
@@ -42,7 +44,7 @@ class StepReport:
         epoch: Epochs done, with fraction.
         seconds_left: Until all steps are done at the present rate, evaluations not counted.
         metrics: `loss`, each loss, `lr`, `grad_norm`, `images_per_second` (over all workers), and
-            what `gfl.train.metrics` measures: `step_ms_p50`, `data_wait_share`, `worker0.cpu` and so on.
+            the metrics of `gfl.train.metrics`: `step_ms_p50`, `data_wait_share` and so on.
         stragglers: Ranks of workers that have been slow for several reports, as of this one, and
             how many times slower than the median worker.
     """

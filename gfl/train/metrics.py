@@ -15,7 +15,8 @@ import torch
 import torch.distributed as dist
 
 from gfl.data.dataset import Batch
-from gfl.model.detector import Detector, world_size
+from gfl.distributed import world_size
+from gfl.model.detector import Detector
 
 OWN, SHARES = "own_ms", "shares"
 STEP_TIMES = ("step_ms_p50", "step_ms_p90", "step_ms_p99")

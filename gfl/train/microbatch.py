@@ -9,8 +9,9 @@ from torch import Tensor, nn
 
 from gfl.config.schema import Config
 from gfl.data.dataset import Batch
-from gfl.model.assigner import Targets
-from gfl.model.detector import DISTILLATION, Detector, loss_names, mean_amounts
+from gfl.model.criterion import DISTILLATION, loss_names, mean_amounts
+from gfl.model.detector import Detector
+from gfl.structures import Targets
 
 PRECISIONS = {
     "float32": torch.float32,

@@ -14,12 +14,21 @@ from gfl.checkpoint.pretrained import load_weights
 from gfl.checkpoint.snapshot import Snapshot, load_checkpoint, read_training, take_snapshot
 from gfl.config.loader import ConfigError, dump_config
 from gfl.config.schema import Config
-from gfl.data.dataset import Batch, DetectionDataset, TrainBatches, collate
+from gfl.data.dataset import Batch, DetectionDataset, collate
+from gfl.data.samplers import TrainBatches
 from gfl.data.split import Split
+from gfl.distributed import worker_rank
 from gfl.errors import NonFiniteLossError
 from gfl.model.detector import Detector, place
 from gfl.ops.allocator import keep_freed_memory
-from gfl.train.microbatch import Objective, Pass, cut, divisors, first_non_finite, statistics_kept
+from gfl.train.microbatch import (
+    Objective,
+    Pass,
+    cut,
+    divisors,
+    first_non_finite,
+    statistics_kept,
+)
 from gfl.train.optimizer import Average, build_optimizer, build_scheduler, scaled_lr
 
 
@@ -246,11 +255,6 @@ class Trainer:
             for _, each, divisor in self._passes(shares)
         ]
         return next((culprit for culprit in found if culprit), None)
-
-
-def worker_rank() -> tuple[int, int]:
-    """Return this process's rank and the number of training processes."""
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
 def _require_device(config: Config, device: torch.device, world: int) -> None:

@@ -8,7 +8,7 @@ from rich.table import Table
 from jobs.console.cli import console
 
 if TYPE_CHECKING:
-    from gfl_platform.evaluation.benchmark import Benchmark
+    from gfl.evaluation.protocol import Benchmark
 from collections.abc import Iterable, Sequence
 
 from rich.text import Text

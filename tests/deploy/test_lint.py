@@ -73,7 +73,7 @@ def test_a_mistake_in_a_manifest_is_found(problems, tmp_path, file, before, afte
         ("ray:2.60.0-py311-gpu", "ray:2.59.0-py311-gpu", "is not Ray 2.60.0"),
         ("hotcoco ", "", "hotcoco is not installed"),
         (" nvidia-ml-py", "", "nvidia-ml-py is not installed"),
-        ("platform/gfl_platform/spot.py", "platform/spott.py", "there is no platform/spott.py"),
+        ("deploy/spot.py", "platform/spott.py", "there is no platform/spott.py"),
         ("--dashboard-host=127.0.0.1", "--dashboard-host=0.0.0.0", "who sees it runs code"),
         ("  - RAY_AUTH_MODE=token ray start --address", "  - ray start --address", "AUTH_MODE"),
         ("head_node_type: head", "head_node_type: hed", "must be one of"),
@@ -83,7 +83,7 @@ def test_a_mistake_in_a_manifest_is_found(problems, tmp_path, file, before, afte
 def test_a_mistake_is_found(problems, tmp_path, before, after, found):
     text = FILE.read_text()
     assert before in text
-    for name in ("constraints.txt", "platform/gfl_platform/spot.py"):
+    for name in ("constraints.txt", "deploy/spot.py"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).touch()
     path = tmp_path / "ray-cluster.yaml"

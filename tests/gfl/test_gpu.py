@@ -7,9 +7,9 @@ from tests_support import attentive_detector
 import gfl
 from gfl.checkpoint.files import About
 from gfl.config.loader import derive
-from gfl.data import load_splits
 from gfl.data.dataset import collate
 from gfl.data.images import list_images
+from gfl.data.split import load_splits
 from gfl.evaluation.protocol import Variant
 from gfl.evaluation.speed import measure_latency, peak_memory
 from gfl.export.export import export

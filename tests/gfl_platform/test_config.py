@@ -23,8 +23,7 @@ from gfl_platform.config import JobConfig, load_job
 from gfl_platform.storage.runs import StorageError, open_run_folder, write_atomically
 from gfl_platform.storage.s3 import S3Error
 from gfl_platform.tracking.client import tracking_uri
-from gfl_platform.training.fit import fetch_sources
-from gfl_platform.training.sources import fetch_weights
+from gfl_platform.training.sources import fetch_sources, fetch_weights
 
 ROOT = Path(__file__).parents[2]
 

@@ -12,10 +12,10 @@ from PIL import Image
 from gfl.checkpoint.files import About
 from gfl.checkpoint.snapshot import take_snapshot
 from gfl.config.loader import derive
-from gfl.evaluation.protocol import STATE, YARDSTICK, Variant
+from gfl.evaluation.protocol import STATE, YARDSTICK, Benchmark, Timing, Variant
 from gfl.model.detector import Detector
 from gfl_platform.config import JobConfig
-from gfl_platform.evaluation.benchmark import Benchmark, Timing
+from gfl_platform.evaluation import benchmark as benchmark_room
 from gfl_platform.registry import models
 from gfl_platform.tracking.client import connect
 
@@ -54,7 +54,7 @@ def measured(monkeypatch):
         timing = Timing("float32", 1000.0, percentiles, 0, protocol, [factor])
         return Benchmark([timing], 1, 1, (64, 64), time.time())
 
-    monkeypatch.setattr(benchmark, "benchmark", benchmark)
+    monkeypatch.setattr(benchmark_room, "benchmark", benchmark)
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
 
 
@@ -96,7 +96,7 @@ def test_an_alias_that_moves_meanwhile_changes_nothing(tmp_path, monkeypatch):
     answer("resolve", "models:/m/1")
     answer("fetch_checkpoint", None)
     answer("run_of", "run")
-    monkeypatch.setattr(benchmark, "keep", lambda *_: "kept")
+    monkeypatch.setattr(benchmark_room, "keep", lambda *_: "kept")
     monkeypatch.setattr(
         sys, "argv", ["benchmark", "models:/m@champion", f"storage.root={tmp_path}"]
     )

@@ -12,9 +12,8 @@ from pathlib import Path
 import pytest
 
 from gfl_platform.config import load_job
-from gfl_platform.sweeps.search import trial_name
 from gfl_platform.sweeps.space import grid_points
-from gfl_platform.sweeps.trials import read_trial
+from gfl_platform.sweeps.trials import read_trial, trial_name
 from gfl_platform.tracking.client import connect
 
 BETA, BINS = "loss.qfl.beta", "model.reg_max"

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch.distributed as dist
 
 from gfl.data.split import Split
-from gfl.train.trainer import worker_rank
+from gfl.distributed import worker_rank
 from gfl_platform.storage.s3 import S3UnavailableError
 
 CLOCK_TOLERANCE = 60.0

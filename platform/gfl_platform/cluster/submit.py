@@ -15,8 +15,9 @@ from typing import Any
 
 import yaml
 
-from gfl_platform.cluster.launch import ClusterError, JobFailedError
-from gfl_platform.tracking.metadata import GIT_VARIABLES, USER, acting_user, git_state
+from gfl_platform.cluster.launch import JobFailedError
+from gfl_platform.cluster.resources import ClusterError
+from gfl_platform.provenance import GIT_VARIABLES, USER, acting_user, git_state
 
 LARGEST = 100 * 2**20
 """Bytes of a working directory that Ray takes, packed; here they are counted unpacked."""

@@ -4,7 +4,6 @@ import json
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +13,17 @@ from gfl.checkpoint.files import About
 from gfl.checkpoint.snapshot import load_checkpoint
 from gfl.config.loader import dump_config, parse_config, reproducible
 from gfl.config.schema import Config
-from gfl.data import render_shapes
 from gfl.data.split import read_split
-from gfl.evaluation.protocol import STATE, WARM_UP, YARDSTICK, Variant, differences, protocol_hash
+from gfl.data.synthetic import render_shapes
+from gfl.evaluation.protocol import (
+    STATE,
+    WARM_UP,
+    YARDSTICK,
+    Benchmark,
+    Timing,
+    Variant,
+    differences,
+)
 from gfl.evaluation.speed import (
     UnavailableError,
     count_flops,
@@ -27,7 +34,7 @@ from gfl.evaluation.speed import (
 )
 from gfl.inference.predictor import Model
 from gfl.model.detector import Detector
-from gfl_platform.cluster import launch
+from gfl_platform.cluster import launch, resources
 from gfl_platform.cluster.events import Watcher, pumped
 from gfl_platform.config import JobConfig
 from gfl_platform.storage.runs import cache_of, ray_storage, read_json, scratch_folder, shared
@@ -43,7 +50,7 @@ SECONDS = 60.0
 def benchmark_worker(settings: dict[str, Any]) -> Benchmark:
     """Measure on this worker's device."""
     config = parse_config(settings["config"], "job")
-    device = launch.worker_device()
+    device = resources.worker_device()
     cache, checkpoint = settings["cache"], settings["checkpoint"]
     config = cache.localized(config)
     detector, about = (
@@ -122,58 +129,6 @@ FOLDER = "benchmarks"
 """Among the artifacts of a run: a JSON file for each benchmark, and its picture."""
 
 
-@dataclass(frozen=True)
-class Timing:
-    """How fast a variant is.
-
-    Attributes:
-        name: Of the variant; "end to end" is from the file to the boxes.
-        fps: Images a second over all of them.
-        percentiles_ms: Latency of a forward pass and its post-processing, by percentile.
-        peak_bytes: Memory at its largest, see `gfl.evaluation.speed.peak_memory`; 0 where it is not measured.
-        protocol: How it was measured.
-        milliseconds: Each forward pass.
-        unavailable: Why the variant cannot run here; empty if it can.
-    """
-
-    name: str
-    fps: float
-    percentiles_ms: dict[str, float]
-    peak_bytes: int
-    protocol: dict[str, Any]
-    milliseconds: list[float]
-    unavailable: str = ""
-
-    @property
-    def hash(self) -> str:
-        """Of the protocol."""
-        return protocol_hash(self.protocol)
-
-
-@dataclass(frozen=True)
-class Benchmark:
-    """What was measured of a model.
-
-    Attributes:
-        timings: Of each variant.
-        parameters: Their number.
-        flops: Of one image of `size`, two for each multiplication and addition.
-        size: (height, width) of that image, px.
-        time_s: When, in seconds since 1970.
-    """
-
-    timings: list[Timing]
-    parameters: int
-    flops: int
-    size: tuple[int, int]
-    time_s: float
-
-    @property
-    def standard(self) -> Timing:
-        """GFocal's: one image at a time in float32."""
-        return self.timings[0]
-
-
 def benchmark(
     job: JobConfig,
     checkpoint: Path | None,
@@ -187,9 +142,9 @@ def benchmark(
         ValueError: a checkpoint, dataset or cluster that cannot be used.
         JobFailedError: the worker stopped.
     """
-    launch.connect()
+    resources.connect()
     alone = job.model_copy(update={"cluster": job.cluster.model_copy(update={"workers": 1})})
-    workers = launch.allot(alone)
+    workers = resources.allot(alone)
     with scratch_folder(job) as scratch, pumped(watch) as events:
         settings = {
             "config": dump_config(reproducible(job)),

@@ -6,8 +6,9 @@ from typing import Any
 
 from gfl.checkpoint.snapshot import load_checkpoint
 from gfl.config.loader import dump_config, parse_config, reproducible
-from gfl.data import render_shapes
 from gfl.data.split import read_split, require_same_classes
+from gfl.data.synthetic import render_shapes
+from gfl.distributed import worker_rank
 from gfl.errors import DataError
 from gfl.evaluation.coco_eval import evaluate_split
 from gfl.evaluation.evaluator import detect, gather
@@ -16,8 +17,7 @@ from gfl.evaluation.speed import measure_fps
 from gfl.model.detector import place
 from gfl.structures import coco_records
 from gfl.train.engine import build_evaluation_loader
-from gfl.train.trainer import worker_rank
-from gfl_platform.cluster import launch
+from gfl_platform.cluster import launch, resources
 from gfl_platform.cluster.events import Watcher, pumped
 from gfl_platform.config import JobConfig
 from gfl_platform.storage.runs import (
@@ -32,7 +32,7 @@ from gfl_platform.storage.runs import (
 def evaluate_worker(settings: dict[str, Any]) -> dict[str, Any]:
     """Evaluate this worker's share; return what all of them found together."""
     config = parse_config(settings["config"], "job")
-    device = launch.worker_device()
+    device = resources.worker_device()
     cache = settings["cache"]
     config = cache.localized(config)
     detector, about = load_checkpoint(cache.local(settings["checkpoint"]), config)
@@ -84,7 +84,7 @@ def evaluate_checkpoint(
         ValueError: a checkpoint, dataset or cluster that cannot be used.
         JobFailedError: a worker stopped.
     """
-    launch.connect()
+    resources.connect()
     settings = {
         "config": dump_config(reproducible(job)),
         "checkpoint": shared(job, checkpoint),
@@ -92,7 +92,7 @@ def evaluate_checkpoint(
         "official": official,
         "results": results is not None,
     }
-    workers = launch.allot(job)
+    workers = resources.allot(job)
     with scratch_folder(job) as scratch, pumped(watch) as events:
         result = launch.run_workers(
             _evaluate, settings, workers, events, **ray_storage(job, scratch)

@@ -1,7 +1,7 @@
 """The gate before `champion`: a version passes if AP and FPS both do, and leaves a trail.
 
 Candidate and champion are measured on the same images under the same protocol. What was decided,
-on which figures and why, is written down first; then the aliases follow (`gfl_platform.registry.history`).
+on which figures and why, is written down first; then the aliases follow (`history`).
 """
 
 from collections.abc import Callable, Iterator
@@ -13,7 +13,8 @@ from gfl.config.loader import config_hash, flatten
 from gfl.evaluation.bootstrap import Gain, measure_gain
 from gfl.evaluation.protocol import differences, protocol_hash
 from gfl_platform.cluster.events import Watcher
-from gfl_platform.cluster.launch import ClusterError, JobFailedError
+from gfl_platform.cluster.launch import JobFailedError
+from gfl_platform.cluster.resources import ClusterError
 from gfl_platform.config import GateConfig, JobConfig
 from gfl_platform.evaluation.benchmark import recall_fps
 from gfl_platform.registry import models

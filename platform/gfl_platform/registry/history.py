@@ -16,8 +16,8 @@ from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
+from gfl_platform.provenance import acting_user, git_state
 from gfl_platform.tracking.client import reason_of
-from gfl_platform.tracking.metadata import acting_user, git_state
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient

@@ -13,8 +13,8 @@ import numpy as np
 from gfl.checkpoint.files import read_config
 from gfl.config.loader import derive
 from gfl.config.schema import SplitConfig
-from gfl.data import render_shapes
 from gfl.data.split import Split, read_split
+from gfl.data.synthetic import render_shapes
 from gfl.evaluation.protocol import protocol_hash
 from gfl.structures import Rows
 from gfl_platform.cluster.events import Watcher

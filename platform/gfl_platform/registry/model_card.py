@@ -12,20 +12,14 @@ from typing import Any
 from gfl.checkpoint.files import WEIGHTS
 from gfl.config.loader import config_hash
 from gfl.config.schema import Config
-from gfl_platform.cluster.launch import Workers
+from gfl_platform.cluster.resources import Workers
 from gfl_platform.config import JobConfig, load_job
+from gfl_platform.provenance import COMMIT, git_state
 from gfl_platform.registry import models
 from gfl_platform.registry.history import read_trail
 from gfl_platform.registry.models import RegistryError, Version
 from gfl_platform.tracking.client import connect
-from gfl_platform.tracking.metadata import (
-    COMMIT,
-    CONFIG_FILE,
-    DIFF_FILE,
-    PACKAGES_FILE,
-    PROTOCOL,
-    git_state,
-)
+from gfl_platform.tracking.metadata import CONFIG_FILE, DIFF_FILE, PACKAGES_FILE, PROTOCOL
 
 DIGESTS = ("data.train.digest", "data.val.digest", "weights.pretrained", "weights.teacher")
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import gfl
+import gfl_platform
 from gfl_platform.config import JobConfig, require_alias
 from gfl_platform.registry.history import FOLLOWED, OF_MODEL
 from gfl_platform.storage.runs import cache_of, is_there
@@ -258,7 +259,7 @@ def register(
 
     from gfl.checkpoint.files import TRAINING
 
-    here = Path(__file__).parent
+    package = Path(gfl_platform.__file__).parent
     status = client.get_run(run_id).info.status
     with tempfile.TemporaryDirectory(prefix="gfl-model-") as scratch:
         model = Path(scratch) / CHECKPOINT
@@ -269,9 +270,9 @@ def register(
         with mlflow.start_run(run_id=run_id):
             logged = mlflow.pyfunc.log_model(
                 name=name,
-                python_model=str(here / "pyfunc.py"),
+                python_model=str(package / "registry" / "pyfunc.py"),
                 artifacts={CHECKPOINT: str(model)},
-                code_paths=[str(here), str(Path(gfl.__file__).parent)],
+                code_paths=[str(package), str(Path(gfl.__file__).parent)],
                 pip_requirements=_requirements(),
                 registered_model_name=name,
                 metadata=dict(facts),

@@ -15,9 +15,8 @@ from gfl_platform.config import JobConfig
 from gfl_platform.storage.runs import discard, read_json, share_state
 from gfl_platform.storage.s3 import S3Error
 from gfl_platform.sweeps.formatting import point_label
-from gfl_platform.sweeps.search import Planned
 from gfl_platform.sweeps.space import trial_job
-from gfl_platform.sweeps.trials import State, Trial, read_trial, write_trial
+from gfl_platform.sweeps.trials import Planned, State, Trial, read_trial, write_trial
 from gfl_platform.tracking.run import RunTracker, settle
 from gfl_platform.tracking.spool import RUN_FILE, backlog
 from gfl_platform.training.fit import RAY_FOLDER

@@ -9,10 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from gfl.config.loader import derive, reproducible
-from gfl_platform.cluster import launch
+from gfl_platform.cluster import resources
 from gfl_platform.cluster.events import Event, pumped
-from gfl_platform.cluster.launch import Workers
-from gfl_platform.cluster.resources import START_TIMEOUT, imported_meanwhile, most_resources
+from gfl_platform.cluster.resources import (
+    START_TIMEOUT,
+    Workers,
+    imported_meanwhile,
+    most_resources,
+)
 from gfl_platform.config import BudgetConfig, JobConfig, SweepConfig
 from gfl_platform.registry import models
 from gfl_platform.storage.runs import (
@@ -28,16 +32,7 @@ from gfl_platform.sweeps.analysis.statistics import EPOCHS_KEY, direction
 from gfl_platform.sweeps.analysis.verdicts import analyse
 from gfl_platform.sweeps.formatting import identity
 from gfl_platform.sweeps.recorder import EndOfTrials, Recorder
-from gfl_platform.sweeps.search import (
-    ENDED,
-    BudgetStopper,
-    DrawnTrials,
-    EarlyStopping,
-    ListedTrials,
-    Planned,
-    finalist_name,
-    trial_name,
-)
+from gfl_platform.sweeps.search import BudgetStopper, DrawnTrials, EarlyStopping, ListedTrials
 from gfl_platform.sweeps.space import (
     check_data,
     check_sweep,
@@ -47,11 +42,19 @@ from gfl_platform.sweeps.space import (
     trial_job,
 )
 from gfl_platform.sweeps.trial import Train, TrialSettings, run_trial, train_with_ray
-from gfl_platform.sweeps.trials import Point, SweepResults, Trial
+from gfl_platform.sweeps.trials import (
+    ENDED,
+    Planned,
+    Point,
+    SweepResults,
+    Trial,
+    finalist_name,
+    trial_name,
+)
 from gfl_platform.tracking import client, run
 from gfl_platform.tracking.client import TrackingError
 from gfl_platform.tracking.metadata import require_same
-from gfl_platform.training.fit import fetch_sources, used_by_sources
+from gfl_platform.training.sources import fetch_sources, used_by_sources
 
 CHALLENGER = "challenger"
 
@@ -158,9 +161,9 @@ def _prepare(job: JobConfig, name: str, *, resume: bool) -> tuple[Path, Workers]
         require_same(folder / CONFIG_FILE, asked, "sweep", MAY_CHANGE)
     stops = _stops_trials(sweep_of(job))
     with imported_meanwhile("mlflow", *used_by_sources(first)):
-        launch.connect(dashboard=stops)
-        workers = replace(launch.allot(first), stoppable=stops)
-        if not launch.in_cluster():  # here workers see the same files: say at once what is wrong
+        resources.connect(dashboard=stops)
+        workers = replace(resources.allot(first), stoppable=stops)
+        if not resources.in_cluster():  # here workers see the same files: say at once what is wrong
             check_data(first, workers.count, sweep_of(job).objectives)
     client.connect(job)
     fetch_sources(first)
@@ -283,7 +286,7 @@ def _of_a_driver(trials: int) -> dict[str, float]:
     """
     import ray
 
-    shared = launch.in_cluster()
+    shared = resources.in_cluster()
     return {"memory": float(1 << 20) if shared else ray.cluster_resources()["memory"] // trials}
 
 

@@ -23,28 +23,14 @@ from ray.tune.search import Searcher
 
 from gfl.config.loader import ConfigError
 from gfl_platform.config import BudgetConfig, RangeConfig, SweepConfig
-from gfl_platform.sweeps.trials import Point, Stage, Trial
+from gfl_platform.sweeps.trials import ENDED, Planned, Point, Trial, trial_name
 
 logger = logging.getLogger(__name__)
 
 MINIMISED = ("latency_ms",)
 
-ENDED = ("finished", "stopped early", "nan")
-"""States in which a resumed sweep leaves a trial; it goes on with all others if the budget lets it,
-and tries `failed` ones again."""
-
 REFUSALS = 1000
 """Points in a row that may be drawn and not be allowed by the schema."""
-
-
-@dataclass(frozen=True)
-class Planned:
-    """A trial to run; its fields are the `config` of Tune's trial."""
-
-    id: str
-    point: Point
-    seed: int
-    stage: Stage
 
 
 class Trials(Searcher):
@@ -202,16 +188,6 @@ class DrawnTrials(Trials):
             values=[trial.figures[name] for name in self._sweep.objectives] if done else None,
             intermediate_values=dict(trial.curve) if single else None,
         )
-
-
-def trial_name(number: int) -> str:
-    """Return the identity of the trial with this number."""
-    return f"{number:03d}"
-
-
-def finalist_name(number: int) -> str:
-    """Return the identity of the finalists' trial with this number."""
-    return f"f{number:03d}"
 
 
 def _distribution(values: RangeConfig) -> Any:

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 
 from gfl.config.loader import JOB_SECTIONS, ConfigError, derive
-from gfl.data import load_splits
 from gfl.data.samplers import share_of_batch
+from gfl.data.split import load_splits
 from gfl.evaluation.coco_eval import evaluate_split
 from gfl_platform.config import JobConfig, RangeConfig, SweepConfig
 from gfl_platform.storage.runs import cache_of

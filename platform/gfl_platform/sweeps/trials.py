@@ -15,13 +15,20 @@ from typing import Any, Literal
 from gfl_platform.config import JobConfig, SweepConfig
 from gfl_platform.storage.runs import read_json, write_atomically
 
+ENDED = ("finished", "stopped early", "nan")
+"""States in which a resumed sweep leaves a trial; it goes on with all others if the budget lets it,
+and tries `failed` ones again."""
+
+
 TRIAL_FILE = "trial.json"
 
 AT_THE_END = ("fps", "latency_ms")
 """Objectives that a trial reports once; all others it reports after every epoch."""
 
 State = Literal["running", "finished", "stopped early", "failed", "nan", "out of budget"]
+
 Stage = Literal["search", "finalists"]
+
 Point = dict[str, Any]
 """Values of the swept keys."""
 
@@ -117,3 +124,23 @@ def read_trial(folder: Path) -> Trial | None:
         return None
     values["curve"] = [(epoch, ap) for epoch, ap in values["curve"]]
     return Trial(**values)
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A trial to run; its fields are the `config` of Tune's trial."""
+
+    id: str
+    point: Point
+    seed: int
+    stage: Stage
+
+
+def trial_name(number: int) -> str:
+    """Return the identity of the trial with this number."""
+    return f"{number:03d}"
+
+
+def finalist_name(number: int) -> str:
+    """Return the identity of the finalists' trial with this number."""
+    return f"f{number:03d}"

@@ -24,7 +24,14 @@ from gfl_platform.tracking.client import (
     without_password,
 )
 from gfl_platform.tracking.metadata import describe
-from gfl_platform.tracking.spool import RESTARTS, SPOOL_FILE, Delivery, Spool, note, require_store
+from gfl_platform.tracking.spool import (
+    RESTARTS,
+    SPOOL_FILE,
+    Delivery,
+    Spool,
+    note,
+    require_store,
+)
 from gfl_platform.tracking.status import note_killed
 
 logger = logging.getLogger(__name__)

@@ -13,12 +13,11 @@ from ray.train import UserCallback
 
 from gfl.config.loader import config_hash, dump_config, reproducible
 from gfl.config.schema import Config
-from gfl_platform.cluster import launch
+from gfl_platform.cluster import launch, resources
 from gfl_platform.cluster.events import Events
 from gfl_platform.config import JobConfig
 from gfl_platform.storage.runs import cache_of, discard, folders_in, ray_storage, shared
 from gfl_platform.storage.s3 import S3Error, is_remote
-from gfl_platform.training.sources import TORCHVISION, fetch_model, fetch_weights
 
 logger = logging.getLogger(__name__)
 
@@ -26,45 +25,10 @@ RAY_FOLDER = "ray"
 """In a run's: the checkpoints, and what Ray notes of them."""
 
 
-def used_by_sources(job: JobConfig) -> tuple[str, ...]:
-    """Return what `fetch_sources` imports that takes seconds, unless it downloads besides."""
-    if (pretrained := job.model.pretrained) is None:
-        return ()
-    if launch.in_cluster():
-        return ("torchvision",) if pretrained.startswith(TORCHVISION) else ()
-    return ("gfl.checkpoint.pretrained",)
-
-
-def fetch_sources(job: JobConfig) -> dict[str, Path | None]:
-    """Return the weights to start from and the teacher's checkpoint, where all nodes see them.
-
-    Raises:
-        ValueError: what cannot be fetched or loaded; before anything is written for the run.
-    """
-    weights, backbone, distillation = None, job.model.backbone, job.loss.distillation
-    if job.model.pretrained is not None:
-        weights = fetch_weights(job, job.model.pretrained)
-        if not launch.in_cluster():  # where nodes' files may be elsewhere
-            reset = job.model.reset_classifier
-            from gfl.checkpoint.pretrained import load_weights
-            from gfl.model.detector import Detector
-
-            load_weights(Detector(reproducible(job)), weights, reset_classifier=reset)
-    elif backbone.frozen_stages >= 0 or backbone.norm_eval:
-        logger.warning(
-            "warning: model.pretrained is null, so frozen stages and fixed BatchNorm stay random; "
-            "from scratch, set model.backbone.frozen_stages=-1 and model.backbone.norm_eval=false"
-        )
-    return {
-        "weights": weights,
-        "teacher": fetch_model(job, distillation.teacher) if distillation else None,
-    }
-
-
 def run(
     job: JobConfig,
     sources: dict[str, Path | None],
-    workers: launch.Workers,
+    workers: resources.Workers,
     folder: Path,
     events: Events,
     callbacks: Sequence[UserCallback] = (),

@@ -5,9 +5,48 @@ import shutil
 import tempfile
 from pathlib import Path
 
+from gfl.config.loader import reproducible
+from gfl_platform.cluster import resources
 from gfl_platform.config import JobConfig
 from gfl_platform.storage.runs import StorageError, cache_of, storage_root
 from gfl_platform.storage.s3 import is_remote
+from gfl_platform.training.fit import logger
+
+
+def used_by_sources(job: JobConfig) -> tuple[str, ...]:
+    """Return what `fetch_sources` imports that takes seconds, unless it downloads besides."""
+    if (pretrained := job.model.pretrained) is None:
+        return ()
+    if resources.in_cluster():
+        return ("torchvision",) if pretrained.startswith(TORCHVISION) else ()
+    return ("gfl.checkpoint.pretrained",)
+
+
+def fetch_sources(job: JobConfig) -> dict[str, Path | None]:
+    """Return the weights to start from and the teacher's checkpoint, where all nodes see them.
+
+    Raises:
+        ValueError: what cannot be fetched or loaded; before anything is written for the run.
+    """
+    weights, backbone, distillation = None, job.model.backbone, job.loss.distillation
+    if job.model.pretrained is not None:
+        weights = fetch_weights(job, job.model.pretrained)
+        if not resources.in_cluster():  # where nodes' files may be elsewhere
+            reset = job.model.reset_classifier
+            from gfl.checkpoint.pretrained import load_weights
+            from gfl.model.detector import Detector
+
+            load_weights(Detector(reproducible(job)), weights, reset_classifier=reset)
+    elif backbone.frozen_stages >= 0 or backbone.norm_eval:
+        logger.warning(
+            "warning: model.pretrained is null, so frozen stages and fixed BatchNorm stay random; "
+            "from scratch, set model.backbone.frozen_stages=-1 and model.backbone.norm_eval=false"
+        )
+    return {
+        "weights": weights,
+        "teacher": fetch_model(job, distillation.teacher) if distillation else None,
+    }
+
 
 TORCHVISION = "torchvision://"
 

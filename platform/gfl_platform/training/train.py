@@ -1,4 +1,4 @@
-"""Training on a Ray cluster: `gfl.train.engine.fit` in workers, reports in MLflow, checkpoints stored."""
+"""The training job: `gfl.train.engine.fit` in workers, reports to MLflow, checkpoints stored."""
 
 import logging
 import time
@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from gfl.config.loader import reproducible
-from gfl.data import load_splits
 from gfl.data.samplers import share_of_batch
+from gfl.data.split import load_splits
 from gfl.train.optimizer import scaled_lr
-from gfl_platform.cluster import launch
+from gfl_platform.cluster import resources
 from gfl_platform.cluster.events import Event, Watcher, pumped, straggler
 from gfl_platform.cluster.resources import imported_meanwhile
 from gfl_platform.config import JobConfig
@@ -18,10 +18,12 @@ from gfl_platform.registry.gate import promote
 from gfl_platform.registry.history import Decision
 from gfl_platform.registry.model_card import lineage
 from gfl_platform.storage.runs import cache_of, held, open_run_folder, share_state
-from gfl_platform.tracking import client, run
+from gfl_platform.tracking import client
 from gfl_platform.tracking.metadata import CONFIG_FILE, require_same
+from gfl_platform.tracking.run import RunTracker
 from gfl_platform.tracking.status import StatusFile
-from gfl_platform.training.fit import fetch_sources, run, used_by_sources
+from gfl_platform.training.fit import run
+from gfl_platform.training.sources import fetch_sources, used_by_sources
 
 logger = logging.getLogger(__name__)
 
@@ -58,11 +60,11 @@ def train(job: JobConfig, name: str, *, resume: bool, watch: Watcher) -> Trainin
     """
     started = time.perf_counter()
     config = reproducible(job)
-    if not launch.in_cluster():
+    if not resources.in_cluster():
         load_splits(cache_of(job).localized(config))  # here workers see the same: say what is wrong
     with imported_meanwhile("mlflow", *used_by_sources(job)):
-        launch.connect()
-    workers = launch.allot(job)
+        resources.connect()
+    workers = resources.allot(job)
     share_of_batch(config, workers.count)
     if job.tracking.unreachable == "fail":
         client.connect(job)  # before anything is written
@@ -73,8 +75,8 @@ def train(job: JobConfig, name: str, *, resume: bool, watch: Watcher) -> Trainin
     with (
         held(folder),
         imported_meanwhile(*_used_at_the_end(job)),
-        run.RunTracker(job, name, folder) as tracker,
-        StatusFile(folder, workers.count, launch.node_count()) as status,
+        RunTracker(job, name, folder) as tracker,
+        StatusFile(folder, workers.count, resources.node_count()) as status,
     ):
 
         def handle(event: Event) -> None:
@@ -121,7 +123,7 @@ def _register(
     job: JobConfig,
     model: str,
     checkpoint: Path,
-    tracker: run.RunTracker,
+    tracker: RunTracker,
     facts: dict[str, float | str],
 ) -> int:
     """Register a training's best checkpoint.

@@ -1,4 +1,4 @@
-"""Training as a worker of a Ray cluster does it: `gfl.train.engine.fit`, its reports, its checkpoints."""
+"""A training worker on the Ray cluster: `gfl.train.engine.fit`, its reports and checkpoints."""
 
 import json
 import shutil
@@ -15,14 +15,13 @@ from gfl.checkpoint.files import require_whole
 from gfl.checkpoint.snapshot import Snapshot
 from gfl.config.loader import config_hash, parse_config
 from gfl.config.schema import Config
-from gfl.data import load_splits
-from gfl.data.split import Split
+from gfl.data.split import Split, load_splits
+from gfl.distributed import worker_rank
 from gfl.errors import LeaveError
 from gfl.evaluation.speed import measure_fps
 from gfl.inspection.findings import find_cheaply
 from gfl.train.engine import CheckpointReport, EpochReport, StepReport, fit
-from gfl.train.trainer import worker_rank
-from gfl_platform.cluster import launch
+from gfl_platform.cluster import launch, resources
 from gfl_platform.cluster.events import Event, Events
 from gfl_platform.cluster.preflight import problem_of_any_worker, same_on_all_nodes
 from gfl_platform.storage.runs import StorageError, space_required
@@ -166,13 +165,13 @@ def train_worker(settings: dict[str, Any]) -> dict[str, Any]:
     """Train in one process of the cluster; return what rank 0 measured at the end."""
     config = parse_config(settings["config"], "job")
     events, cache = settings["events"], settings["cache"]
-    device = launch.worker_device()
+    device = resources.worker_device()
     splits = same_on_all_nodes(lambda: load_splits(cache.localized(config)))
     remove_abandoned()
     listener = WorkerListener(events)
     if listener.is_first:
         count = worker_rank()[1]
-        events.tell({"kind": "workers", "count": count, "nodes": launch.node_count()})
+        events.tell({"kind": "workers", "count": count, "nodes": resources.node_count()})
         events.tell(_describe(config, splits))
     options = {
         "device": device,

@@ -11,9 +11,10 @@ import torch
 from PIL import Image
 
 from gfl.config.loader import derive
-from gfl.data import images, load_splits
+from gfl.data import images
 from gfl.data.dataset import DetectionDataset
 from gfl.data.images import read_cached, read_image
+from gfl.data.split import load_splits
 from gfl.errors import DataError
 
 

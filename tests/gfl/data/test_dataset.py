@@ -10,20 +10,17 @@ import torch
 from PIL import Image
 
 from gfl.config.loader import ConfigError, derive
-from gfl.data import load_splits
 from gfl.data.dataset import (
     DetectionDataset,
-    EvaluationBatches,
     FitWithin,
-    TrainBatches,
     as_sample,
     build_loader,
     build_transforms,
     collate,
     fitted_size,
 )
-from gfl.data.samplers import repeats_per_epoch
-from gfl.data.split import ImageRecord
+from gfl.data.samplers import EvaluationBatches, TrainBatches, repeats_per_epoch
+from gfl.data.split import ImageRecord, load_splits
 from gfl.errors import DataError
 
 

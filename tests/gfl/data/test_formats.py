@@ -14,8 +14,8 @@ from PIL import Image
 from tests_support import average_precision
 
 from gfl.config.loader import derive
-from gfl.data import load_splits
 from gfl.data.dataset import DetectionDataset
+from gfl.data.split import load_splits
 from gfl.errors import DataError
 
 

@@ -8,8 +8,7 @@ import pytest
 
 from gfl.config.loader import derive
 from gfl.config.schema import DataConfig, SplitConfig
-from gfl.data import load_splits
-from gfl.data.split import read_split
+from gfl.data.split import load_splits, read_split
 from gfl.errors import DataError
 
 

@@ -1,4 +1,4 @@
-"""`gfl.data.synthetic`: what is painted, what is annotated, and what happens to a folder that exists.
+"""`gfl.data.synthetic`: what is painted, what is annotated, and what a second call does.
 
 Shapes are told from the background by their chroma (greatest minus least channel).
 """

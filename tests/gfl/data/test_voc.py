@@ -7,7 +7,7 @@ from annotation_writers import CLASSES, PICTURES, read, voc_object, write
 from tests_support import average_precision
 
 from gfl.config.loader import derive
-from gfl.data import load_splits
+from gfl.data.split import load_splits
 from gfl.errors import DataError
 
 

@@ -8,7 +8,7 @@ from annotation_writers import CLASSES, PICTURES, SIZES, read, write
 from PIL import Image
 
 from gfl.config.loader import derive
-from gfl.data import load_splits
+from gfl.data.split import load_splits
 from gfl.errors import DataError
 
 

@@ -16,7 +16,7 @@ from tests_support import as_rows, run_workers
 
 import gfl
 from gfl.config.loader import derive
-from gfl.data import load_splits
+from gfl.data.split import load_splits
 from gfl.evaluation.coco_eval import evaluate_detections, evaluate_split
 from gfl.evaluation.evaluator import detect, evaluate, gather
 from gfl.evaluation.speed import measure_fps

@@ -8,7 +8,7 @@ from PIL import Image
 
 import gfl
 from gfl.config.loader import derive
-from gfl.data import load_splits
+from gfl.data.split import load_splits
 from gfl.evaluation.protocol import Variant, data_digest, differences, protocol_hash
 from gfl.evaluation.speed import (
     UnavailableError,

@@ -13,9 +13,9 @@ import gfl
 from benchmarks import export as benchmark
 from gfl.checkpoint.files import About
 from gfl.config.loader import derive
-from gfl.data import load_splits
 from gfl.data.images import list_images
-from gfl.export import export
+from gfl.data.split import load_splits
+from gfl.export import export as export_module
 from gfl.export.export import compare, export, open_onnx, open_pt2, quantize
 from gfl.export.exportable import METADATA, Exportable, ExportError, Form
 from gfl.inference.predictor import Model
@@ -53,7 +53,7 @@ def exported(model, files, opened, tmp_path_factory):
     folder = tmp_path_factory.mktemp("export") / "files"
     formats, form = ("onnx", "pt2"), Form(True, True)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(export, "OPENERS", dict.fromkeys(formats, noted))
+        patch.setattr(export_module, "OPENERS", dict.fromkeys(formats, noted))
         figures = export(model, folder, formats, form, files[:3], {"device": "x"})
     return folder, figures
 
@@ -164,7 +164,7 @@ def test_a_file_that_does_something_else_is_not_published(model, files, tmp_path
         run = open_pt2(path)
         return lambda image: [output + np.float32(1) for output in run(image)[:2]]
 
-    monkeypatch.setitem(export.OPENERS, "pt2", wrong)
+    monkeypatch.setitem(export_module.OPENERS, "pt2", wrong)
     with pytest.raises(ExportError, match="boxes differ by up to 1 px and scores by 1"):
         export(model, tmp_path / "f", ("pt2",), Form(False), files[:1], {})
     assert list(tmp_path.iterdir()) == []

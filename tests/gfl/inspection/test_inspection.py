@@ -9,9 +9,8 @@ import torch
 from PIL import Image
 
 from gfl.config.loader import load_config
-from gfl.data import load_splits
 from gfl.data.dataset import DetectionDataset
-from gfl.data.split import ImageRecord
+from gfl.data.split import ImageRecord, load_splits
 from gfl.inference.visualize import draw_samples
 from gfl.inspection.findings import SHOWN, check_files, describe, find_cheaply, inspect_data
 

@@ -22,9 +22,10 @@ from gfl.inspection.regression_range import (
     suggest_reg_max,
     training_scales,
 )
-from gfl.model.assigner import assign, pad_targets
+from gfl.model.assigner import assign
 from gfl.model.boxes import STRIDES, grid_points
 from gfl.model.losses import REACH_MARGIN
+from gfl.structures import pad_targets
 
 
 def record(boxes, height=800, width=800):

@@ -12,16 +12,15 @@ from gfl.checkpoint.snapshot import load_checkpoint, take_snapshot
 from gfl.checkpoint.state_dict import infer_model
 from gfl.config.loader import ConfigError, derive
 from gfl.config.schema import ModelConfig
-from gfl.data import load_splits
+from gfl.data.split import load_splits
 from gfl.inspection.findings import find_cheaply
 from gfl.inspection.regression_range import measure_reach
-from gfl.model import detector
-from gfl.model.assigner import pad_targets
 from gfl.model.boxes import grid_points, ltrb_centerness
-from gfl.model.detector import loss_names
+from gfl.model.criterion import loss_names
 from gfl.model.head import LARGEST_LOG_DISTANCE, Dirac
 from gfl.model.losses import focal_loss
 from gfl.model.postprocess import postprocess
+from gfl.structures import pad_targets
 from gfl.train.microbatch import Objective
 
 CPU = torch.device("cpu")
@@ -102,8 +101,9 @@ def test_workers_share_both_divisors_in_one_all_reduce(config, detector, monkeyp
         calls.append(values.shape)
         values.mul_(2)
 
-    monkeypatch.setattr(detector, "world_size", lambda: 2)
-    monkeypatch.setattr(detector.dist, "all_reduce", all_reduce)
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+    monkeypatch.setattr(torch.distributed, "all_reduce", all_reduce)
     shared = detector.objective(outputs, targets)
     assert calls == [(2,)]
     for name, loss in alone.items():

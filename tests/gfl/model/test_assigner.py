@@ -8,8 +8,9 @@ from hypothesis import strategies as st
 from loop_reference import atss
 from tests_support import level_sizes
 
-from gfl.model.assigner import Targets, assign, pad_targets, valid_locations
+from gfl.model.assigner import assign, valid_locations
 from gfl.model.boxes import grid_points
+from gfl.structures import Targets, pad_targets
 
 CPU = torch.device("cpu")
 

@@ -7,10 +7,10 @@ from tests_support import learn_one_batch_by_heart
 import gfl
 from benchmarks.counting import Counts
 from gfl.config.loader import derive
-from gfl.data import load_splits
 from gfl.data.dataset import collate
-from gfl.model.assigner import pad_targets
-from gfl.model.detector import loss_names
+from gfl.data.split import load_splits
+from gfl.model.criterion import loss_names
+from gfl.structures import pad_targets
 from gfl.train.trainer import Trainer
 
 

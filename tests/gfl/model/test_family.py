@@ -10,8 +10,8 @@ from gfl.checkpoint.files import About
 from gfl.checkpoint.snapshot import take_snapshot
 from gfl.config.loader import derive
 from gfl.config.schema import QualityPredictorConfig
-from gfl.data import load_splits
 from gfl.data.dataset import collate
+from gfl.data.split import load_splits
 from gfl.model.head import QualityPredictor, joint_logits
 from gfl.model.losses import localisation_distillation_loss, quality_focal_loss
 from gfl.train.trainer import Trainer

@@ -12,7 +12,7 @@ from tests_support import level_sizes
 
 import gfl
 from gfl.config.loader import derive
-from gfl.model.assigner import pad_targets
+from gfl.structures import pad_targets
 from gfl.train.microbatch import Objective
 
 BETAS = (0, 0.5, 1, 1.5, 2, 2.5, 4)

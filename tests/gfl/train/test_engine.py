@@ -9,10 +9,10 @@ from tests_support import run_workers
 from gfl.checkpoint.files import CHECKSUMS, TRAINING, read_about, require_whole
 from gfl.checkpoint.snapshot import load_checkpoint
 from gfl.config.loader import derive
-from gfl.data import load_splits
 from gfl.data.dataset import collate
+from gfl.data.split import load_splits
 from gfl.errors import LeaveError, NonFiniteLossError
-from gfl.model.detector import loss_names
+from gfl.model.criterion import loss_names
 from gfl.train.engine import fit
 from gfl.train.microbatch import first_non_finite
 from gfl.train.optimizer import build_optimizer, lr_factor, scaled_lr

@@ -7,9 +7,9 @@ import torch
 
 import gfl
 from gfl.config.loader import ConfigError, derive
-from gfl.data import load_splits
 from gfl.data.dataset import collate
-from gfl.model.assigner import pad_targets
+from gfl.data.split import load_splits
+from gfl.structures import pad_targets
 from gfl.train.engine import fit
 from gfl.train.microbatch import Objective
 from gfl.train.optimizer import build_optimizer, lr_factor, scaled_lr

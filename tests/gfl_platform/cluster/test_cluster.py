@@ -9,10 +9,11 @@ from ray.exceptions import ActorDiedError
 from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
 
 from gfl.config.loader import derive
-from gfl.data import load_splits
-from gfl.data.dataset import DetectionDataset, TrainBatches, build_loader
+from gfl.data.dataset import DetectionDataset, build_loader
+from gfl.data.samplers import TrainBatches
+from gfl.data.split import load_splits
 from gfl.errors import DataError, LeaveError
-from gfl_platform.cluster import launch
+from gfl_platform.cluster import resources
 from gfl_platform.cluster.launch import ControllerCallback, JobFailedError, one_line, root_cause
 from gfl_platform.cluster.resources import of_autoscaler
 from gfl_platform.config import load_job
@@ -118,14 +119,18 @@ def test_an_autoscaler_may_have_what_is_not_there_yet(tmp_path, monkeypatch):
     monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
 
     def allot(*overrides):
-        return launch.allot(load_job("configs/demo.yaml", overrides))
+        return resources.allot(load_job("configs/demo.yaml", overrides))
 
-    assert allot("cluster.workers=[1, 8]") == launch.Workers(8, 1, False, 1)
-    with pytest.raises(launch.ClusterError, match="3 workers need 3 CPUs, but the cluster has 2;"):
+    assert allot("cluster.workers=[1, 8]") == resources.Workers(8, 1, False, 1)
+    with pytest.raises(
+        resources.ClusterError, match="3 workers need 3 CPUs, but the cluster has 2;"
+    ):
         allot("cluster.workers=[3, 8]")
     (tmp_path / "ray_bootstrap_config.yaml").write_text(Path("ray-cluster.yaml").read_text())
-    assert allot("cluster.workers=8") == launch.Workers(8, 8, True, 1)
-    with pytest.raises(launch.ClusterError, match=r"has 8 at most \(.*ray_bootstrap_config.yaml,"):
+    assert allot("cluster.workers=8") == resources.Workers(8, 8, True, 1)
+    with pytest.raises(
+        resources.ClusterError, match=r"has 8 at most \(.*ray_bootstrap_config.yaml,"
+    ):
         allot("cluster.workers=9")
     (tmp_path / "ray_bootstrap_config.yaml").unlink()
     monkeypatch.setenv("KUBERAY_GEN_RAY_START_CMD", "ray start --head  --no-monitor ")

@@ -14,7 +14,7 @@ from mlflow import MlflowClient
 from tests_support import run_workers
 
 from gfl.checkpoint.files import read_about
-from gfl.data import load_splits
+from gfl.data.split import load_splits
 from gfl.train.engine import fit
 from gfl_platform.config import load_job
 

@@ -6,7 +6,7 @@ import pytest
 from tests_support import run_workers
 
 from gfl.config.loader import derive
-from gfl.data import load_splits
+from gfl.data.split import load_splits
 from gfl_platform.cluster.preflight import (
     DifferentNodesError,
     NodeFacts,

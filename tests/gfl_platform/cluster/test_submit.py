@@ -8,9 +8,9 @@ import sys
 import pytest
 
 import jobs.submit
-from gfl_platform.cluster import submit
+from gfl_platform.cluster import submit as submit_module
 from gfl_platform.cluster.submit import SubmissionError, shadows, submit, travelling
-from gfl_platform.tracking.metadata import acting_user, git_state
+from gfl_platform.provenance import acting_user, git_state
 
 
 @pytest.fixture
@@ -43,7 +43,7 @@ def test_a_configuration_that_would_not_travel_is_named(repository):
 
 
 def test_too_large_a_folder_is_named(repository, monkeypatch):
-    monkeypatch.setattr(submit, "LARGEST", 2000)
+    monkeypatch.setattr(submit_module, "LARGEST", 2000)
     message = refused(repository, "jobs.train", "configs/a.yaml")
     assert "largest: " in message
     assert "kept" in message
@@ -88,7 +88,7 @@ def test_a_submitted_job_knows_its_commit(monkeypatch):
 
 
 def test_a_submitted_job_knows_its_user(monkeypatch):
-    assert submit._variables()["GFL_USER"] == acting_user()
+    assert submit_module._variables()["GFL_USER"] == acting_user()
     monkeypatch.setenv("GFL_USER", "ada")
     assert acting_user() == "ada"
 
@@ -100,7 +100,7 @@ def test_what_travels_of_a_long_diff_fits_into_one_string_of_linux(monkeypatch, 
     long = character * (100_000 // len(character.encode()))
     monkeypatch.setenv("GFL_GIT_DIFF", long)
     monkeypatch.setenv("GFL_GIT_CHANGED", long)
-    variables = submit._variables()
+    variables = submit_module._variables()
     subprocess.run(["true"], env={"VARIABLES": json.dumps(variables)}, check=True)
     for name in ("GFL_GIT_DIFF", "GFL_GIT_CHANGED"):
         kept = variables[name].removesuffix("\n(cut off here)\n")
@@ -112,7 +112,7 @@ def test_a_short_diff_travels_whole_and_the_endpoint_of_s3_with_it(monkeypatch):
     monkeypatch.setenv("GFL_GIT_COMMIT", "abc")
     monkeypatch.setenv("GFL_GIT_DIFF", "ein Unterschied: ü")
     monkeypatch.setenv("AWS_ENDPOINT_URL_S3", "http://127.0.0.1:9000")
-    variables = submit._variables()
+    variables = submit_module._variables()
     assert variables["GFL_GIT_DIFF"] == "ein Unterschied: ü"
     assert variables["AWS_ENDPOINT_URL_S3"] == "http://127.0.0.1:9000"
 

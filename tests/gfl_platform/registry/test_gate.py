@@ -7,9 +7,9 @@ import pytest
 
 from gfl.config.loader import derive
 from gfl_platform.config import JobConfig
+from gfl_platform.provenance import git_state
 from gfl_platform.registry import compare, gate, history, model_card, models
 from gfl_platform.tracking.client import connect
-from gfl_platform.tracking.metadata import git_state
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_cluster")]
 

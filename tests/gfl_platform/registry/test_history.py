@@ -7,9 +7,9 @@ from itertools import pairwise
 
 import pytest
 
+from gfl_platform.provenance import acting_user
 from gfl_platform.registry import history
 from gfl_platform.registry.history import Decision, OvertakenError, append, read_trail, settle
-from gfl_platform.tracking.metadata import acting_user
 
 PROMOTER = """
 import sys

@@ -14,10 +14,11 @@ from gfl.checkpoint.files import About, read_config
 from gfl.checkpoint.snapshot import take_snapshot
 from gfl.config.loader import derive, reproducible
 from gfl.evaluation.coco_eval import evaluate_split
+from gfl.evaluation.protocol import Benchmark, Timing
 from gfl.model.detector import Detector
 from gfl_platform.cluster.launch import JobFailedError
 from gfl_platform.config import JobConfig
-from gfl_platform.evaluation.benchmark import Benchmark, Timing, keep
+from gfl_platform.evaluation.benchmark import keep
 from gfl_platform.registry import gate, history, measurement, models
 from gfl_platform.tracking.client import connect
 from gfl_platform.training import train

@@ -6,9 +6,9 @@ import pytest
 
 from gfl.config.loader import derive
 from gfl_platform.config import JobConfig
+from gfl_platform.provenance import git_state_of
 from gfl_platform.registry import model_card
 from gfl_platform.tracking import metadata
-from gfl_platform.tracking.metadata import git_state_of
 from gfl_platform.tracking.run import RunTracker
 from jobs.console.cli import Progress
 

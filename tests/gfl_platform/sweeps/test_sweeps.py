@@ -12,13 +12,13 @@ import pytest
 from dry_sweep import dry_training
 
 from gfl.config.loader import ConfigError, config_hash, dump_config, reproducible
-from gfl_platform.cluster import launch
+from gfl_platform.cluster import launch, resources
 from gfl_platform.config import load_job
 from gfl_platform.sweeps.recorder import Recorder
 from gfl_platform.sweeps.run import CONFIG_FILE, comparable, concurrency, run_sweep
-from gfl_platform.sweeps.search import BudgetStopper, DrawnTrials, EarlyStopping, trial_name
+from gfl_platform.sweeps.search import BudgetStopper, DrawnTrials, EarlyStopping
 from gfl_platform.sweeps.space import check_data, check_sweep, default_point, trial_job
-from gfl_platform.sweeps.trials import Trial, read_trial, write_trial
+from gfl_platform.sweeps.trials import Trial, read_trial, trial_name, write_trial
 from gfl_platform.tracking.client import connect
 from gfl_platform.tracking.spool import backlog
 from gfl_platform.training import fit
@@ -228,7 +228,7 @@ def test_figures_of_an_epoch_are_where_ray_tune_looks(tiny, monkeypatch):
 
 
 def test_a_cluster_that_grows_has_room_for_all_that_fit_at_most(monkeypatch):
-    workers = launch.Workers(count=2, least=2, use_gpu=True, cpus=1)
+    workers = resources.Workers(count=2, least=2, use_gpu=True, cpus=1)
     job = job_of(GRID)
     sweep = SimpleNamespace(workers=workers, job=job)
     monkeypatch.setattr("ray.cluster_resources", dict)
@@ -355,7 +355,7 @@ def test_resources_that_can_never_be_met_are_said_at_once(dry_job):
     greedy = dry_job.model_copy(
         update={"cluster": dry_job.cluster.model_copy(update={"workers": 9})}
     )
-    with pytest.raises(launch.ClusterError, match="9 workers need 9 CPUs"):
+    with pytest.raises(resources.ClusterError, match="9 workers need 9 CPUs"):
         run_sweep(greedy, "greedy", resume=False, watch=lambda *_: None, train=dry_training)
 
 

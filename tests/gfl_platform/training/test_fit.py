@@ -5,7 +5,7 @@ from types import SimpleNamespace
 from ray.train import Checkpoint
 
 from gfl_platform.cluster import launch
-from gfl_platform.cluster.launch import Workers
+from gfl_platform.cluster.resources import Workers
 from gfl_platform.config import load_job
 from gfl_platform.training import fit
 

@@ -236,17 +236,17 @@ def _compare(
     results: SweepResults, paired: Iterable[tuple[Any, str, dict[int, float]]]
 ) -> tuple[Comparison, ...]:
     found = [each for each in paired if each[-1]]
-    family = sum(len(differences) > 1 for *_, differences in found)
+    family = sum(len(gains) > 1 for *_, gains in found)
     sign = direction(results.sweep.objectives[0])
     comparisons = []
-    for value, name, differences in found:
+    for value, name, gains in found:
         interval: tuple[float, float] | None = None
         kind: Kind = TOO_FEW
-        if len(differences) > 1:
-            interval = low, high = t_interval(list(differences.values()), family)
+        if len(gains) > 1:
+            interval = low, high = t_interval(list(gains.values()), family)
             ahead, behind = (low > 0, high < 0) if sign > 0 else (high < 0, low > 0)
             kind = BETTER if ahead else WORSE if behind else NOISE
-        comparisons.append(Comparison(value, name, differences, interval, kind))
+        comparisons.append(Comparison(value, name, gains, interval, kind))
     return tuple(sorted(comparisons, key=lambda each: -sign * each.mean))
 
 
