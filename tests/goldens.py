@@ -45,6 +45,15 @@ def read_json(name: str) -> Any:
     return json.loads((GOLDEN / name).read_text(encoding="utf-8"))
 
 
+def rounded(content: Any, digits: int = 10) -> Any:
+    """Return JSON content with its real numbers rounded to so many significant digits."""
+    if isinstance(content, dict):
+        return {key: rounded(value, digits) for key, value in content.items()}
+    if isinstance(content, list):
+        return [rounded(value, digits) for value in content]
+    return float(f"{content:.{digits}g}") if isinstance(content, float) else content
+
+
 def as_json(content: Any) -> str:
     """Return JSON text in which every short list or mapping has a line of its own."""
     text = json.dumps(content, indent=1, ensure_ascii=False)
@@ -52,12 +61,17 @@ def as_json(content: Any) -> str:
     return inner.sub(lambda match: re.sub(r"\n *", " ", match[0]), text) + "\n"
 
 
-def run_command(monkeypatch: Any, capsys: Any, *words: str, columns: int = WIDTH) -> str:
-    """Run `python -m WORDS` in this process; return its output, errors and exit status."""
+def plain_terminal(monkeypatch: Any, columns: int = WIDTH) -> None:
+    """Let commands print lines of this many characters at most, without colour."""
     monkeypatch.setenv("COLUMNS", str(columns))
     monkeypatch.setenv("LANG", "C.UTF-8")
     monkeypatch.setenv("NO_COLOR", "1")
     monkeypatch.delenv("FORCE_COLOR", raising=False)
+
+
+def run_command(monkeypatch: Any, capsys: Any, *words: str, columns: int = WIDTH) -> str:
+    """Run `python -m WORDS` in this process; return its output, errors and exit status."""
+    plain_terminal(monkeypatch, columns)
     module, *arguments = words
     monkeypatch.setattr(sys, "argv", [module, *arguments])
     # An imported module would not be run again without a warning.
