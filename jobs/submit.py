@@ -1,6 +1,7 @@
 """Run a job on a cluster: `python -m jobs.submit train CONFIG [key=value ...] --address URL`."""
 
 import argparse
+import ast
 import os
 import sys
 from collections.abc import Sequence
@@ -31,16 +32,33 @@ def main() -> None:
 
 def send(arguments: argparse.Namespace) -> None:
     """Submit the job and follow it."""
+    root = Path(__file__).parents[1]
+    known = submittable_jobs(root / "jobs")
+    if arguments.job not in known:
+        raise ValueError(f"no job called '{arguments.job}'; expected one of {', '.join(known)}")
     from gfl_platform.cluster.submit import submit
 
-    root = Path(__file__).parents[1]
-    if not (root / "jobs" / f"{arguments.job}.py").exists():
-        known = sorted(path.stem for path in (root / "jobs").glob("*.py"))
-        raise ValueError(f"no job called '{arguments.job}'; expected one of {', '.join(known)}")
     if arguments.job in ("train", "sweep"):
         _require_lasting(arguments.words)
     words = [f"jobs.{arguments.job}", *arguments.words]
     submit(words, arguments.address, root, lambda line: console.print(line, soft_wrap=True))
+
+
+def submittable_jobs(folder: Path) -> list[str]:
+    """Return the names of the modules in `folder` that are commands, except this one.
+
+    A command has a function `main` at its top level. The modules are read, not imported.
+    """
+    return [
+        path.stem
+        for path in sorted(folder.glob("*.py"))
+        if path.stem != Path(__file__).stem and _has_main(path)
+    ]
+
+
+def _has_main(path: Path) -> bool:
+    statements = ast.parse(path.read_text(), str(path)).body
+    return any(isinstance(each, ast.FunctionDef) and each.name == "main" for each in statements)
 
 
 def _require_lasting(words: Sequence[str]) -> None:

@@ -81,6 +81,36 @@ def test_what_would_be_lost_is_said_before_it_travels(words, message, monkeypatc
     assert message in capsys.readouterr().err
 
 
+COMMANDS = [
+    "benchmark", "demo", "evaluate", "export", "inspect", "predict", "registry", "status", "sweep",
+    "train",
+]  # fmt: skip
+"""All jobs but `submit` itself."""
+
+
+@pytest.mark.parametrize(
+    "job",
+    ["tables", "console", "__init__", "registry_commands", "submit", "trian", "../jobs/train"],
+)
+def test_what_is_no_command_is_refused_in_one_line_that_lists_the_jobs(job, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["jobs.submit", job, "configs/demo.yaml"])
+    with pytest.raises(SystemExit) as caught:
+        jobs.submit.main()
+    assert caught.value.code == 1
+    listed = ", ".join(COMMANDS)
+    error = f"error: no job called '{job}'; expected one of {listed}\n"
+    assert capsys.readouterr().err == error
+
+
+def test_helpers_beside_and_below_the_commands_are_no_jobs(tmp_path):
+    (tmp_path / "train.py").write_text("import absent\n\ndef main():\n    pass\n")
+    (tmp_path / "tables.py").write_text("class Table:\n    def main(self):\n        pass\n")
+    (tmp_path / "__init__.py").touch()
+    (tmp_path / "console").mkdir()
+    (tmp_path / "console" / "progress.py").write_text("def main():\n    pass\n")
+    assert jobs.submit.submittable_jobs(tmp_path) == ["train"]
+
+
 def test_a_submitted_job_knows_its_commit(monkeypatch):
     monkeypatch.setenv("GFL_GIT_COMMIT", "abc")
     monkeypatch.setenv("GFL_GIT_DIFF", "a diff")
