@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
+from support.tracking import history
 
 from gfl_platform.config import load_job
 from gfl_platform.sweeps.space import grid_points
@@ -168,7 +169,7 @@ def test_a_sweep_that_is_killed_in_every_way_ends_as_if_it_had_not_been(
     assert len(runs) == len(children) + 1
     assert {run.info.status for run in runs} == {"FINISHED"}
     for run in children:
-        steps = [metric.step for metric in client.get_metric_history(run, "loss")]
+        steps = [metric.step for metric in history(client, run, "loss")]
         assert steps == sorted(set(steps))
 
 

@@ -11,6 +11,7 @@ import drivers
 import pytest
 import torch
 from mlflow import MlflowClient
+from support.tracking import history
 from tests_support import run_workers
 
 from gfl.checkpoint.files import read_about
@@ -20,7 +21,7 @@ from gfl_platform.config import load_job
 
 REPORT_STEPS = 5
 CHECKPOINT_STEPS = 12
-LOSSES = ("loss", "loss_qfl", "loss_giou", "loss_dfl")
+LOSSES = ("loss", "qfl", "giou", "dfl")
 
 
 @pytest.fixture
@@ -126,7 +127,7 @@ def test_workers_that_come_and_go_change_no_loss(nodes, tiny_file, tmp_path, cap
     training.process.wait(60)
     client = MlflowClient(f"sqlite:///{tmp_path}/mlflow.db")
     (run,) = client.search_runs([client.get_experiment_by_name("gfl").experiment_id])
-    curves = {n: client.get_metric_history(run.info.run_id, n) for n in LOSSES}
+    curves = {n: history(client, run.info.run_id, n) for n in LOSSES}
     steps = [point.step for point in curves["loss"]]
     assert steps == sorted(set(steps))
     tell(f"compared up to step {steps[-1]}")

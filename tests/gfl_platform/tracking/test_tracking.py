@@ -9,6 +9,7 @@ import time
 import boto3
 import pytest
 import servers
+from support.tracking import history
 
 from gfl_platform.config import load_job
 from gfl_platform.registry import models
@@ -83,8 +84,8 @@ def test_a_report_that_was_not_noted_counts_as_new(tiny_file, tmp_path, monkeypa
     tracker.handle(steps(1))
     tracker.handle({"kind": "failure", "final": False})
     tracker.close("FINISHED")
-    history = client_of(job).get_metric_history(tracker.run_id, "loss")
-    assert [metric.step for metric in history] == [1]
+    points = history(client_of(job), tracker.run_id, "loss")
+    assert [metric.step for metric in points] == [1]
     assert client_of(job).get_run(tracker.run_id).data.tags["restarts"] == "1"
 
 
@@ -95,8 +96,8 @@ def test_a_backlog_is_delivered_at_the_end(tiny_file, tmp_path):
         tracker._add(steps(number))
     tracker.close("FINISHED")
     assert backlog(tmp_path) == 0
-    history = client_of(job).get_metric_history(tracker.run_id, "loss")
-    assert len(history) == 3 * BATCH - 1
+    points = history(client_of(job), tracker.run_id, "loss")
+    assert len(points) == 3 * BATCH - 1
 
 
 def test_a_run_that_goes_on_elsewhere_is_logged_once(tiny_file, tmp_path):
@@ -110,8 +111,8 @@ def test_a_run_that_goes_on_elsewhere_is_logged_once(tiny_file, tmp_path):
             for number in numbers:
                 tracker.handle(steps(number))
             run_id = tracker.require_run()
-    history = connect(job).get_metric_history(run_id, "loss")
-    assert sorted(each.step for each in history) == [1, 2, 3, 4]
+    points = history(connect(job), run_id, "loss")
+    assert sorted(each.step for each in points) == [1, 2, 3, 4]
 
 
 def test_a_run_stays_in_the_store_that_was_chosen_for_it(tiny_file, tmp_path, caplog):
@@ -136,8 +137,8 @@ def test_a_run_stays_in_the_store_that_was_chosen_for_it(tiny_file, tmp_path, ca
     assert backlog(folder) == 3  # that it goes on, a report, its end
     settle(chosen, folder)
     assert backlog(folder) == 0
-    history = connect(chosen).get_metric_history(run_id, "loss")
-    assert [each.step for each in history] == [1, 2]
+    points = history(connect(chosen), run_id, "loss")
+    assert [each.step for each in points] == [1, 2]
 
 
 def test_a_checkpoint_of_an_epoch_trained_again_takes_the_place_of_the_first(tiny_file, tmp_path):
@@ -159,8 +160,8 @@ def test_an_epoch_that_a_worker_repeats_is_noted_once(tiny_file, tmp_path):
         event = {"kind": "checkpoint", "step": step, "epoch": epoch, "uri": str(tmp_path), **told}
         tracker.handle(event | {"metrics": {"AP": 0.1 * epoch}})
     tracker.close("FINISHED")
-    history = client_of(job).get_metric_history(tracker.run_id, "AP")
-    assert [metric.value for metric in history] == [0.1, 0.2]
+    points = history(client_of(job), tracker.run_id, "AP")
+    assert [metric.value for metric in points] == [0.1, 0.2]
 
 
 def test_a_store_that_hangs_holds_up_nobody_and_loses_nothing(tmp_path, monkeypatch):
@@ -215,9 +216,9 @@ def test_a_server_that_dies_loses_nothing_and_doubles_nothing(server, tmp_path):
     again.close("FINISHED")
     assert backlog(folder) == 0
     (run,) = client_of(job).search_runs([experiment_of(job)])
-    history = client_of(job).get_metric_history(run.info.run_id, "loss")
-    assert sorted(metric.step for metric in history) == list(range(1, 450))
-    assert all(metric.value == 1 / metric.step for metric in history)
+    points = history(client_of(job), run.info.run_id, "loss")
+    assert sorted(metric.step for metric in points) == list(range(1, 450))
+    assert all(metric.value == 1 / metric.step for metric in points)
     assert run.info.status == "FINISHED"
     assert run.data.tags["restarts"] == "1"
     assert run.data.params["optim.lr"] == str(job.optim.lr)
@@ -243,8 +244,8 @@ def test_a_run_may_begin_without_a_server(server, tmp_path):
     (run,) = client_of(job).search_runs([experiment_of(job)])
     assert (run.info.status, run.info.run_name) == ("FINISHED", "early")
     assert run.data.tags["restarts"] == "1"
-    history = client_of(job).get_metric_history(run.info.run_id, "loss")
-    assert [metric.step for metric in history] == [1, 2]
+    points = history(client_of(job), run.info.run_id, "loss")
+    assert [metric.step for metric in points] == [1, 2]
 
 
 def test_a_run_whose_driver_was_killed_is_closed_later(tmp_path):
@@ -318,8 +319,8 @@ def test_a_database_that_dies_loses_nothing_and_stops_nothing(tmp_path, caplog):
         assert backlog(tmp_path) == 0
         assert "not logged" not in caplog.text
         (run,) = client_of(job).search_runs([experiment_of(job)])
-        history = client_of(job).get_metric_history(run.info.run_id, "loss")
-        assert sorted(metric.step for metric in history) == list(range(1, 200))
+        points = history(client_of(job), run.info.run_id, "loss")
+        assert sorted(metric.step for metric in points) == list(range(1, 200))
         assert "secret" not in str(run.data.params)
     finally:
         database.remove()
@@ -380,8 +381,8 @@ def test_a_model_that_could_not_be_registered_is_by_resuming(server, tiny_file, 
     assert again == 1  # and nothing more
     (run,) = client_of(job).search_runs([experiment_of(job)])
     assert run.info.status == "FINISHED"
-    history = client_of(job).get_metric_history(run.info.run_id, "AP")
-    assert len(history) == 1
+    points = history(client_of(job), run.info.run_id, "AP")
+    assert len(points) == 1
 
 
 def experiment_of(job):

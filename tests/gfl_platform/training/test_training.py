@@ -11,6 +11,7 @@ import pytest
 import ray
 import torch
 from ray.exceptions import ActorDiedError
+from support.tracking import history
 from tests_support import as_rows
 
 from gfl.checkpoint.files import read_about
@@ -78,9 +79,9 @@ def test_the_run_holds_all_that_reproduces_it(trained):
         "checkpoint_blocked_seconds",
     }  # fmt: skip
     assert metrics <= set(run.data.metrics)
-    history = [m.step for m in client.get_metric_history(result.run_id, "loss")]
-    assert history == [e["step"] for e in events if e["kind"] == "steps"]
-    assert len(client.get_metric_history(result.run_id, "AP")) == 3
+    steps = [m.step for m in history(client, result.run_id, "loss")]
+    assert steps == [e["step"] for e in events if e["kind"] == "steps"]
+    assert len(history(client, result.run_id, "AP")) == 3
 
 
 def test_every_epoch_is_a_model_that_stays_where_it_is(trained):
@@ -261,9 +262,9 @@ def test_a_killed_worker_changes_no_digit(trained, tiny_file, tmp_path):
     for one, other in zip(checkpoints(result), checkpoints(again), strict=True):
         same_weights(one, other)
     client = connect(job_of(tiny_file, tmp_path))
-    history = [m.step for m in client.get_metric_history(again.run_id, "loss")]
-    assert history == sorted(set(history))
-    assert len(client.get_metric_history(again.run_id, "AP")) == 3
+    steps = [m.step for m in history(client, again.run_id, "loss")]
+    assert steps == sorted(set(steps))
+    assert len(history(client, again.run_id, "AP")) == 3
     figures = client.get_run(again.run_id).data.metrics
     assert figures["restarts"] == 1
     assert 0 < figures["lost_minutes"] < 2
@@ -370,25 +371,33 @@ def test_a_tracking_store_that_dies_does_not_hide_why_a_job_ends(tiny_file, tmp_
 
 
 def test_an_evaluation_that_was_logged_in_part_is_completed(tiny_file, tmp_path, monkeypatch):
+    """The store takes the model of an epoch, and is gone before the epoch's metrics."""
     from mlflow.exceptions import MlflowException
 
     from gfl_platform.tracking.run import RunTracker
 
     job = job_of(tiny_file, tmp_path)
+    client = connect(job)
     event = {"kind": "checkpoint", "epoch": 1, "step": 5, "metrics": {"AP": 0.5}, "uri": "x"}
+    refused = []
+
+    def fail(*_args, metrics, **_options):
+        refused.append({metric.key: metric.value for metric in metrics})
+        raise MlflowException("server gone")
+
     with RunTracker(job, "partial", tmp_path) as tracker:
-
-        def fail(*_args, **_options):
-            raise MlflowException("server gone")
-
+        experiment = client.get_run(tracker.run_id).info.experiment_id
         with monkeypatch.context() as patch:
-            patch.setattr("mlflow.MlflowClient.log_metric", fail)
+            patch.setattr("mlflow.MlflowClient.log_batch", fail)
             tracker.handle(event)
             tracker.flush()
+        assert refused
+        assert all(metrics == {"AP": 0.5} for metrics in refused)
+        (model,) = client.search_logged_models([experiment])
+        assert (model.name, model.metrics or []) == ("epoch-1", [])
         tracker.handle({**event, "epoch": 2, "step": 10, "metrics": {"AP": 0.6}})
         tracker.handle(event)  # as after an interruption
-    client = connect(job)
-    history = client.get_metric_history(tracker.run_id, "AP")
-    assert [(m.step, m.value) for m in history] == [(5, 0.5), (10, 0.6)]
-    models = client.search_logged_models([client.get_run(tracker.run_id).info.experiment_id])
+    points = history(client, tracker.run_id, "AP")
+    assert [(m.step, m.value) for m in points] == [(5, 0.5), (10, 0.6)]
+    models = client.search_logged_models([experiment])
     assert {m.name: m.metrics[0].value for m in models} == {"epoch-1": 0.5, "epoch-2": 0.6}
