@@ -100,6 +100,14 @@ def test_a_backlog_is_delivered_at_the_end(tiny_file, tmp_path):
     assert len(points) == 3 * BATCH - 1
 
 
+def test_a_history_that_nobody_logged_is_not_taken_for_one(tiny_file, tmp_path):
+    job = load_job(tiny_file, [f"storage.root={tmp_path}"])
+    with RunTracker(job, "one", tmp_path) as tracker:
+        tracker.handle(steps(1))
+    with pytest.raises(AssertionError, match=r"no metric 'loss_dfl'; logged: epoch, loss"):
+        history(client_of(job), tracker.run_id, "loss_dfl")
+
+
 def test_a_run_that_goes_on_elsewhere_is_logged_once(tiny_file, tmp_path):
     job = load_job(tiny_file, [f"storage.root={tmp_path}"])
     folders = [tmp_path / name for name in ("here", "elsewhere")]
