@@ -16,7 +16,7 @@ from rich.text import Text
 from gfl.config.schema import ModelConfig
 from gfl.inspection.findings import Finding, Inspection, SplitStatistics, Spread
 from gfl.inspection.regression_range import Reach
-from gfl_platform.sweeps.analysis.statistics import seeds_of
+from gfl_platform.sweeps.analysis.statistics import seed_count
 from gfl_platform.sweeps.analysis.verdicts import (
     Analysis,
     analyse,
@@ -216,7 +216,7 @@ def _points(found: Analysis, metrics: Sequence[str]) -> Iterable[tuple[str, ...]
     for point in found.points[:POINTS_SHOWN]:
         name = point_label(point.point) + (" (default)" if point.default else "")
         figures = [figure_of(point, metric) for metric in metrics]
-        yield name, *figures, seeds_of(point)
+        yield name, *figures, seed_count(point)
 
 
 def _verdicts(found: Analysis) -> Iterable[tuple[str, ...]]:

@@ -220,6 +220,27 @@ def test_a_reader_is_warned(trials, warning):
     assert any(warning in said for said in warnings_of(found))
 
 
+def terminal_rows(results, monkeypatch):
+    """Return the cells of all rows that a terminal of 80 columns shows, without the headings."""
+    console = Console(width=80, record=True)
+    monkeypatch.setattr(sweep_tables, "console", console)
+    sweep_tables.show_sweep(results)
+    lines = [line for line in console.export_text().splitlines() if line.startswith("│")]
+    return [[cell.strip() for cell in line.strip("│").split("│")] for line in lines]
+
+
+def test_points_are_shown_with_the_number_of_their_seeds(tmp_path, monkeypatch):
+    trials = [trial(1, seed) for seed in (5, 6, 7)]
+    trials += [trial(1, 8, state="nan"), trial(2, 5)]
+    results = results_of(grid([1, 2]), trials, {BETA: 2})
+    page = read_report(results, tmp_path).text
+    best = page[page.index("Best points") : page.index("Mean ± sample standard deviation")]
+    assert best.strip().endswith("30.00 ± 0.00 1 3; 1 diverged or failed 30.00 2 1 (default)")
+    rows = terminal_rows(results, monkeypatch)
+    assert rows[0] == ["beta 1", "30.00 ± 0.00", "3; 1 diverged or failed"]
+    assert rows[1] == ["beta 2 (default)", "30.00", "1"]
+
+
 def test_a_terminal_shows_papers_figures_and_ours(monkeypatch):
     rows = tuple({"at": {BETA: b}, "figures": {"AP": ap}} for b, ap in ((1, 39.0), (2, 39.9)))
     published = PublishedConfig(source="[bold] paper", rows=rows)

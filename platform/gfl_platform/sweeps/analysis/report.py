@@ -14,7 +14,7 @@ from typing import Any
 
 from gfl_platform.storage.runs import write_atomically
 from gfl_platform.sweeps.analysis.figures import Picture, draw_all, style
-from gfl_platform.sweeps.analysis.statistics import PointSummary, seeds_of
+from gfl_platform.sweeps.analysis.statistics import PointSummary, seed_count
 from gfl_platform.sweeps.analysis.verdicts import (
     CONFIDENCE,
     Analysis,
@@ -150,7 +150,7 @@ def render_html(found: Analysis, pictures: Sequence[Picture], sources: Sequence[
     )
     environment.filters.update(label=label, point=point_label)
     environment.globals.update(shown=shown, axis_name=axis_name, figure_of=figure_of)
-    environment.globals.update(unit_of_difference=unit_of_difference, seeds_of=seeds_of)
+    environment.globals.update(unit_of_difference=unit_of_difference, seed_count=seed_count)
     # As the trials did: BatchNorm that trains depends on how many share a batch.
     where = {"cluster.workers": found.results.job.cluster.workers or 1}
     metrics = dict.fromkeys((*found.results.sweep.objectives, "AP", "AP50", "AP75", "fps"))

@@ -100,10 +100,10 @@ def summarize(results: SweepResults) -> list[PointSummary]:
     return summaries
 
 
-def seeds_of(point: PointSummary) -> str:
-    """Return the seeds of a point for a reader, and how many of its trials are in no figure."""
+def seed_count(point: PointSummary) -> str:
+    """Return how many seeds a point has, and how many of its trials are in no figure."""
     lost = f"; {point.lost} diverged or failed" if point.lost else ""
-    return ", ".join(map(str, point.seeds)) + lost
+    return f"{len(point.seeds)}{lost}"
 
 
 def unfinished(results: SweepResults) -> list[Trial]:
