@@ -28,6 +28,7 @@ def evaluate(arguments: argparse.Namespace) -> None:
     """Evaluate a model with the configuration it was trained with, changed by the overrides."""
     from gfl.checkpoint.files import read_config
     from gfl.config.loader import derive
+    from gfl.evaluation.coco_eval import format_statistic
     from gfl_platform.config import JobConfig, job_of
     from gfl_platform.evaluation.evaluate import evaluate_checkpoint
     from gfl_platform.registry import models
@@ -48,11 +49,13 @@ def evaluate(arguments: argparse.Namespace) -> None:
     if arguments.out:
         write_atomically(arguments.out, json.dumps(figures, indent=1) + "\n")
     by_iou = {f"AP at IoU {iou}": ap for iou, ap in figures["ap_by_iou"].items()}
-    rows = {**figures["metrics"], **by_iou, "FPS": figures["fps"], "images": figures["images"]}
+    statistics = figures["metrics"] | by_iou
+    rows: dict[str, object] = {name: format_statistic(ap) for name, ap in statistics.items()}
+    rows |= {"FPS": figures["fps"], "images": figures["images"]}
     show_table(f"{arguments.model} on {job.data.val.annotations}", rows)
     if arguments.per_class:
         by_class = sorted(figures["ap_by_class"].items(), key=lambda item: -item[1])
-        show_table("AP of every class", dict(by_class))
+        show_table("AP of every class", {name: format_statistic(ap) for name, ap in by_class})
 
 
 if __name__ == "__main__":

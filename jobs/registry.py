@@ -102,6 +102,7 @@ def compare(job: "JobConfig", arguments: argparse.Namespace) -> None:
     Raises:
         ValueError: --out is no PNG file.
     """
+    from gfl.evaluation.coco_eval import format_statistic
     from gfl_platform.registry import compare, models
 
     if arguments.out.suffix != ".png":
@@ -125,7 +126,7 @@ def compare(job: "JobConfig", arguments: argparse.Namespace) -> None:
     most = sorted(gain.by_class.items(), key=lambda item: -abs(item[1]))[:CLASSES_SHOWN]
     table = Table("class", f"AP of {a.version}", f"AP of {b.version}", "difference")
     for name, difference in most:
-        each = (f"{side.ap_by_class[name]:.4f}" for side in (found.a, found.b))
+        each = (format_statistic(side.ap_by_class[name]) for side in (found.a, found.b))
         table.add_row(name, *each, f"{difference:+.4f}")
     console.print(table)
 

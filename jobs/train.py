@@ -39,13 +39,14 @@ def train(arguments: argparse.Namespace) -> None:
     stem = re.sub(r"\W+", "-", source.partition(":/")[2]) or Path(source).stem
     name = job.run.name or f"{stem}-{time.strftime('%Y%m%d-%H%M%S')}"
     console.print(f"run {name}")
+    from gfl.evaluation.coco_eval import format_statistic
     from gfl_platform.training import train  # brings Ray, which takes seconds
 
     with Progress() as progress, resumable("jobs.train", name):
         progress.expect(digests)
         result = train.train(job, name, resume=arguments.resume, watch=progress.show)
-    rows: dict[str, object] = {**result.metrics, "FPS": result.fps, "run": result.run_id}
-    rows["checkpoint"] = result.checkpoint
+    rows: dict[str, object] = {k: format_statistic(v) for k, v in result.metrics.items()}
+    rows |= {"FPS": result.fps, "run": result.run_id, "checkpoint": result.checkpoint}
     if result.version is not None:
         rows["model"] = f"{job.registry.name} version {result.version}"
     if result.decision:

@@ -26,9 +26,13 @@ Floats = npt.NDArray[np.float64]
 IOU_THRESHOLDS = tuple(f"{percent / 100:.2f}" for percent in range(50, 100, 5))
 
 
+NO_GROUND_TRUTH = -1.0
+"""COCO's value of a statistic over no ground truth: APl of images without a large object, say."""
+
+
 @dataclass(frozen=True)
 class Evaluation:
-    """What was measured; -1 where there is no ground truth.
+    """What was measured; `NO_GROUND_TRUTH` where there is none.
 
     Attributes:
         metrics: COCO's statistics in its order: AP, AP50, AP75, APs, APm, APl, AR1, AR10, AR100
@@ -178,4 +182,9 @@ def _summarize(
 
 def _mean(values: Floats) -> float:
     present = values[values > -1]
-    return float(present.mean()) if present.size else -1.0
+    return float(present.mean()) if present.size else NO_GROUND_TRUTH
+
+
+def format_statistic(value: float, spec: str = ".4f") -> str:
+    """Return an AP or AR for a reader: formatted as `spec` says, a dash without ground truth."""
+    return "-" if value == NO_GROUND_TRUTH else format(value, spec)

@@ -12,6 +12,7 @@ from typing import Any
 from gfl.checkpoint.files import WEIGHTS
 from gfl.config.loader import config_hash
 from gfl.config.schema import Config
+from gfl.evaluation.coco_eval import format_statistic
 from gfl_platform.cluster.resources import Workers
 from gfl_platform.config import JobConfig, load_job
 from gfl_platform.provenance import COMMIT, git_state
@@ -53,7 +54,7 @@ def describe(job: JobConfig, version: Version) -> dict[str, str]:
     if version.run_id:
         run = client.get_run(version.run_id)
         tags = {k: v for k, v in run.data.tags.items() if not k.startswith("mlflow.")}
-        metrics = {key: f"{value:.6g}" for key, value in sorted(run.data.metrics.items())}
+        metrics = {key: _shown(key, value) for key, value in sorted(run.data.metrics.items())}
         facts = {"restarts": "0"} | metrics | tags
         packages = _artifact(job, version.run_id, PACKAGES_FILE).split()
         if tags.get("git.changed", "nothing") != "nothing":
@@ -69,6 +70,11 @@ def describe(job: JobConfig, version: Version) -> dict[str, str]:
         if decision.version == version.version and not decision.void
     ]
     return about | {"decisions": ", ".join(decided)} | facts
+
+
+def _shown(metric: str, value: float) -> str:
+    is_statistic = metric.startswith(("AP", "AR"))
+    return format_statistic(value, ".6g") if is_statistic else f"{value:.6g}"
 
 
 def lineage(config: Config, workers: Workers, sources: dict[str, Path | None]) -> dict[str, str]:

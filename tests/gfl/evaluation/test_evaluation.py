@@ -17,7 +17,7 @@ from tests_support import as_rows, run_workers
 import gfl
 from gfl.config.loader import derive
 from gfl.data.split import load_splits
-from gfl.evaluation.coco_eval import evaluate_detections, evaluate_split
+from gfl.evaluation.coco_eval import evaluate_detections, evaluate_split, format_statistic
 from gfl.evaluation.evaluator import detect, evaluate, gather
 from gfl.evaluation.speed import measure_fps
 from gfl.structures import coco_records
@@ -122,6 +122,14 @@ def test_without_any_detection_all_is_zero_and_without_ground_truth_undefined():
     assert set(nothing.metrics.values()) == {-1.0}
     unannotated = {key: value for key, value in dataset([]).items() if key != "annotations"}
     assert evaluate_both(unannotated, detections((1, 1, A, 0.9)), [1, 2]) == nothing
+
+
+def test_a_statistic_without_ground_truth_is_shown_as_a_dash():
+    truth = dataset([(1, 1, A, {}), (1, 1, B, {})])
+    metrics = evaluate_both(truth, detections((1, 1, B, 0.9)), [1]).metrics
+    shown = [format_statistic(metrics[f"AP{size}"]) for size in "sml"]
+    assert shown == ["0.0000", "1.0000", "-"]
+    assert format_statistic(0.12345678, ".6g") == "0.123457"
 
 
 def test_between_equal_scores_the_smaller_image_id_and_the_earlier_row_go_first():

@@ -241,6 +241,18 @@ def test_points_are_shown_with_the_number_of_their_seeds(tmp_path, monkeypatch):
     assert rows[1] == ["beta 2 (default)", "30.00", "1"]
 
 
+def test_a_figure_without_ground_truth_is_shown_as_a_dash(tmp_path, monkeypatch):
+    rows = tuple({"at": {BETA: b}, "figures": {"APl": 51.0}} for b in (1, 2))
+    published = PublishedConfig(source="paper", rows=rows)
+    trials = [trial(beta, figures={"AP": 0.3, "APl": -1.0}) for beta in (1, 2)]
+    results = results_of(grid([1, 2]), trials, {BETA: 2}, published=published)
+    page = read_report(results, tmp_path).text
+    table = page[page.index("ours, difference seeds") : page.index("Paper: paper.")]
+    of_paper = ("beta 1 APl 51.0 - +0.0 - -", "beta 2 (reference) APl 51.0 - +0.0 - -")
+    assert table.split("seeds ")[1].strip() == " ".join(of_paper)
+    assert ["beta 1", "APl", "51.0", "-", "+0.0", "-", "-"] in terminal_rows(results, monkeypatch)
+
+
 def test_a_terminal_shows_papers_figures_and_ours(monkeypatch):
     rows = tuple({"at": {BETA: b}, "figures": {"AP": ap}} for b, ap in ((1, 39.0), (2, 39.9)))
     published = PublishedConfig(source="[bold] paper", rows=rows)

@@ -317,6 +317,18 @@ def test_importance_needs_trials_that_differ():
     assert parameter_importance(sweep_of({BETA: [2]}, one_point)) is None
 
 
+def test_a_figure_without_ground_truth_is_none():
+    rows = ({"at": {BETA: 2}, "figures": {"AP": 39.9, "APl": 51.0}},)
+    published = PublishedConfig(source="paper", rows=rows)
+    trials = [trial(2, seed, 0.25, figures={"APl": -1.0}) for seed in (0, 1)]
+    results = sweep_of({BETA: [1, 2]}, trials, published=published, objectives=("AP", "APl"))
+    (row,) = compare_published(results)
+    assert row.ours == {"AP": 25.0}
+    assert row.our_difference == {"AP": 0.0}
+    (point,) = summarize(results)
+    assert "APl" not in point.figures
+
+
 def test_published_differences_stand_beside_ours():
     rows = [{"at": {BETA: b}, "figures": {"AP": ap}} for b, ap in ((1, 39.0), (2, 39.9), (4, 38))]
     published = PublishedConfig(source="paper", rows=tuple(rows))

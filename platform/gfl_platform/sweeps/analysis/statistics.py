@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from math import fsum, isfinite, sqrt
 from typing import TYPE_CHECKING, Any
 
+from gfl.evaluation.coco_eval import NO_GROUND_TRUTH
 from gfl_platform.config import RangeConfig
 from gfl_platform.sweeps.formatting import distinct, identity, is_number
 from gfl_platform.sweeps.trials import Point, SweepResults, Trial
@@ -71,11 +72,14 @@ def spread(values: Iterable[float]) -> Spread | None:
 
 
 def by_seed(trials: Iterable[Trial], metric: str) -> dict[int, float]:
-    """Return a figure by seed; trials with the same seed are averaged, NaN is left out."""
+    """Return a figure by seed; trials with the same seed are averaged.
+
+    NaN is left out, and so is an AP or AR without any ground truth.
+    """
     found = defaultdict(list)
     for trial in trials:
         value = trial.figures.get(metric)
-        if value is not None and isfinite(value):
+        if value is not None and isfinite(value) and value != NO_GROUND_TRUTH:
             found[trial.seed].append(value)
     return {seed: fsum(values) / len(values) for seed, values in sorted(found.items())}
 
