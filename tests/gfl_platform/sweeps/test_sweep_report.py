@@ -223,8 +223,8 @@ def test_a_reader_is_warned(trials, warning):
 def terminal_rows(results, monkeypatch):
     """Return the cells of all rows that a terminal of 80 columns shows, without the headings."""
     console = Console(width=80, record=True)
-    monkeypatch.setattr(sweep_tables, "console", console)
-    sweep_tables.show_sweep(results)
+    monkeypatch.setattr(tables, "console", console)
+    tables.show_sweep(results)
     lines = [line for line in console.export_text().splitlines() if line.startswith("│")]
     return [[cell.strip() for cell in line.strip("│").split("│")] for line in lines]
 

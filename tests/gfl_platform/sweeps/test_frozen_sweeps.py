@@ -8,12 +8,12 @@ from html.parser import HTMLParser
 import pytest
 from goldens import compare_json, compare_text, plain_terminal, read_json, rounded
 
-from gfl.configfile import derive
+from gfl.config.loader import derive
 from gfl_platform.config import JobConfig
-from gfl_platform.sweeps.plan import DrawnTrials
-from gfl_platform.sweeps.report import write_report
-from gfl_platform.sweeps.results import SweepResults, Trial
-from jobs.sweep_tables import show_sweep
+from gfl_platform.sweeps.analysis.report import write_report
+from gfl_platform.sweeps.search import DrawnTrials
+from gfl_platform.sweeps.trials import SweepResults, Trial
+from jobs.console.tables import show_sweep
 
 BETA, BINS, LR = "loss.qfl.beta", "model.reg_max", "optim.lr"
 DEFAULTS = {BETA: 2.0, BINS: 16, LR: 0.01}
