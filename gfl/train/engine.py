@@ -28,7 +28,7 @@ from gfl.errors import LeaveError
 from gfl.evaluation.evaluator import evaluate
 from gfl.model.detector import Detector
 from gfl.ops.allocator import return_freed_memory
-from gfl.train.metrics import Pace, of_all
+from gfl.train.metrics import StepMeter
 from gfl.train.trainer import Trainer
 
 logger = logging.getLogger(__name__)
@@ -45,8 +45,6 @@ class StepReport:
         seconds_left: Until all steps are done at the present rate, evaluations not counted.
         metrics: `loss`, each loss, `lr`, `grad_norm`, `images_per_second` (over all workers), and
             the metrics of `gfl.train.metrics`: `step_ms_p50`, `data_wait_share` and so on.
-        stragglers: Ranks of workers that have been slow for several reports, as of this one, and
-            how many times slower than the median worker.
     """
 
     step: int
@@ -54,7 +52,6 @@ class StepReport:
     epoch: float
     seconds_left: float
     metrics: dict[str, float]
-    stragglers: dict[int, float]
 
 
 @dataclass(frozen=True)
@@ -146,7 +143,7 @@ def fit(
     window = _Window(trainer, report_every, leave)
     trainer.parallel.train()
     leaving = False
-    batches = () if trainer.out_of_patience else window.pace.fetched(loader)
+    batches = () if trainer.out_of_patience else window.meter.timed(loader)
     for shares_of_step in _steps(batches, trainer):
         window.add(trainer.train_step(*(share.to(device) for share in shares_of_step)))
         end_of_epoch = trainer.step % trainer.batches.steps_per_epoch == 0
@@ -176,7 +173,6 @@ def fit(
             window.restart()
         if leaving and trainer.step < trainer.batches.total_steps:
             raise LeaveError(f"stopped after step {trainer.step}, where a checkpoint is")
-    window.pace.end()
     return_freed_memory()
     return trainer
 
@@ -213,20 +209,19 @@ class _Window:
         self._trainer = trainer
         self._leave = leave
         self._rows: deque[Tensor] = deque(maxlen=steps)
-        compiled = trainer.config.optim.compile
-        self.pace = Pace(trainer.detector, trainer.device, forward=not compiled)
+        self.meter = StepMeter(trainer.device)
         self.restart()
 
     def restart(self) -> None:
         """Start the clock anew, after work that is no training."""
         self._rows.clear()
-        self.pace.restart()
+        self.meter.restart()
         self._start = time.perf_counter()
 
     def add(self, row: Tensor) -> None:
         """Note a step's losses and gradient norm."""
         self._rows.append(row)
-        self.pace.note_step()
+        self.meter.end_step()
 
     @property
     def full(self) -> bool:
@@ -243,14 +238,13 @@ class _Window:
             [means, trainer.first_bad_step.view(1)]
         ).tolist()
         seconds = time.perf_counter() - self._start
-        workers = self.pace.figures()
         metrics = {
             "loss": sum(losses),
             **dict(zip(trainer.objective.names, losses, strict=True)),
             "grad_norm": norm,
             "lr": trainer.scheduler.get_last_lr()[0],
             "images_per_second": len(self._rows) * trainer.config.data.batch / seconds,
-            **of_all(workers),
+            **self.meter.metrics(),
         }
         batches = trainer.batches
         report = StepReport(
@@ -259,7 +253,6 @@ class _Window:
             epoch=trainer.step / batches.steps_per_epoch,
             seconds_left=seconds / len(self._rows) * (batches.total_steps - trainer.step),
             metrics=metrics,
-            stragglers=self.pace.stragglers(workers),
         )
         self.restart()
         return report, int(bad_step), share_leaving > 0

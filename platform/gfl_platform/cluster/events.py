@@ -22,12 +22,6 @@ Watcher = Callable[[Event], None]
 """Is told of every event while a job runs; shows it."""
 
 
-def straggler(event: Event) -> str:
-    """Return what an event of the kind `slow` says."""
-    times = f"{event['times']:.1f} times as long as the usual worker"
-    return f"worker {event['rank']} on {event['node']} takes {times} for its own part of a step"
-
-
 class EventQueue:
     """An actor; lives while a job runs."""
 

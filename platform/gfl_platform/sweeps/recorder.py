@@ -93,7 +93,7 @@ class Recorder:
                 self._since.setdefault(name, time.monotonic())
             case "ended":
                 self._end(trial, event)
-            case "steps" | "stored" | "slow" | "data" | "failure":
+            case "steps" | "stored" | "data" | "failure":
                 self._trackers[name].handle(event)
         self._watch(trial, event)
 

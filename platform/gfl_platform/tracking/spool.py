@@ -11,7 +11,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from gfl_platform.cluster.events import Event, straggler
+from gfl_platform.cluster.events import Event
 from gfl_platform.config import JobConfig
 from gfl_platform.storage.runs import (
     is_there,
@@ -291,8 +291,6 @@ class Delivery:
         match event["kind"]:
             case "steps":
                 self._metrics((e, {**e["metrics"], "epoch": e["epoch"]}) for e in events)
-            case "slow":
-                self._tag({"straggler": straggler(event)})
             case "stored" | "outage":
                 self._metrics([(event, event["metrics"])])
             case "opened":

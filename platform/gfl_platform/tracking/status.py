@@ -7,7 +7,7 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
-from gfl_platform.cluster.events import Event, straggler
+from gfl_platform.cluster.events import Event
 from gfl_platform.storage.runs import read_json, write_atomically
 from gfl_platform.tracking.spool import RUN_FILE, backlog
 
@@ -76,8 +76,6 @@ class StatusFile:
                 facts["best_ap"] = max(facts["best_ap"] or -1.0, facts["ap"])
             case "stored":
                 facts["checkpoint_seconds"] = event["metrics"]["checkpoint_seconds"]
-            case "slow":
-                facts["slow"] = straggler(event)
             case "failure":
                 facts["restarts"] += 1
                 facts["state"] = f"restarting after worker {event['rank']}: {event['reason']}"
@@ -127,8 +125,6 @@ def read_status(folder: Path) -> dict[str, Any]:
     rows["workers"] = f"{facts.get('workers', '-')} (nodes of the cluster: {facts.get('nodes')})"
     if "checkpoint_seconds" in facts:
         rows["checkpoint"] = f"written in {facts['checkpoint_seconds']:.1f} s, beside training"
-    if "slow" in facts:
-        rows["straggler"] = facts["slow"]
     lost = facts.get("lost_seconds", 0.0)
     rows["restarts"] = f"{facts.get('restarts', 0)}, {lost / 60:.1f} min lost"
     rows["last word"] = f"{age:.0f} s ago"
@@ -146,11 +142,12 @@ def _rates(metrics: dict[str, float]) -> dict[str, str]:
         "waits for images": f"{metrics['data_wait_share']:.0%} of the time",
     }
     for rank in count():
-        names = ("cpu", "memory_gib", "gpu", "gpu_memory_gib")
+        names = ("data_wait_share", "memory_gib", "gpu", "gpu_memory_gib")
         used = {name: metrics.get(f"worker{rank}.{name}") for name in names}
-        if used["cpu"] is None:
+        if used["memory_gib"] is None:
             return rows
-        texts = [f"{used['cpu']:.1f} cores", f"{used['memory_gib']:.1f} GiB"]
+        waiting = f"waits for images {used['data_wait_share']:.0%} of the time"
+        texts = [waiting, f"{used['memory_gib']:.1f} GiB"]
         if used["gpu"] is not None:
             texts.append(f"GPU busy {used['gpu']:.0%}")
         if used["gpu_memory_gib"] is not None:

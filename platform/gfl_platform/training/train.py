@@ -10,7 +10,7 @@ from gfl.data.samplers import share_of_batch
 from gfl.data.split import load_splits
 from gfl.train.optimizer import scaled_lr
 from gfl_platform.cluster import resources
-from gfl_platform.cluster.events import Event, Watcher, pumped, straggler
+from gfl_platform.cluster.events import Event, Watcher, pumped
 from gfl_platform.cluster.resources import imported_meanwhile
 from gfl_platform.config import JobConfig
 from gfl_platform.registry import models
@@ -84,8 +84,6 @@ def train(job: JobConfig, name: str, *, resume: bool, watch: Watcher) -> Trainin
                 logger.warning("warning: %s; jobs.inspect shows more", finding)
             if event["kind"] == "damaged":
                 logger.warning("warning: %s; going on from the one before", event["reason"])
-            if event["kind"] == "slow":
-                logger.warning("warning: %s; the others wait for it", straggler(event))
             tracker.handle(event)
             before = status.outages
             status.handle(event)

@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import socket
 import tempfile
 import threading
 import time
@@ -57,13 +56,9 @@ class WorkerListener:
         self._storing = threading.Semaphore()
 
     def on_steps(self, report: StepReport) -> None:
-        """Tell the driver; without waiting. A straggler tells where it is."""
-        facts = {**vars(report), "time_ms": int(time.time() * 1000)}
-        rank, stragglers = self._context.get_world_rank(), facts.pop("stragglers")
-        if rank in stragglers:
-            where = {"rank": rank, "node": socket.gethostname(), "times": stragglers[rank]}
-            self._events.tell({"kind": "slow", **where})
+        """Tell the driver; without waiting."""
         if self.is_first:
+            facts = {**vars(report), "time_ms": int(time.time() * 1000)}
             self._since_checkpoint.append({"kind": "steps", **facts})
             self._events.tell(self._since_checkpoint[-1])
 

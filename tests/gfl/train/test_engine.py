@@ -74,10 +74,8 @@ def test_a_fit_reports_steps_epochs_and_checkpoints(tiny, tmp_path):
     times = [last.metrics[f"step_ms_p{percent}"] for percent in (50, 90, 99)]
     assert 0 < times[0] <= times[1] <= times[2]
     assert 0 < last.metrics["data_wait_share"] < 1
-    assert last.metrics["worker0.own_ms"] < times[2]
-    assert 0.2 < last.metrics["worker0.cpu"] < 99
+    assert last.metrics["worker0.data_wait_share"] == last.metrics["data_wait_share"]
     assert 0.1 < last.metrics["worker0.memory_gib"] < 99
-    assert not trainer.detector._forward_hooks
     detector, about = load_checkpoint(tmp_path / "epoch-3")
     assert about.classes == ["rectangle", "ellipse", "triangle"]
     assert (about.step, about.epoch) == (trainer.step, 3)

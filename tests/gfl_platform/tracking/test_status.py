@@ -10,13 +10,12 @@ STEPS = {
     "metrics": {
         "images_per_second": 31.5, "loss": 1.0, "data_wait_share": 0.256,
         "step_ms_p50": 251.0, "step_ms_p90": 300.0, "step_ms_p99": 402.0,
-        "worker0.cpu": 1.25, "worker0.memory_gib": 0.8,
-        "worker1.cpu": 0.5, "worker1.memory_gib": 2, "worker1.gpu": 0.9,
+        "worker0.data_wait_share": 0.02, "worker0.memory_gib": 0.8,
+        "worker1.data_wait_share": 0.5, "worker1.memory_gib": 2, "worker1.gpu": 0.9,
         "worker1.gpu_memory_gib": 41.2,
     },
 }  # fmt: skip
 STORED = {"kind": "stored", "step": 10, "metrics": {"checkpoint_seconds": 2.34}}
-SLOW = {"kind": "slow", "rank": 1, "node": "ip-10-0-0-7", "times": 1.84}
 LOST = {"kind": "failure", "rank": 1, "reason": "killed", "final": False}
 
 
@@ -35,13 +34,13 @@ def test_a_run_says_where_it_stands(tmp_path):
         assert rows["workers"] == "2 (nodes of the cluster: 3)"
         assert rows["a step"].startswith("251 ms; one in ten 300 ms or more")
         assert rows["waits for images"] == "26% of the time"
-        assert rows["worker 0"] == "1.2 cores, 0.8 GiB"
-        assert rows["worker 1"] == "0.5 cores, 2.0 GiB, GPU busy 90%, 41.2 GiB on the GPU"
+        assert rows["worker 0"] == "waits for images 2% of the time, 0.8 GiB"
+        assert rows["worker 1"] == (
+            "waits for images 50% of the time, 2.0 GiB, GPU busy 90%, 41.2 GiB on the GPU"
+        )
         status.handle(STORED)
-        status.handle(SLOW)
         rows = read_status(tmp_path)
         assert rows["checkpoint"].startswith("written in 2.3 s")
-        assert "worker 1 on ip-10-0-0-7 takes 1.8 times as long" in rows["straggler"]
         status.handle(LOST)
         assert status.outages == {"restarts": 1, "lost_minutes": 0}
         assert "restarting after worker 1: killed" in read_status(tmp_path)["state"]

@@ -75,7 +75,7 @@ def test_the_run_holds_all_that_reproduces_it(trained):
     metrics = {
         "loss", "qfl", "giou", "dfl", "lr", "images_per_second", "AP", "AP50", "AP75", "APs", "APm",
         "APl", "AR1", "AR10", "AR100", "fps", "step_ms_p50", "step_ms_p99", "data_wait_share",
-        "worker0.cpu", "worker1.memory_gib", "worker1.own_ms", "checkpoint_seconds",
+        "worker0.data_wait_share", "worker1.memory_gib", "checkpoint_seconds",
         "checkpoint_blocked_seconds",
     }  # fmt: skip
     assert metrics <= set(run.data.metrics)
