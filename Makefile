@@ -32,7 +32,7 @@ test-rest: $(INSTALLED)
 	OMP_WAIT_POLICY=passive nice -n 19 $(BIN)/python -m pytest -m "not ray and not slow"
 
 drill: $(INSTALLED)
-	@$(BIN)/python -c 'import sys; sys.path.append("tests"); import servers; sys.exit(servers.PostgreSQL.tools is None and "make drill needs PostgreSQL: apt install postgresql")'
+	@$(BIN)/python -c 'import sys; from tests.support import servers; sys.exit(servers.PostgreSQL.tools is None and "make drill needs PostgreSQL: apt install postgresql")'
 	$(BIN)/python -m pytest -s -m cluster tests/gfl_platform/cluster/test_drill.py
 
 test-all: $(INSTALLED)

@@ -2,7 +2,6 @@
 
 import json
 import os
-import sys
 from pathlib import Path
 
 import pytest
@@ -12,12 +11,10 @@ from hypothesis import settings
 from gfl.config.loader import load_config
 from gfl.config.schema import Config
 from gfl.data import synthetic
+from tests.support import servers
 
 ROOT = Path(__file__).parents[1]
 GOLDEN = Path(__file__).parent / "golden"
-sys.path[:0] = [str(GOLDEN), str(Path(__file__).parent)]  # recipe.py, servers.py and others
-
-import servers  # noqa: E402
 
 settings.register_profile("untimed", deadline=None)
 settings.load_profile("untimed")

@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from tests_support import attentive_detector
 
 import gfl
 from gfl.checkpoint.files import About
@@ -18,6 +17,7 @@ from gfl.inference.predictor import Model
 from gfl.model.detector import folded, place
 from gfl.train.engine import fit
 from gfl.train.trainer import Trainer
+from tests.support.detectors import attentive_detector
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 

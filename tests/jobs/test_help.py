@@ -3,9 +3,9 @@
 from pathlib import Path
 
 import pytest
-from goldens import GOLDEN, compare_text, run_command
 
 import jobs
+from tests.support.goldens import GOLDEN, compare_text, run_command
 
 COMMANDS = sorted(
     path.stem

@@ -12,8 +12,9 @@ from pathlib import Path
 
 import pytest
 import requests
-import servers
 from mlflow import MlflowClient
+
+from tests.support import servers
 
 pytestmark = [pytest.mark.cluster, pytest.mark.ray]
 

@@ -10,12 +10,12 @@ import time
 from pathlib import Path
 
 import pytest
-from support.tracking import history
 
 from gfl_platform.config import load_job
 from gfl_platform.sweeps.space import grid_points
 from gfl_platform.sweeps.trials import read_trial, trial_name
 from gfl_platform.tracking.client import connect
+from tests.support.tracking import history
 
 BETA, BINS = "loss.qfl.beta", "model.reg_max"
 

@@ -7,13 +7,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import recipe
 import safetensors.torch
 import torch
 from torchvision.models import resnet18
 
 import gfl
 from gfl.config.loader import derive
+from tests.golden import recipe
 
 
 @pytest.fixture(scope="module")

@@ -7,16 +7,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from annotation_writers import CLASSES, FORMATS, PICTURES, SIZES, read, write
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from tests_support import average_precision
 
 from gfl.config.loader import derive
 from gfl.data.dataset import DetectionDataset
 from gfl.data.split import load_splits
 from gfl.errors import DataError
+from tests.support.annotation_writers import CLASSES, FORMATS, PICTURES, SIZES, read, write
+from tests.support.detections import average_precision
 
 
 @st.composite

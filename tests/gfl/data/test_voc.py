@@ -3,12 +3,12 @@
 from pathlib import Path
 
 import pytest
-from annotation_writers import CLASSES, PICTURES, read, voc_object, write
-from tests_support import average_precision
 
 from gfl.config.loader import derive
 from gfl.data.split import load_splits
 from gfl.errors import DataError
+from tests.support.annotation_writers import CLASSES, PICTURES, read, voc_object, write
+from tests.support.detections import average_precision
 
 
 @pytest.fixture

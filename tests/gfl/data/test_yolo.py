@@ -4,12 +4,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from annotation_writers import CLASSES, PICTURES, SIZES, read, write
 from PIL import Image
 
 from gfl.config.loader import derive
 from gfl.data.split import load_splits
 from gfl.errors import DataError
+from tests.support.annotation_writers import CLASSES, PICTURES, SIZES, read, write
 
 
 @pytest.fixture

@@ -12,7 +12,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
-from tests_support import as_rows, run_workers
 
 import gfl
 from gfl.config.loader import derive
@@ -22,6 +21,8 @@ from gfl.evaluation.evaluator import detect, evaluate, gather
 from gfl.evaluation.speed import measure_fps
 from gfl.structures import coco_records
 from gfl.train.engine import build_evaluation_loader
+from tests.support.detections import as_rows
+from tests.support.processes import run_workers
 
 CPU = torch.device("cpu")
 NAMES = ["AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl"]

@@ -6,7 +6,6 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from tests_support import attentive_detector
 from torchvision.ops import batched_nms
 
 import gfl
@@ -19,6 +18,7 @@ from gfl.export import export as export_module
 from gfl.export.export import compare, export, open_onnx, open_pt2, quantize
 from gfl.export.exportable import METADATA, Exportable, ExportError, Form
 from gfl.inference.predictor import Model
+from tests.support.detectors import attentive_detector
 
 ABOUT = About(["rectangle", "ellipse", "triangle"], [1, 2, 3], 0, 0, {})
 SIZES = [(64, 64), (97, 160), (200, 333)]

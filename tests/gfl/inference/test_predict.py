@@ -7,7 +7,6 @@ import pytest
 import supervision
 import torch
 from PIL import Image
-from tests_support import attentive_detector
 
 import gfl
 from gfl.checkpoint.files import About
@@ -16,6 +15,7 @@ from gfl.data.images import list_images, read_image
 from gfl.errors import DataError
 from gfl.inference.detections import Detections, require_own_names, write_detections
 from gfl.inference.predictor import Model, _batches, _mirror
+from tests.support.detectors import attentive_detector
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,6 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from tests_support import level_sizes
 
 from gfl.config.schema import AssignerConfig, Config, DataConfig, ModelConfig
 from gfl.data.dataset import as_sample, build_transforms, fitted_size
@@ -26,6 +25,7 @@ from gfl.model.assigner import assign
 from gfl.model.boxes import STRIDES, grid_points
 from gfl.model.losses import REACH_MARGIN
 from gfl.structures import pad_targets
+from tests.support.detectors import level_sizes
 
 
 def record(boxes, height=800, width=800):

@@ -3,8 +3,6 @@
 import numpy as np
 import pytest
 import torch
-from loop_reference import objective as loop_objective
-from tests_support import learn_one_batch_by_heart, level_sizes
 
 import gfl
 from gfl.checkpoint.files import About
@@ -22,6 +20,8 @@ from gfl.model.losses import focal_loss
 from gfl.model.postprocess import postprocess
 from gfl.structures import pad_targets
 from gfl.train.microbatch import Objective
+from tests.support.detectors import learn_one_batch_by_heart, level_sizes
+from tests.support.loop_reference import objective as loop_objective
 
 CPU = torch.device("cpu")
 TABLE_3 = [(e, q) for e in ("dirac", "distribution") for q in ("centerness", "joint")]

@@ -5,12 +5,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from loop_reference import atss
-from tests_support import level_sizes
 
 from gfl.model.assigner import assign, valid_locations
 from gfl.model.boxes import grid_points
 from gfl.structures import Targets, pad_targets
+from tests.support.detectors import level_sizes
+from tests.support.loop_reference import atss
 
 CPU = torch.device("cpu")
 

@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from tests_support import learn_one_batch_by_heart
 
 import gfl
 from benchmarks.counting import Counts
@@ -12,6 +11,7 @@ from gfl.data.split import load_splits
 from gfl.model.criterion import loss_names
 from gfl.structures import pad_targets
 from gfl.train.trainer import Trainer
+from tests.support.detectors import learn_one_batch_by_heart
 
 
 @pytest.fixture
@@ -113,10 +113,9 @@ def test_losses_weigh_positives_over_the_batch_as_the_paper_normalises(small):
     apart = [
         small.losses(images[i : i + 1], boxes[i : i + 1], labels[i : i + 1])["qfl"] for i in (0, 1)
     ]
-    from tests_support import level_sizes
-
     from gfl.model.assigner import assign
     from gfl.model.boxes import grid_points
+    from tests.support.detectors import level_sizes
 
     points = grid_points(level_sizes(64, 64), images.device)
     targets = pad_targets(boxes, labels, torch.tensor([[64, 64], [64, 64]]))

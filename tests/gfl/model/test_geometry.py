@@ -5,13 +5,13 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from tests_support import level_sizes
 from torchvision.ops import box_iou as pairwise_iou
 from torchvision.ops import generalized_box_iou
 
 from gfl.model.boxes import box_giou, box_iou, grid_points, ltrb_to_xyxy, xyxy_to_ltrb
 from gfl.model.head import Integral
 from gfl.model.losses import REACH_MARGIN
+from tests.support.detectors import level_sizes
 
 
 def some_boxes(count, seed):

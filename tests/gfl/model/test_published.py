@@ -3,11 +3,11 @@
 import json
 
 import pytest
-import recipe
 import torch
 
 import gfl
 from gfl.checkpoint.mmdet import rename_mmdet
+from tests.golden import recipe
 
 EVERY_TIME = ["gfl_r50_1x", "gfl_r101_dcnv2_ms2x", "mmdet_x101_32x4d_dcnv1_ms2x"]
 SLOW = [

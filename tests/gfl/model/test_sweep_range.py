@@ -7,13 +7,13 @@ from itertools import product
 
 import pytest
 import torch
-from loop_reference import objective as loop_objective
-from tests_support import level_sizes
 
 import gfl
 from gfl.config.loader import derive
 from gfl.structures import pad_targets
 from gfl.train.microbatch import Objective
+from tests.support.detectors import level_sizes
+from tests.support.loop_reference import objective as loop_objective
 
 BETAS = (0, 0.5, 1, 1.5, 2, 2.5, 4)
 REG_MAXES = (4, 7, 8, 16, 32)

@@ -4,7 +4,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from tests_support import run_workers
 
 from gfl.checkpoint.files import CHECKSUMS, TRAINING, read_about, require_whole
 from gfl.checkpoint.snapshot import load_checkpoint
@@ -17,6 +16,7 @@ from gfl.train.engine import fit
 from gfl.train.microbatch import first_non_finite
 from gfl.train.optimizer import build_optimizer, lr_factor, scaled_lr
 from gfl.train.trainer import Trainer
+from tests.support.processes import run_workers
 
 CPU = torch.device("cpu")
 

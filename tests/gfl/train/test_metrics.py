@@ -6,9 +6,9 @@ from importlib.util import find_spec
 import pytest
 import torch
 import torch.distributed as dist
-from tests_support import run_workers
 
 from gfl.train.metrics import StepMeter
+from tests.support.processes import run_workers
 
 STEPS = 4
 

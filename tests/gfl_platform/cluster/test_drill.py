@@ -6,17 +6,16 @@ import signal
 import sys
 import time
 
-import drivers
 import pytest
-import servers
 import torch
-from drivers import training_processes
 from mlflow import MlflowClient
-from support.tracking import history
 
 from gfl.checkpoint.files import read_about
 from gfl.checkpoint.snapshot import load_checkpoint
 from gfl_platform.storage.s3 import Cache, list_objects, upload
+from tests.support import drivers, servers
+from tests.support.drivers import training_processes
+from tests.support.tracking import history
 
 STEPS_BETWEEN_CHECKPOINTS, STEPS_BETWEEN_REPORTS = 10, 1
 CHECKPOINT = "checkpoint_seconds"

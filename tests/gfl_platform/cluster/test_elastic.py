@@ -7,17 +7,17 @@ import subprocess
 import sys
 import time
 
-import drivers
 import pytest
 import torch
 from mlflow import MlflowClient
-from support.tracking import history
-from tests_support import run_workers
 
 from gfl.checkpoint.files import read_about
 from gfl.data.split import load_splits
 from gfl.train.engine import fit
 from gfl_platform.config import load_job
+from tests.support import drivers
+from tests.support.processes import run_workers
+from tests.support.tracking import history
 
 REPORT_STEPS = 5
 CHECKPOINT_STEPS = 12

@@ -3,7 +3,6 @@
 from dataclasses import replace
 
 import pytest
-from tests_support import run_workers
 
 from gfl.config.loader import derive
 from gfl.data.split import load_splits
@@ -15,6 +14,7 @@ from gfl_platform.cluster.preflight import (
     problem_of_any_worker,
     same_on_all_nodes,
 )
+from tests.support.processes import run_workers
 
 ONE = NodeFacts("a (10.0.0.1)", "code", {"torch": "2.14.1"}, ("train", "val"), "", 1000.0)
 TWO = replace(ONE, node="b (10.0.0.2)", clock=1059.0)

@@ -8,7 +8,6 @@ from urllib.parse import urlparse
 
 import pytest
 import torch
-from tests_support import as_rows
 
 from gfl.checkpoint.files import About, read_config
 from gfl.checkpoint.snapshot import take_snapshot
@@ -22,6 +21,7 @@ from gfl_platform.evaluation.benchmark import keep
 from gfl_platform.registry import gate, history, measurement, models
 from gfl_platform.tracking.client import connect
 from gfl_platform.training import train
+from tests.support.detections import as_rows
 
 CLASSES = ["rectangle", "ellipse", "triangle"]
 

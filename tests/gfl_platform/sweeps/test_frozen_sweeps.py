@@ -6,7 +6,6 @@ import random
 from html.parser import HTMLParser
 
 import pytest
-from goldens import compare_json, compare_text, plain_terminal, read_json, rounded
 
 from gfl.config.loader import derive
 from gfl_platform.config import JobConfig
@@ -14,6 +13,7 @@ from gfl_platform.sweeps.analysis.report import write_report
 from gfl_platform.sweeps.search import DrawnTrials
 from gfl_platform.sweeps.trials import SweepResults, Trial
 from jobs.console.tables import show_sweep
+from tests.support.goldens import compare_json, compare_text, plain_terminal, read_json, rounded
 
 BETA, BINS, LR = "loss.qfl.beta", "model.reg_max", "optim.lr"
 DEFAULTS = {BETA: 2.0, BINS: 16, LR: 0.01}

@@ -7,9 +7,7 @@ import subprocess
 import sys
 from types import SimpleNamespace
 
-import dry_sweep
 import pytest
-from dry_sweep import dry_training
 
 from gfl.config.loader import ConfigError, config_hash, dump_config, reproducible
 from gfl_platform.cluster import launch, resources
@@ -23,6 +21,8 @@ from gfl_platform.tracking.client import connect
 from gfl_platform.tracking.spool import backlog
 from gfl_platform.training import fit
 from gfl_platform.training.worker import WorkerListener
+from tests.support import dry_sweep
+from tests.support.dry_sweep import dry_training
 
 BETA, BINS = "loss.qfl.beta", "model.reg_max"
 GRID = f"sweep.space={{{BETA}: {{grid: [0.5, 2, 3]}}, {BINS}: {{choice: [4, 8]}}}}"
@@ -409,7 +409,7 @@ def test_a_sweep_on_s3_goes_on_from_another_machine(tiny_file, tmp_path):
 def test_two_hundred_trials_are_little_to_their_driver(tiny_file, tmp_path):
     space = f"sweep.space={{{BETA}: {{grid: [1, 2]}}, {BINS}: {{grid: {list(range(1, 101))}}}}}"
     words = [tiny_file, f"storage.root={tmp_path}", "schedule.epochs=2", space]
-    command = [sys.executable, dry_sweep.__file__, *words]
+    command = [sys.executable, "-m", dry_sweep.__name__, *words]
     alone = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"}
     ran = subprocess.run(command, env=alone, capture_output=True, text=True, check=False)
     assert ran.returncode == 0, ran.stderr[-3000:]

@@ -8,8 +8,6 @@ import time
 
 import boto3
 import pytest
-import servers
-from support.tracking import history
 
 from gfl_platform.config import load_job
 from gfl_platform.registry import models
@@ -18,6 +16,8 @@ from gfl_platform.tracking.run import RunTracker, settle
 from gfl_platform.tracking.spool import BATCH, RUN_FILE, Delivery, backlog
 from gfl_platform.tracking.status import StatusFile, read_status
 from gfl_platform.training import train
+from tests.support import servers
+from tests.support.tracking import history
 
 
 @pytest.fixture(scope="module")

@@ -11,8 +11,6 @@ import pytest
 import ray
 import torch
 from ray.exceptions import ActorDiedError
-from support.tracking import history
-from tests_support import as_rows
 
 from gfl.checkpoint.files import read_about
 from gfl.checkpoint.snapshot import load_checkpoint
@@ -27,6 +25,8 @@ from gfl_platform.storage.runs import StorageError
 from gfl_platform.tracking import metadata
 from gfl_platform.tracking.client import TrackingError, connect
 from gfl_platform.training import train
+from tests.support.detections import as_rows
+from tests.support.tracking import history
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_cluster")]
 

@@ -4,7 +4,8 @@ import math
 from itertools import pairwise
 
 import numpy as np
-from tests_support import level_sizes
+
+from tests.support.detectors import level_sizes
 
 STRIDES = (8, 16, 32, 64, 128)
 EPSILON = 1e-6

@@ -1,4 +1,4 @@
-"""A sweep whose trainings are a formula, without torch: `python dry_sweep.py CONFIG key=value`."""
+"""A sweep whose trainings are a formula: `python -m tests.support.dry_sweep CONFIG key=value`."""
 
 import os
 import re

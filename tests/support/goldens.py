@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-GOLDEN = Path(__file__).parent / "golden"
+GOLDEN = Path(__file__).parents[1] / "golden"
 
 WIDTH = 160
 """Characters of a line where no terminal says otherwise."""
