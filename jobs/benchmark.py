@@ -7,34 +7,33 @@ from dataclasses import replace
 from pathlib import Path
 
 from gfl.evaluation.protocol import PRECISIONS, Variant
-from jobs.console.cli import Progress, console, parse, parser, run
-from jobs.console.tables import draw_latencies, show_benchmark
+from jobs.console.cli import console, parse, parser, run
 
 
 def parse_variants(arguments: argparse.Namespace) -> list[Variant]:
-    """Return what the command line asks for.
+    """Return the variants that the command line names, without repetitions.
 
     Raises:
         ValueError: a precision or a batch size that does not exist.
     """
     if arguments.images is not None and arguments.images < 1:
         raise ValueError(f"--images {arguments.images}: expected at least 1")
-    found = []
+    variants = []
     for word in arguments.precision.split(","):
-        named = [precision for precision in PRECISIONS if precision == word]
-        if not named:
+        precisions = [precision for precision in PRECISIONS if precision == word]
+        if not precisions:
             raise ValueError(f"--precision {word}: expected some of {','.join(PRECISIONS)}")
-        plain = Variant(named[0])
-        found.append(plain)
+        plain = Variant(precisions[0])
+        variants.append(plain)
         if arguments.no_channels_last:
-            found.append(replace(plain, channels_last=False))
+            variants.append(replace(plain, channels_last=False))
         if arguments.compile:
-            found.append(replace(plain, compiled=True))
+            variants.append(replace(plain, compiled=True))
         for size in filter(None, arguments.batches.split(",")):
             if not size.isdigit() or int(size) < 1:
                 raise ValueError(f"--batches {size}: expected whole numbers, such as 8,32")
-            found.append(replace(plain, batch=int(size)))
-    return list(dict.fromkeys(found))
+            variants.append(replace(plain, batch=int(size)))
+    return list(dict.fromkeys(variants))
 
 
 EXAMPLE = "python -m jobs.benchmark models:/gfl-demo@champion --precision bfloat16 --batches 8,32"
@@ -42,19 +41,25 @@ EXAMPLE = "python -m jobs.benchmark models:/gfl-demo@champion --precision bfloat
 
 def main() -> None:
     """Run the command line."""
-    made = parser("Measure FPS, latency, throughput, FLOPs and memory under a protocol.", EXAMPLE)
-    made.add_argument("model", help="YAML file (untrained), checkpoint folder, models:/..., runs:/")
-    made.add_argument("--images", type=int, help="at most so many (default: 2000, as in the gate)")
-    made.add_argument("--precision", default="float32", help="some of float32,bfloat16,float16")
-    made.add_argument("--batches", default="", help="batch sizes for throughput, such as 8,32")
-    made.add_argument("--no-channels-last", action="store_true", help="measure without it, too")
-    made.add_argument("--compile", action="store_true", help="measure a compiled network, too")
-    made.add_argument("--out", type=Path, metavar="FILE", help="write all figures as JSON")
-    run(benchmark, parse(made))
+    command = parser(
+        "Measure FPS, latency, throughput, FLOPs and memory under a protocol.", EXAMPLE
+    )
+    command.add_argument(
+        "model", help="YAML file (untrained), checkpoint folder, models:/..., runs:/"
+    )
+    command.add_argument(
+        "--images", type=int, help="at most so many (default: 2000, as in the gate)"
+    )
+    command.add_argument("--precision", default="float32", help="some of float32,bfloat16,float16")
+    command.add_argument("--batches", default="", help="batch sizes for throughput, such as 8,32")
+    command.add_argument("--no-channels-last", action="store_true", help="measure without it, too")
+    command.add_argument("--compile", action="store_true", help="measure a compiled network, too")
+    command.add_argument("--out", type=Path, metavar="FILE", help="write all figures as JSON")
+    run(benchmark, parse(command))
 
 
 def benchmark(arguments: argparse.Namespace) -> None:
-    """Measure a model, show and keep what was found."""
+    """Measure a model, show the figures, and keep them in MLflow."""
     from gfl.checkpoint.files import read_config
     from gfl.config.loader import derive
     from gfl.evaluation.protocol import IMAGES
@@ -62,28 +67,30 @@ def benchmark(arguments: argparse.Namespace) -> None:
     from gfl_platform.evaluation import benchmark
     from gfl_platform.registry import models
     from gfl_platform.storage.runs import scratch_folder, write_atomically
+    from jobs.console.progress import Progress
+    from jobs.console.tables import draw_latencies, show_benchmark
 
     variants = parse_variants(arguments)
     source, given = arguments.model, arguments.overrides
     untrained = source.endswith((".yaml", ".yml"))
     where = load_job(source, given) if untrained else job_of(given)
     with scratch_folder(where) as scratch, Progress() as progress:
-        model = models.resolve(where, source)  # once: an alias may move meanwhile
+        model = models.resolve(where, source)  # an alias may move during the measurement
         checkpoint = None if untrained else models.fetch_checkpoint(where, model, scratch)
         job = derive(JobConfig, read_config(checkpoint), given) if checkpoint else where
         images = arguments.images or IMAGES
-        found = benchmark.benchmark(job, checkpoint, variants, images, progress.show)
+        figures = benchmark.benchmark(job, checkpoint, variants, images, progress.show)
     run_id = models.run_of(where, model)
     with tempfile.TemporaryDirectory(prefix="gfl-benchmark-") as folder:
         picture = Path(folder) / "latency.png"
-        draw_latencies(found, picture)
-        said = benchmark.keep(job, source, run_id, found, picture)
+        draw_latencies(figures, picture)
+        comparison = benchmark.keep(job, source, run_id, figures, picture)
     if arguments.out:
-        write_atomically(arguments.out, json.dumps(benchmark.as_json(found), indent=1) + "\n")
-    show_benchmark(source, found)
+        write_atomically(arguments.out, json.dumps(benchmark.as_json(figures), indent=1) + "\n")
+    show_benchmark(source, figures)
     if untrained:
-        said += "; untrained weights find little, so post-processing has less to do than later"
-    console.print(said, soft_wrap=True)
+        comparison += "; untrained weights detect little, so post-processing is faster than later"
+    console.print(comparison, soft_wrap=True)
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ import argparse
 import json
 import time
 
-from jobs.console.cli import Progress, console, parse, parser, run, show_table
+from jobs.console.cli import console, parse, parser, run, show_table
 
 MODEL = "gfl-demo"
 PICTURED = 8
@@ -27,6 +27,7 @@ def demo(arguments: argparse.Namespace) -> None:
     from gfl_platform.tracking.client import tracking_uri
     from gfl_platform.tracking.run import log_file
     from gfl_platform.training import train
+    from jobs.console.progress import Progress
 
     started = time.perf_counter()
     registered = f"registry={{name: {MODEL}, alias: champion}}"

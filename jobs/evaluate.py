@@ -4,7 +4,7 @@ import argparse
 import json
 from pathlib import Path
 
-from jobs.console.cli import Progress, parse, parser, run, show_table
+from jobs.console.cli import parse, parser, run, show_table
 
 EXAMPLE = "python -m jobs.evaluate models:/gfl-demo@champion postprocess.nms_iou=0.5"
 
@@ -33,6 +33,7 @@ def evaluate(arguments: argparse.Namespace) -> None:
     from gfl_platform.evaluation.evaluate import evaluate_checkpoint
     from gfl_platform.registry import models
     from gfl_platform.storage.runs import scratch_folder, write_atomically
+    from jobs.console.progress import Progress
 
     where = job_of(arguments.overrides)
     with scratch_folder(where) as scratch, Progress() as progress:

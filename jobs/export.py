@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from jobs.console.cli import Progress, parse, parser, run, show_table
+from jobs.console.cli import parse, parser, run, show_table
 
 EXAMPLE = "python -m jobs.export models:/gfl-demo@champion --int8 --out outputs/export"
 CALIBRATION = 64
@@ -36,6 +36,7 @@ def export(arguments: argparse.Namespace) -> None:
     from gfl_platform.config import JobConfig, job_of
     from gfl_platform.registry import model_card, models
     from gfl_platform.storage.runs import cache_of, scratch_folder
+    from jobs.console.progress import Progress
 
     if arguments.int8 and (arguments.no_nms or "onnx" not in arguments.format):
         raise ValueError("--int8: needs an ONNX file with NMS; leave out --no-nms, add onnx")

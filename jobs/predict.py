@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from jobs.console.cli import Progress, parse, parser, run, show_table
+from jobs.console.cli import parse, parser, run, show_table
 
 EXAMPLE = (
     "python -m jobs.predict models:/gfl-demo@champion street.jpg photos/ --out outputs/predictions"
@@ -39,6 +39,7 @@ def predict(arguments: argparse.Namespace) -> None:
     from gfl_platform.config import JobConfig, job_of
     from gfl_platform.registry import models
     from gfl_platform.storage.runs import scratch_folder
+    from jobs.console.progress import Progress
 
     files = image_files(arguments.images)
     if arguments.format == "yolo":

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from rich.table import Table
 
-from jobs.console.cli import Progress, console, show_table
+from jobs.console.cli import console, show_table
 
 if TYPE_CHECKING:
     from gfl_platform.config import JobConfig
@@ -52,6 +52,7 @@ def promote(job: "JobConfig", arguments: argparse.Namespace) -> None:
         ValueError: it does not.
     """
     from gfl_platform.registry import gate, models
+    from jobs.console.progress import Progress
 
     found = models.find(job, arguments.name, arguments.version)
     with Progress() as progress:
@@ -104,6 +105,7 @@ def compare(job: "JobConfig", arguments: argparse.Namespace) -> None:
     """
     from gfl.evaluation.coco_eval import format_statistic
     from gfl_platform.registry import compare, models
+    from jobs.console.progress import Progress
 
     if arguments.out.suffix != ".png":
         raise ValueError(f"--out {arguments.out}: expected a file that ends in .png")

@@ -32,7 +32,7 @@ def sweep(arguments: argparse.Namespace) -> None:
     console.print(f"sweep {name}")
     from gfl_platform.storage.runs import storage_root
     from gfl_platform.sweeps.run import register_best, run_sweep
-    from jobs.console.cli import SweepProgress
+    from jobs.console.progress import SweepProgress
     from jobs.console.tables import show_sweep
 
     with resumable("jobs.sweep", name):

@@ -5,7 +5,7 @@ import re
 import time
 from pathlib import Path
 
-from jobs.console.cli import Progress, console, parse, parser, resumable, run, show_table
+from jobs.console.cli import console, parse, parser, resumable, run, show_table
 
 EXAMPLE = "python -m jobs.train configs/demo.yaml schedule.epochs=3 run.name=first"
 
@@ -41,6 +41,7 @@ def train(arguments: argparse.Namespace) -> None:
     console.print(f"run {name}")
     from gfl.evaluation.coco_eval import format_statistic
     from gfl_platform.training import train  # brings Ray, which takes seconds
+    from jobs.console.progress import Progress
 
     with Progress() as progress, resumable("jobs.train", name):
         progress.expect(digests)

@@ -77,13 +77,13 @@ def test_a_step_of_the_trainer_takes_few_operations(tiny):
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another allocator")
 @pytest.mark.parametrize(
-    ("before", "environment"), [("heap.keep_freed_memory()", {}), ("", allocator.KEEPING)]
+    ("before", "environment"), [("allocator.keep_freed_memory()", {}), ("", allocator.KEEPING)]
 )
 def test_freed_memory_is_taken_again(before, environment):
     """In threads, too; huge pages would hide it."""
     script = f"""if True:
         import ctypes, resource, threading, torch
-        from gfl import heap
+        from gfl.ops import allocator
         ctypes.CDLL(None).prctl(41, 1, 0, 0, 0)  # PR_SET_THP_DISABLE
         def faults():
             return resource.getrusage(resource.RUSAGE_SELF).ru_minflt

@@ -10,7 +10,7 @@ from gfl_platform.provenance import git_state_of
 from gfl_platform.registry import model_card
 from gfl_platform.tracking import metadata
 from gfl_platform.tracking.run import RunTracker
-from jobs.console.cli import Progress
+from jobs.console.progress import Progress
 
 
 @pytest.fixture

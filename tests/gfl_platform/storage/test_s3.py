@@ -77,10 +77,10 @@ def test_a_damaged_copy_and_an_interrupted_one_are_mended(bucket, cache):
 def test_a_download_that_is_killed_goes_on_where_it_was(bucket, cache):
     bucket(a="one", b="two")
     child = (
-        "import os, signal, sys; from pathlib import Path; from gfl_platform import mirror\n"
-        "mirror.TOLD_EVERY, mirror.DOWNLOADS = 0, 1\n"
+        "import os, signal, sys; from pathlib import Path; from gfl_platform.storage import s3\n"
+        "s3.TOLD_EVERY, s3.DOWNLOADS = 0, 1\n"
         "def die(_): os.kill(os.getpid(), signal.SIGKILL)\n"
-        f"mirror.Cache(Path({str(cache.folder)!r}), 1000).local('s3://gfl/set', die)"
+        f"s3.Cache(Path({str(cache.folder)!r}), 1000).local('s3://gfl/set', die)"
     )
     killed = subprocess.run([sys.executable, "-c", child], env=os.environ, check=False)
     assert killed.returncode == -signal.SIGKILL
