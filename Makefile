@@ -5,7 +5,7 @@ BIN := .venv/bin
 unexport PYTHONDONTWRITEBYTECODE
 INSTALLED := .venv/.installed
 
-.PHONY: install demo test test-most test-ray test-rest drill test-all check lint types imports bench
+.PHONY: install demo test drill test-all check lint types imports bench
 
 install: $(INSTALLED)
 
@@ -16,27 +16,24 @@ $(INSTALLED): pyproject.toml constraints.txt
 	$(BIN)/python -c 'import mlflow, ray.train, ray.tune, torchvision'
 	@touch $@
 
+# `make demo DEMO="schedule.epochs=1"` overrides keys of configs/demo.yaml.
 demo: $(INSTALLED)
-	$(BIN)/python -m jobs.demo
+	$(BIN)/python -m jobs.demo $(DEMO)
+
+# Each process of the tests has one thread, for they share the cores.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+PARALLEL := --numprocesses auto --dist loadgroup --no-loadscope-reorder
 
 test: $(INSTALLED)
-	$(BIN)/python -m pytest -m "not slow and not cluster"
+	$(PYTEST) $(PARALLEL) -m "not chaos and not slow"
 
-# `make --jobs=2 test-most` runs them side by side. Ray runs its workers at nice 15: the rest yields.
-test-most: test-ray test-rest
-
-test-ray: $(INSTALLED)
-	$(BIN)/python -m pytest -m "ray and not slow"
-
-test-rest: $(INSTALLED)
-	OMP_WAIT_POLICY=passive nice -n 19 $(BIN)/python -m pytest -m "not ray and not slow"
+test-all: $(INSTALLED)
+	$(PYTEST) $(PARALLEL) -m "not chaos"
+	$(PYTEST) -m chaos
 
 drill: $(INSTALLED)
 	@$(BIN)/python -c 'import sys; from tests.support import servers; sys.exit(servers.PostgreSQL.tools is None and "make drill needs PostgreSQL: apt install postgresql")'
-	$(BIN)/python -m pytest -s -m cluster tests/gfl_platform/cluster/test_drill.py
-
-test-all: $(INSTALLED)
-	$(BIN)/python -m pytest
+	$(PYTEST) --capture no tests/gfl_platform/cluster/test_drill.py
 
 check: lint types imports
 

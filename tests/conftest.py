@@ -20,6 +20,26 @@ settings.register_profile("untimed", deadline=None)
 settings.load_profile("untimed")
 
 
+@pytest.hookimpl(tryfirst=True)  # pytest-xdist reads the groups in the same hook
+def pytest_collection_modifyitems(items):
+    """Make one group of the tests on the session's cluster, and one of each other file.
+
+    With `pytest -n 2 --dist loadgroup` only one worker starts a cluster. Its tests come first, as
+    they take longest.
+
+    Raises:
+        UsageError: a test needs the cluster, but is marked as a unit test.
+    """
+    for item in items:
+        costly = any(item.get_closest_marker(name) for name in ("ray", "chaos", "slow"))
+        on_cluster = "ray_cluster" in item.fixturenames
+        if on_cluster and not costly:
+            raise pytest.UsageError(f"{item.nodeid} needs the cluster: mark it with `ray`")
+        on_cluster = on_cluster or bool(item.get_closest_marker("ray"))
+        item.add_marker(pytest.mark.xdist_group("ray" if on_cluster else item.path.stem))
+    items.sort(key=lambda item: item.get_closest_marker("xdist_group").args != ("ray",))
+
+
 @pytest.fixture(scope="session")
 def golden():
     """The folder of the reference implementation's numbers."""

@@ -108,8 +108,7 @@ def test_an_alias_that_moves_meanwhile_changes_nothing(tmp_path, monkeypatch):
     ]
 
 
-@pytest.mark.cluster
-@pytest.mark.ray
+@pytest.mark.slow
 def test_a_model_is_benchmarked_twice_and_compared(trained, tmp_path, monkeypatch, capsys):
     from jobs import benchmark
 

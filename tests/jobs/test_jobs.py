@@ -95,8 +95,7 @@ def outputs(trained):
     return Path(trained[0].storage.root)
 
 
-@pytest.mark.cluster
-@pytest.mark.ray
+@pytest.mark.chaos
 def test_an_interrupted_training_resumes_to_the_same_weights_in_the_same_run(outputs, tiny_file):
     arguments = (
         "jobs.train",

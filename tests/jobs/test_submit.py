@@ -16,7 +16,7 @@ from mlflow import MlflowClient
 
 from tests.support import servers
 
-pytestmark = [pytest.mark.cluster, pytest.mark.ray]
+pytestmark = pytest.mark.chaos
 
 ROOT = Path(__file__).parents[2]
 BIN = Path(sys.executable).parent

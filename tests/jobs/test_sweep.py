@@ -108,9 +108,7 @@ def under_way(trials):
     return any(t.state == "running" and t.epochs >= 1 for t in trials.values())
 
 
-@pytest.mark.slow
-@pytest.mark.cluster
-@pytest.mark.ray
+@pytest.mark.chaos
 @pytest.mark.timeout(900)
 def test_a_sweep_that_is_killed_in_every_way_ends_as_if_it_had_not_been(
     start, sweep_file, tmp_path
@@ -173,8 +171,7 @@ def test_a_sweep_that_is_killed_in_every_way_ends_as_if_it_had_not_been(
         assert steps == sorted(set(steps))
 
 
-@pytest.mark.cluster
-@pytest.mark.ray
+@pytest.mark.chaos
 def test_ctrl_c_leaves_a_sweep_that_says_how_to_go_on(start, sweep_file, tmp_path):
     process = start(tmp_path)
     wait_for(process, tmp_path, lambda trials: any(t.epochs >= 1 for t in trials.values()))

@@ -44,8 +44,7 @@ def mlflow_server(tmp_path, postgres, s3):
     server.stop()
 
 
-@pytest.mark.ray
-@pytest.mark.cluster
+@pytest.mark.chaos
 @pytest.mark.timeout(900)
 def test_all_that_can_fail_fails_and_no_digit_changes(
     cluster, mlflow_server, s3, tiny_file, shapes_folder, tmp_path, capsys

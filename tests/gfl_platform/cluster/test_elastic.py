@@ -82,9 +82,7 @@ def train_on_a_fixed_number(_rank, job, last, folder):
     return curve.rows
 
 
-@pytest.mark.slow
-@pytest.mark.ray
-@pytest.mark.cluster
+@pytest.mark.chaos
 @pytest.mark.timeout(600)
 def test_workers_that_come_and_go_change_no_loss(nodes, tiny_file, tmp_path, capsys):
     words = [

@@ -66,7 +66,7 @@ def test_a_version_is_refused_promoted_and_rolled_back(shapes):
     assert [version.name for version in models.list_versions(job)] == ["shapes", "shapes"]
 
 
-@pytest.mark.cluster
+@pytest.mark.slow
 def test_a_version_with_a_pickle_or_another_ap_is_refused(shapes):
     job, result = shapes
     client = connect(job)

@@ -31,7 +31,7 @@ for version in map(int, versions):
 """
 
 
-@pytest.fixture(params=["sqlite", pytest.param("postgresql", marks=pytest.mark.cluster)])
+@pytest.fixture(params=["sqlite", pytest.param("postgresql", marks=pytest.mark.chaos)])
 def store(request, tmp_path):
     """The URI of a store that holds a model `m` of four versions."""
     from mlflow import MlflowClient

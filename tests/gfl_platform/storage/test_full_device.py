@@ -13,9 +13,7 @@ from gfl_platform.tracking.status import read_status
 from gfl_platform.training import train
 
 pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.cluster,
-    pytest.mark.ray,
+    pytest.mark.chaos,
     pytest.mark.usefixtures("ray_cluster"),
 ]
 

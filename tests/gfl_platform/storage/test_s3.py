@@ -201,8 +201,7 @@ def remote(s3, tiny_file, shapes_folder, tmp_path):
                                 f"tracking.uri=sqlite:///{tmp_path}/mlflow.db"])  # fmt: skip
 
 
-@pytest.mark.ray
-@pytest.mark.cluster
+@pytest.mark.slow
 @pytest.mark.usefixtures("ray_cluster")
 def test_a_run_lives_on_s3(remote, tmp_path):
     events = []

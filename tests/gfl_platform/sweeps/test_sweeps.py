@@ -359,8 +359,7 @@ def test_resources_that_can_never_be_met_are_said_at_once(dry_job):
         run_sweep(greedy, "greedy", resume=False, watch=lambda *_: None, train=dry_training)
 
 
-@pytest.mark.cluster
-@pytest.mark.ray
+@pytest.mark.slow
 @pytest.mark.usefixtures("ray_cluster")
 def test_two_objectives_are_searched_within_a_budget_of_epochs(tiny_file, tmp_path):
     job = load_job(tiny_file, [DRAWN, f"storage.root={tmp_path}", "schedule.epochs=4",
@@ -384,8 +383,7 @@ def test_two_objectives_are_searched_within_a_budget_of_epochs(tiny_file, tmp_pa
             assert (trial.point, trial.run_id) == (before[trial.id].point, before[trial.id].run_id)
 
 
-@pytest.mark.cluster
-@pytest.mark.ray
+@pytest.mark.slow
 @pytest.mark.usefixtures("ray_cluster", "s3")
 def test_a_sweep_on_s3_goes_on_from_another_machine(tiny_file, tmp_path):
     def run_on(machine, **options):
@@ -404,7 +402,6 @@ def test_a_sweep_on_s3_goes_on_from_another_machine(tiny_file, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.cluster
 @pytest.mark.timeout(600)
 def test_two_hundred_trials_are_little_to_their_driver(tiny_file, tmp_path):
     space = f"sweep.space={{{BETA}: {{grid: [1, 2]}}, {BINS}: {{grid: {list(range(1, 101))}}}}}"

@@ -200,7 +200,7 @@ def test_a_store_that_hangs_holds_up_nobody_and_loses_nothing(tmp_path, monkeypa
     assert backlog(tmp_path) == 5
 
 
-@pytest.mark.cluster
+@pytest.mark.chaos
 def test_a_server_that_dies_loses_nothing_and_doubles_nothing(server, tmp_path):
     server.start()
     job = job_for(server, tmp_path)
@@ -232,7 +232,7 @@ def test_a_server_that_dies_loses_nothing_and_doubles_nothing(server, tmp_path):
     assert run.data.params["optim.lr"] == str(job.optim.lr)
 
 
-@pytest.mark.cluster
+@pytest.mark.chaos
 def test_a_run_may_begin_without_a_server(server, tmp_path):
     server.stop()
     job = job_for(server, tmp_path, "tracking.unreachable=spool", "tracking.experiment=spooled")
@@ -276,7 +276,7 @@ def test_a_run_whose_driver_was_killed_is_closed_later(tmp_path):
     assert run.data.tags["restarts"] == "1"
 
 
-@pytest.mark.cluster
+@pytest.mark.chaos
 def test_what_a_store_will_never_take_holds_up_nothing(server, tmp_path, caplog):
     server.stop()
     server.start()
@@ -292,7 +292,7 @@ def test_what_a_store_will_never_take_holds_up_nothing(server, tmp_path, caplog)
     tracker.close("FINISHED")
 
 
-@pytest.mark.cluster
+@pytest.mark.chaos
 def test_a_database_that_dies_loses_nothing_and_stops_nothing(tmp_path, caplog):
     """MLflow without a server; alone, it would try for two minutes to connect."""
     database = servers.PostgreSQL()
@@ -334,7 +334,7 @@ def test_a_database_that_dies_loses_nothing_and_stops_nothing(tmp_path, caplog):
         database.remove()
 
 
-@pytest.mark.cluster
+@pytest.mark.chaos
 def test_artifacts_wait_for_their_storage(s3, server, tmp_path, tmp_path_factory, caplog):
     """The server answers, but where its artifacts lie does not: texts and folders come later."""
     server.stop()
@@ -367,8 +367,7 @@ def test_artifacts_wait_for_their_storage(s3, server, tmp_path, tmp_path_factory
         storing.stop()
 
 
-@pytest.mark.cluster
-@pytest.mark.ray
+@pytest.mark.chaos
 @pytest.mark.usefixtures("ray_cluster")
 def test_a_model_that_could_not_be_registered_is_by_resuming(server, tiny_file, tmp_path):
     server.stop()

@@ -244,7 +244,7 @@ def test_a_tracking_server_that_is_not_there_is_named(tiny_file, tmp_path):
     assert not (tmp_path / "runs").exists()
 
 
-@pytest.mark.cluster
+@pytest.mark.chaos
 def test_a_killed_worker_changes_no_digit(trained, tiny_file, tmp_path):
     """SIGKILL of a training process in the second epoch: Ray restarts from the checkpoint."""
     _, result, _ = trained
@@ -313,7 +313,7 @@ def test_a_nan_ends_the_job_with_one_line(tiny_file, tmp_path, caplog):
     assert "warning: train: edges that model.reg_max 2 cannot reach" in caplog.text
 
 
-@pytest.mark.cluster
+@pytest.mark.slow
 @pytest.mark.real_data
 def test_coco128_trains_through_the_true_pipeline_at_320_px(real_data, tmp_path):
     images = real_data / "coco128" / "images"
