@@ -41,21 +41,19 @@ EXAMPLE = "python -m jobs.benchmark models:/gfl-demo@champion --precision bfloat
 
 def main() -> None:
     """Run the command line."""
-    command = parser(
-        "Measure FPS, latency, throughput, FLOPs and memory under a protocol.", EXAMPLE
+    cli = parser("Measure FPS, latency, throughput, FLOPs and memory under a protocol.", EXAMPLE)
+    cli.add_argument("model", help="YAML file (untrained), checkpoint folder, models:/..., runs:/")
+    cli.add_argument(
+        "--images", type=int, help="most images to measure (default: 2000, as in the gate)"
     )
-    command.add_argument(
-        "model", help="YAML file (untrained), checkpoint folder, models:/..., runs:/"
+    cli.add_argument(
+        "--precision", default="float32", help="comma-separated: float32,bfloat16,float16"
     )
-    command.add_argument(
-        "--images", type=int, help="at most so many (default: 2000, as in the gate)"
-    )
-    command.add_argument("--precision", default="float32", help="some of float32,bfloat16,float16")
-    command.add_argument("--batches", default="", help="batch sizes for throughput, such as 8,32")
-    command.add_argument("--no-channels-last", action="store_true", help="measure without it, too")
-    command.add_argument("--compile", action="store_true", help="measure a compiled network, too")
-    command.add_argument("--out", type=Path, metavar="FILE", help="write all figures as JSON")
-    run(benchmark, parse(command))
+    cli.add_argument("--batches", default="", help="batch sizes for throughput, such as 8,32")
+    cli.add_argument("--no-channels-last", action="store_true", help="also measure channels first")
+    cli.add_argument("--compile", action="store_true", help="also measure the compiled network")
+    cli.add_argument("--out", type=Path, metavar="FILE", help="write all figures as JSON")
+    run(benchmark, parse(cli))
 
 
 def benchmark(arguments: argparse.Namespace) -> None:

@@ -8,6 +8,7 @@ from jobs.console.cli import console, parse, parser, run, show_table
 
 MODEL = "gfl-demo"
 PICTURED = 8
+"""Evaluation images in the picture."""
 
 
 def main() -> None:
@@ -32,16 +33,17 @@ def demo(arguments: argparse.Namespace) -> None:
     started = time.perf_counter()
     registered = f"registry={{name: {MODEL}, alias: champion}}"
     job = load_job("configs/demo.yaml", [*arguments.overrides, registered])
-    (out := storage_root(job) / "demo").mkdir(parents=True, exist_ok=True)
+    out = storage_root(job) / "demo"
+    out.mkdir(parents=True, exist_ok=True)
     with Progress() as progress:
         name = time.strftime("demo-%Y%m%d-%H%M%S")
         result = train.train(job, name, resume=False, watch=progress.show)
     model = models.load(f"models:/{MODEL}@champion", job)
     val = load_splits(cache_of(job).localized(job))[1]
     images = [read_image(record.path) for record in val.records[:PICTURED]]
-    found = [seen.predictions for seen in model.predict(images)]
+    predictions = [detections.predictions for detections in model.predict(images)]
     picture = out / "predictions.png"
-    draw_predictions(images, found, model.about.classes, picture)
+    draw_predictions(images, predictions, model.about.classes, picture)
     assert result.run_id  # `registry.name` needs a store
     log_file(job, result.run_id, picture)
     summary = {

@@ -11,17 +11,17 @@ EXAMPLE = "python -m jobs.evaluate models:/gfl-demo@champion postprocess.nms_iou
 
 def main() -> None:
     """Run the command line."""
-    made = parser("Measure AP and FPS of a model on the images it is evaluated on.", EXAMPLE)
-    made.add_argument(
+    cli = parser("Measure AP and FPS of a model on the images it is evaluated on.", EXAMPLE)
+    cli.add_argument(
         "model", help="checkpoint folder, models:/NAME@ALIAS, models:/NAME/VERSION or runs:/ID"
     )
-    made.add_argument("--out", type=Path, metavar="FILE", help="write all figures as JSON")
-    made.add_argument("--results", type=Path, metavar="FILE", help="write detections as COCO JSON")
-    made.add_argument("--per-class", action="store_true", help="show the AP of every class, too")
-    made.add_argument(
-        "--official", action="store_true", help="measure AP with pycocotools (the same, slowly)"
+    cli.add_argument("--out", type=Path, metavar="FILE", help="write all figures as JSON")
+    cli.add_argument("--results", type=Path, metavar="FILE", help="write detections as COCO JSON")
+    cli.add_argument("--per-class", action="store_true", help="also show the AP of every class")
+    cli.add_argument(
+        "--official", action="store_true", help="measure AP with pycocotools: slower, equal figures"
     )
-    run(evaluate, parse(made))
+    run(evaluate, parse(cli))
 
 
 def evaluate(arguments: argparse.Namespace) -> None:

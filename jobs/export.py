@@ -11,20 +11,24 @@ CALIBRATION = 64
 
 def main() -> None:
     """Run the command line."""
-    made = parser("Export a model; nothing is written unless it does the same there.", EXAMPLE)
-    made.add_argument("model", help="checkpoint folder, models:/NAME@ALIAS or runs:/ID")
-    made.add_argument("--format", nargs="+", choices=("onnx", "pt2"), default=("onnx", "pt2"))
-    made.add_argument("--no-nms", action="store_true", help="every location, nothing selected")
-    made.add_argument("--distributions", action="store_true", help="the learned ones are an output")
-    made.add_argument("--int8", action="store_true", help="an int8 ONNX file, too; states its AP")
-    made.add_argument("--images", type=Path, help="folder for the checks (default: data.val)")
-    made.add_argument("--check", type=int, default=16, help="images to check on (default 16)")
-    made.add_argument("--out", type=Path, default=Path("outputs/export"), metavar="FOLDER")
-    run(export, parse(made))
+    cli = parser("Export a model; each file is checked against the model first.", EXAMPLE)
+    cli.add_argument("model", help="checkpoint folder, models:/NAME@ALIAS or runs:/ID")
+    cli.add_argument("--format", nargs="+", choices=("onnx", "pt2"), default=("onnx", "pt2"))
+    cli.add_argument("--no-nms", action="store_true", help="output every location, without NMS")
+    cli.add_argument(
+        "--distributions", action="store_true", help="add the edge distributions as an output"
+    )
+    cli.add_argument(
+        "--int8", action="store_true", help="also write an int8 ONNX file, and measure its AP"
+    )
+    cli.add_argument("--images", type=Path, help="folder for the checks (default: data.val)")
+    cli.add_argument("--check", type=int, default=16, help="images to check on (default 16)")
+    cli.add_argument("--out", type=Path, default=Path("outputs/export"), metavar="FOLDER")
+    run(export, parse(cli))
 
 
 def export(arguments: argparse.Namespace) -> None:
-    """Export, check, and show by how much the files differ."""
+    """Export a model, compare each file with it, and show the differences."""
     import gfl
     from gfl.checkpoint.files import read_config
     from gfl.config.loader import derive
@@ -44,7 +48,7 @@ def export(arguments: argparse.Namespace) -> None:
         raise ValueError(f"--check {arguments.check}: expected at least 1")
     where = job_of(arguments.overrides)
     with scratch_folder(where) as scratch:
-        resolved = models.resolve(where, arguments.model)  # once: an alias may move meanwhile
+        resolved = models.resolve(where, arguments.model)  # an alias may move during the export
         checkpoint = models.fetch_checkpoint(where, resolved, scratch)
         job = derive(JobConfig, read_config(checkpoint), arguments.overrides)
         model = gfl.load(checkpoint, job, device="cpu")
@@ -55,17 +59,17 @@ def export(arguments: argparse.Namespace) -> None:
     images = images[: arguments.check]
     form = Form(not arguments.no_nms, arguments.distributions)
     protocol = model_card.protocol_of(where, resolved)
-    found = export_checked(model, arguments.out, arguments.format, form, images, protocol)
-    for name, figures in found.items():
+    comparisons = export_checked(model, arguments.out, arguments.format, form, images, protocol)
+    for name, figures in comparisons.items():
         show_table(str(arguments.out / name), {"images": len(images), **figures})
     if arguments.int8:
         paths = [record.path for record in train.records[:CALIBRATION]]
         with Progress() as progress:
 
-            def tell(done: int, total: int) -> None:
+            def show_progress(done: int, total: int) -> None:
                 progress.show({"kind": "predicted", "images": done, "of": total})
 
-            figures = quantize(model, arguments.out, paths, val, tell)
+            figures = quantize(model, arguments.out, paths, val, show_progress)
         show_table(str(arguments.out / "model.int8.onnx"), figures)
 
 

@@ -1,4 +1,4 @@
-"""Look for trouble in a data set: `python -m jobs.inspect CONFIG [key=value ...]`."""
+"""Check a dataset: `python -m jobs.inspect CONFIG [key=value ...]`."""
 
 import argparse
 import json
@@ -13,18 +13,18 @@ DRAWN = 16
 
 def main() -> None:
     """Run the command line."""
-    made = parser(
-        "Look for trouble in a data set; the status is 1 if training would fail.", EXAMPLE
+    cli = parser("Check a dataset; the exit status is 1 if training would fail.", EXAMPLE)
+    cli.add_argument("config", help="YAML file, see configs/")
+    cli.add_argument("--quick", action="store_true", help="read annotations only, not images")
+    cli.add_argument("--out", type=Path, metavar="FILE", help="write the findings as JSON")
+    cli.add_argument(
+        "--draw", type=Path, metavar="FOLDER", help="draw training samples with their boxes"
     )
-    made.add_argument("config", help="YAML file, see configs/")
-    made.add_argument("--quick", action="store_true", help="read annotations only, no image")
-    made.add_argument("--out", type=Path, metavar="FILE", help="write all of it as JSON")
-    made.add_argument("--draw", type=Path, metavar="FOLDER", help="draw samples as training does")
-    run(inspect, parse(made))
+    run(inspect, parse(cli))
 
 
 def inspect(arguments: argparse.Namespace) -> None:
-    """Print what is in the data and what is wrong with it; draw samples of data without errors."""
+    """Print statistics and findings of the data; draw samples if there is no error."""
     import torch
     from rich.progress import track
 
@@ -37,18 +37,18 @@ def inspect(arguments: argparse.Namespace) -> None:
     from gfl_platform.storage.runs import cache_of, write_atomically
     from jobs.console.tables import show_inspection
 
-    torch.set_num_threads(1)  # tensors are small: a second thread would cost more than it does
+    torch.set_num_threads(1)  # for tensors this small, one thread is faster than two
     config = load_job(arguments.config, arguments.overrides)
     train, val = load_splits(cache_of(config).localized(config))
     paths = [] if arguments.quick else sorted({r.path for r in [*train.records, *val.records]})
     hidden = not console.is_terminal
     files = dict(track(check_files(paths), "reading", len(paths), console=console, disable=hidden))
-    with console.status("measuring which edges are in reach"):
-        found = inspect_data(config, train, val, files)
-    show_inspection(found, config.model)
+    with console.status("measuring the regression range"):
+        inspection = inspect_data(config, train, val, files)
+    show_inspection(inspection, config.model)
     if arguments.out:
-        write_atomically(arguments.out, json.dumps(asdict(found), indent=1) + "\n")
-    if errors := [str(finding) for finding in found.findings if finding.error]:
+        write_atomically(arguments.out, json.dumps(asdict(inspection), indent=1) + "\n")
+    if errors := [str(finding) for finding in inspection.findings if finding.error]:
         raise DataError("; ".join(errors))
     if arguments.draw:
         draw_samples(DetectionDataset(train, config, training=True), arguments.draw, DRAWN)

@@ -12,24 +12,36 @@ EXAMPLE = (
 
 def main() -> None:
     """Run the command line."""
-    made = parser(
+    cli = parser(
         "Detect objects in images: COCO JSON and pictures with boxes and edge uncertainty.", EXAMPLE
     )
-    made.add_argument(
+    cli.add_argument(
         "model", help="checkpoint folder, models:/NAME@ALIAS, models:/NAME/VERSION or runs:/ID"
     )
-    made.add_argument("images", nargs="+", type=Path, help="image files and folders of them")
-    made.add_argument("--out", type=Path, default=Path("outputs/predictions"), metavar="FOLDER")
-    made.add_argument("--min-score", type=float, default=0.3, help="of drawn boxes (default 0.3)")
-    made.add_argument("--format", choices=("coco", "yolo"), default="coco", help="of the files")
-    made.add_argument("--batch", type=int, default=1, help="images a forward pass")
-    made.add_argument("--flip", action="store_true", help="look at mirrored images, too")
-    made.add_argument("--scales", type=float, nargs="+", default=[1.0], help="sizes to look at")
-    run(predict, parse(made))
+    cli.add_argument("images", nargs="+", type=Path, help="image files and folders of them")
+    cli.add_argument("--out", type=Path, default=Path("outputs/predictions"), metavar="FOLDER")
+    cli.add_argument(
+        "--min-score", type=float, default=0.3, help="lowest score of drawn boxes (default 0.3)"
+    )
+    cli.add_argument(
+        "--format", choices=("coco", "yolo"), default="coco", help="format of the detection files"
+    )
+    cli.add_argument("--batch", type=int, default=1, help="images per forward pass")
+    cli.add_argument(
+        "--flip", action="store_true", help="test-time augmentation: add mirrored images"
+    )
+    cli.add_argument(
+        "--scales",
+        type=float,
+        nargs="+",
+        default=[1.0],
+        help="test-time augmentation: image scales",
+    )
+    run(predict, parse(cli))
 
 
 def predict(arguments: argparse.Namespace) -> None:
-    """Predict on every image; write `predictions.json` and a picture of each."""
+    """Detect objects in every image; write `predictions.json` and one picture per image."""
     import gfl
     from gfl.checkpoint.files import read_config
     from gfl.config.loader import derive
@@ -45,21 +57,21 @@ def predict(arguments: argparse.Namespace) -> None:
     if arguments.format == "yolo":
         require_own_names(files)
     for file in files:
-        read_image(file)  # a damaged one is said before anything is written
+        read_image(file)  # a damaged file is an error before anything is written
     where = job_of(arguments.overrides)
     with scratch_folder(where) as scratch:
         checkpoint = models.fetch_checkpoint(where, arguments.model, scratch)
         job = derive(JobConfig, read_config(checkpoint), arguments.overrides)
         model = gfl.load(checkpoint, job)
     with Progress() as progress:
-        found = model.predict(
+        detections = model.predict(
             files,
             batch=arguments.batch,
             flip=arguments.flip,
             scales=arguments.scales,
             progress=lambda n: progress.show({"kind": "predicted", "images": n, "of": len(files)}),
         )
-    counts = write_detections(found, arguments.out, arguments.format, arguments.min_score)
+    counts = write_detections(detections, arguments.out, arguments.format, arguments.min_score)
     show_table(arguments.model, {"images": len(files), **counts, "written to": arguments.out})
 
 

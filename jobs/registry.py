@@ -1,4 +1,4 @@
-"""Look at registered models, decide which is champion: `python -m jobs.registry COMMAND`."""
+"""Show registered models and decide which version is champion: `python -m jobs.registry COMMAND`."""
 
 import argparse
 import time
@@ -152,17 +152,17 @@ EXAMPLE = "python -m jobs.registry promote gfl-demo 3 registry.gate.fps_floor=30
 SECTIONS = ("storage", "tracking", "cluster", "registry")
 
 COMMANDS = {
-    "show": (show, "all that is known of a version", ["version"]),
+    "show": (show, "show the model card of a version", ["version"]),
     "promote": (
         promote,
-        "make a version champion, if AP and FPS pass",
+        "make a version champion if it passes the gate",
         ["version"],
     ),
     "rollback": (rollback, "make the previous champion champion again", []),
-    "history": (history, "all decisions, and why", []),
+    "history": (history, "list all decisions with their reasons", []),
     "compare": (
         compare,
-        "two versions: settings, AP, pictures",
+        "compare two versions: settings, AP, pictures",
         ["version", "other"],
     ),
     "alias": (alias, "point another alias at a version", ["version", "alias"]),
@@ -171,25 +171,29 @@ COMMANDS = {
 
 def main() -> None:
     """Run the command line."""
-    made = parser("Look at registered models; decide which is champion.", EXAMPLE)
-    below = made.add_subparsers(dest="command", required=True)
-    listing = below.add_parser("list", help="all versions")
-    listing.add_argument("--name", help="of this model")
+    cli = parser("Show registered models, and decide which version is champion.", EXAMPLE)
+    below = cli.add_subparsers(dest="command", required=True)
+    listing = below.add_parser("list", help="list all versions")
+    listing.add_argument("--name", help="list this model only")
     listing.set_defaults(run=show_versions)
     for name, (action, about, words) in COMMANDS.items():
-        command = below.add_parser(name, help=about)
+        subcommand = below.add_parser(name, help=about)
         for word in ("name", *words):
-            command.add_argument(word, help="number or alias" if word == "version" else None)
-        command.set_defaults(run=action)
+            subcommand.add_argument(word, help="number or alias" if word == "version" else None)
+        subcommand.set_defaults(run=action)
         if name == "rollback":
-            command.add_argument("--why", required=True, help="a sentence for the trail")
+            subcommand.add_argument(
+                "--why", required=True, help="reason, kept in the promotion history"
+            )
         if name == "compare":
-            command.add_argument("--out", type=Path, default=Path("outputs/comparison.png"))
-    for place in (made, *below.choices.values()):
-        about = "YAML file with the gate and where to run"
-        default = None if place is made else argparse.SUPPRESS  # lest it replace the one before
+            subcommand.add_argument("--out", type=Path, default=Path("outputs/comparison.png"))
+    for place in (cli, *below.choices.values()):
+        about = "YAML file with the gate and the cluster settings"
+        default = (
+            None if place is cli else argparse.SUPPRESS
+        )  # a default here would overwrite the value given before
         place.add_argument("--config", type=Path, default=default, help=about)
-    run(registry, parse(made))
+    run(registry, parse(cli))
 
 
 def registry(arguments: argparse.Namespace) -> None:

@@ -1,4 +1,4 @@
-"""Say where a run stands: `python -m jobs.status NAME`."""
+"""Show the progress of a run: `python -m jobs.status NAME`."""
 
 import argparse
 
@@ -9,18 +9,18 @@ EXAMPLE = "python -m jobs.status first storage.root=/shared/outputs"
 
 def main() -> None:
     """Run the command line."""
-    made = parser("Say where a run stands: epoch, AP, time left, restarts, backlog.", EXAMPLE)
-    made.add_argument("name", help="run.name")
-    made.add_argument(
+    cli = parser("Show the progress of a run: epoch, AP, time left, restarts, backlog.", EXAMPLE)
+    cli.add_argument("name", help="run.name")
+    cli.add_argument(
         "--deliver",
         action="store_true",
-        help="log what waits; only when no driver runs",
+        help="send waiting events to MLflow; only while no driver runs",
     )
-    run(status, parse(made))
+    run(status, parse(cli))
 
 
 def status(arguments: argparse.Namespace) -> None:
-    """Print what is noted of a run; log what waits for MLflow if asked to."""
+    """Print the status of a run; with --deliver, send its waiting events to MLflow."""
     from gfl_platform.config import job_of
     from gfl_platform.storage.runs import held, open_run_folder
     from gfl_platform.tracking.status import read_status

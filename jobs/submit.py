@@ -1,4 +1,4 @@
-"""Run a job on a cluster: `python -m jobs.submit train CONFIG [key=value ...] --address URL`."""
+"""Submit a job to a cluster: `python -m jobs.submit train CONFIG [key=value ...] --address URL`."""
 
 import argparse
 import ast
@@ -14,24 +14,24 @@ EXAMPLE = "python -m jobs.submit train configs/gfl_r50_1x.yaml --address http://
 
 def main() -> None:
     """Run the command line."""
-    made = argparse.ArgumentParser(
-        description="Send a job with the code to a Ray cluster, follow its log; Ctrl-C cancels it.",
-        epilog=f"All other words are the job's own. example: {EXAMPLE}",
+    cli = argparse.ArgumentParser(
+        description="Send a job and the code to a Ray cluster and follow its log. Ctrl-C cancels the job.",
+        epilog=f"All other words are arguments of the job. example: {EXAMPLE}",
     )
-    made.add_argument("--debug", action="store_true", help="on an error, show the traceback")
-    made.add_argument(
+    cli.add_argument("--debug", action="store_true", help="on an error, show the traceback")
+    cli.add_argument(
         "--address",
         default=os.environ.get("RAY_API_SERVER_ADDRESS", "http://127.0.0.1:8265"),
-        help="of the cluster's dashboard (RAY_API_SERVER_ADDRESS, else %(default)s)",
+        help="address of the cluster's dashboard (RAY_API_SERVER_ADDRESS, else %(default)s)",
     )
-    made.add_argument("job", help="train, sweep, evaluate, predict, ...")
-    arguments, words = made.parse_known_args(sys.argv[1:])
+    cli.add_argument("job", help="train, sweep, evaluate, predict, ...")
+    arguments, words = cli.parse_known_args(sys.argv[1:])
     arguments.words = words
     run(send, arguments)
 
 
 def send(arguments: argparse.Namespace) -> None:
-    """Submit the job and follow it."""
+    """Submit the job and follow its log."""
     root = Path(__file__).parents[1]
     known = submittable_jobs(root / "jobs")
     if arguments.job not in known:
@@ -62,7 +62,7 @@ def _has_main(path: Path) -> bool:
 
 
 def _require_lasting(words: Sequence[str]) -> None:
-    """Check the configuration, and that what a job keeps does not go with its copy of the code."""
+    """Check that `storage.root` lies outside the copy of the code, which Ray deletes."""
     from gfl_platform.config import job_of, load_job
     from gfl_platform.storage.s3 import is_remote
 
@@ -72,7 +72,7 @@ def _require_lasting(words: Sequence[str]) -> None:
     root = job.storage.root
     if not is_remote(root) and not Path(root).expanduser().is_absolute():
         raise ValueError(
-            f"storage.root: '{root}' would be in the job's own copy of the code, which goes; "
+            f"storage.root: '{root}' would lie in the job's copy of the code, which Ray deletes; "
             "give s3://BUCKET/PREFIX, or the absolute path of a folder that all nodes see"
         )
 

@@ -11,17 +11,17 @@ EXAMPLE = "python -m jobs.sweep configs/sweeps/beta_bins_demo.yaml run.name=firs
 
 def main() -> None:
     """Run the command line."""
-    made = parser("Train the points of a sweep: section, and report which is best.", EXAMPLE)
-    made.add_argument("config", help="YAML file with a sweep: section, see configs/sweeps/")
-    made.add_argument("--resume", action="store_true", help="go on with the sweep called run.name")
-    made.add_argument(
+    cli = parser("Train the points of the sweep: section, and report which are best.", EXAMPLE)
+    cli.add_argument("config", help="YAML file with a sweep: section, see configs/sweeps/")
+    cli.add_argument("--resume", action="store_true", help="continue the sweep run.name")
+    cli.add_argument(
         "--register", metavar="NAME", help="register the best trial's model as NAME@challenger"
     )
-    run(sweep, parse(made))
+    run(sweep, parse(cli))
 
 
 def sweep(arguments: argparse.Namespace) -> None:
-    """Run the sweep, and show what it found."""
+    """Run the sweep and show its results."""
     from gfl_platform.config import load_job
 
     register = [f"registry.name={arguments.register}"] if arguments.register else []

@@ -12,25 +12,25 @@ EXAMPLE = "python -m jobs.train configs/demo.yaml schedule.epochs=3 run.name=fir
 
 def main() -> None:
     """Run the command line."""
-    made = parser("Train a detector and keep its checkpoints, AP and FPS in MLflow.", EXAMPLE)
-    what = made.add_mutually_exclusive_group(required=True)
+    cli = parser("Train a detector and keep its checkpoints, AP and FPS in MLflow.", EXAMPLE)
+    what = cli.add_mutually_exclusive_group(required=True)
     what.add_argument("config", nargs="?", help="YAML file, see configs/, or models:/NAME@ALIAS")
-    what.add_argument("--like", metavar="RUN_ID", help="train again what this run trained")
-    made.add_argument("--resume", action="store_true", help="go on with the run called run.name")
-    run(train, parse(made))
+    what.add_argument("--like", metavar="RUN_ID", help="train again as this run did")
+    cli.add_argument("--resume", action="store_true", help="continue the run run.name")
+    run(train, parse(cli))
 
 
 def train(arguments: argparse.Namespace) -> None:
-    """Train, and register the model if the configuration names one."""
+    """Train a model, and register it if the configuration names a registered model."""
     from gfl_platform.config import job_of, load_job
     from gfl_platform.registry.model_card import recipe
 
     source = arguments.config or f"runs:/{arguments.like}"
     digests: dict[str, str] = {}
     if source.startswith(("models:/", "runs:/")):
-        again = recipe(job_of(arguments.overrides), source, arguments.overrides)
-        job, digests = again.job, again.digests
-        for line in again.differences:
+        card_recipe = recipe(job_of(arguments.overrides), source, arguments.overrides)
+        job, digests = card_recipe.job, card_recipe.digests
+        for line in card_recipe.differences:
             console.print(f"not as it was then: {line}", soft_wrap=True)
     else:
         job = load_job(source, arguments.overrides)
@@ -40,7 +40,7 @@ def train(arguments: argparse.Namespace) -> None:
     name = job.run.name or f"{stem}-{time.strftime('%Y%m%d-%H%M%S')}"
     console.print(f"run {name}")
     from gfl.evaluation.coco_eval import format_statistic
-    from gfl_platform.training import train  # brings Ray, which takes seconds
+    from gfl_platform.training import train
     from jobs.console.progress import Progress
 
     with Progress() as progress, resumable("jobs.train", name):

@@ -17,28 +17,28 @@ from rich.table import Table
 
 OVERRIDE = re.compile(r"[a-z_]\w*(\.\w+)*=")
 
-# What a pipe cuts off nobody can scroll to.
+# A pipe has no terminal that could scroll, so its lines are wide.
 console = Console(width=None if sys.stdout.isatty() else 160)
 
 
 def parser(description: str, example: str) -> argparse.ArgumentParser:
     """Return a parser with a job's description, an example and the options of every job."""
-    made = argparse.ArgumentParser(
+    cli = argparse.ArgumentParser(
         description=description,
         epilog=f"""\
 key=value, anywhere on the line, changes the configuration: storage.root=/shared/outputs
 example: {example}""",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    made.add_argument("--debug", action="store_true", help="on an error, show the traceback")
-    return made
+    cli.add_argument("--debug", action="store_true", help="on an error, show the traceback")
+    return cli
 
 
-def parse(made: argparse.ArgumentParser) -> argparse.Namespace:
+def parse(cli: argparse.ArgumentParser) -> argparse.Namespace:
     """Return the parsed command line, its `key=value` arguments as `overrides`."""
     words = sys.argv[1:]
     overrides = [word for word in words if OVERRIDE.match(word)]
-    arguments = made.parse_args([word for word in words if word not in overrides])
+    arguments = cli.parse_args([word for word in words if word not in overrides])
     arguments.overrides = overrides
     return arguments
 
@@ -66,7 +66,7 @@ def run(job: Callable[[argparse.Namespace], None], arguments: argparse.Namespace
 
 @contextmanager
 def resumable(module: str, name: str) -> Iterator[None]:
-    """Let an interruption name the command that goes on with the run or sweep `name`."""
+    """Add to a Ctrl-C the command that continues the run or sweep `name`."""
     try:
         yield
     except KeyboardInterrupt as interrupt:
@@ -74,7 +74,7 @@ def resumable(module: str, name: str) -> Iterator[None]:
         if f"run.name={name}" not in words:
             words.append(f"run.name={name}")
         command = shlex.join(["python", "-m", module, *words, "--resume"])
-        raise KeyboardInterrupt(f"- {command} goes on") from interrupt
+        raise KeyboardInterrupt(f"- {command} continues") from interrupt
 
 
 def _report(message: str, status: int) -> int:

@@ -112,7 +112,7 @@ def test_an_interrupted_training_resumes_to_the_same_weights_in_the_same_run(out
     process.send_signal(signal.SIGINT)
     _, error = process.communicate(timeout=120)
     assert process.returncode == 130, error
-    assert "--resume goes on" in error
+    assert "--resume continues" in error
     before = json.loads((folder / "run.json").read_text())["run_id"]
     status, out, error = run(*arguments, "--resume", how=("-c", WITHOUT_TORCH))
     assert status == 0, error

@@ -224,7 +224,7 @@ def test_a_run_has_one_job_which_closes_it_at_ctrl_c(head, clone, place):
     process.send_signal(signal.SIGINT)
     status, rest = finish(process)
     assert status == 130, rest
-    assert "--resume goes on" in rest  # in the job's log: it was asked, and had the time
+    assert "--resume continues" in rest  # in the job's log: it was asked, and had the time
     assert "STOPPED" in rest
     (run,) = tracked(place, "stopped")
     assert run.info.status == "KILLED"

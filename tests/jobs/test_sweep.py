@@ -178,7 +178,7 @@ def test_ctrl_c_leaves_a_sweep_that_says_how_to_go_on(start, sweep_file, tmp_pat
     process.send_signal(signal.SIGINT)
     _, error = process.communicate(timeout=60)
     assert process.returncode == 130
-    command = re.search(r"interrupted - python -m (jobs.sweep .* --resume) goes on", error)
+    command = re.search(r"interrupted - python -m (jobs.sweep .* --resume) continues", error)
     assert command, error
     trial = next(iter(trials_of(tmp_path).values()))
     client = connect(load_job(sweep_file, [f"storage.root={tmp_path}"]))
