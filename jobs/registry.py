@@ -1,4 +1,4 @@
-"""Show registered models and decide which version is champion: `python -m jobs.registry COMMAND`."""
+"""Show registered models and decide the champion: `python -m jobs.registry COMMAND`."""
 
 import argparse
 import time
@@ -182,9 +182,7 @@ def main() -> None:
             subcommand.add_argument(word, help="number or alias" if word == "version" else None)
         subcommand.set_defaults(run=action)
         if name == "rollback":
-            subcommand.add_argument(
-                "--why", required=True, help="reason, kept in the promotion history"
-            )
+            subcommand.add_argument("--why", required=True, help="reason for the history")
         if name == "compare":
             subcommand.add_argument("--out", type=Path, default=Path("outputs/comparison.png"))
     for place in (cli, *below.choices.values()):

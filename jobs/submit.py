@@ -15,7 +15,7 @@ EXAMPLE = "python -m jobs.submit train configs/gfl_r50_1x.yaml --address http://
 def main() -> None:
     """Run the command line."""
     cli = argparse.ArgumentParser(
-        description="Send a job and the code to a Ray cluster and follow its log. Ctrl-C cancels the job.",
+        description="Send a job with its code to a Ray cluster, and follow it. Ctrl-C cancels it.",
         epilog=f"All other words are arguments of the job. example: {EXAMPLE}",
     )
     cli.add_argument("--debug", action="store_true", help="on an error, show the traceback")

@@ -67,8 +67,8 @@ def test_only_modules_on_the_path_hide_others(file, hides):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["configs/demo.yaml"], "storage.root: 'outputs' would be in the job's own copy"),
-        (["models:/x@champion", "storage.root=runs"], "storage.root: 'runs' would be in"),
+        (["configs/demo.yaml"], "storage.root: 'outputs' would lie in the job's copy"),
+        (["models:/x@champion", "storage.root=runs"], "storage.root: 'runs' would lie in"),
         (["configs/demo.yaml", "loss.qfl.bta=1"], "did you mean 'beta'?"),
         (["configs/demo.yaml", "storage.root=/tmp/x", "--address", "http://127.0.0.1:9"],
          "http://127.0.0.1:9: Failed to connect"),
