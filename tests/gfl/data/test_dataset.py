@@ -191,6 +191,7 @@ def test_loading_processes_give_the_same_batches(tiny, dataset):
     batches = TrainBatches(dataset.split.records, tiny, 0, 1, 0)
     here = [b.pixels for b in islice(build_loader(dataset, batches, 0, pin=False), 3)]
     there = [b.pixels for b in islice(build_loader(dataset, batches, 2, pin=False), 3)]
+    assert len(here) == 3
     for one, other in zip(here, there, strict=True):
         assert torch.equal(one, other)
 

@@ -223,4 +223,5 @@ def test_published_models_are_exported(name, with_nms, files, tmp_path):
     config = gfl.load_config(f"configs/{name}.yaml", ["data.short_side=160", "data.long_side=256"])
     form = Form(with_nms)
     found = export(model_of(config), tmp_path / "f", ("onnx", "pt2"), form, files[:2], {})
+    assert found.keys() == {"model.onnx", "model.pt2"}
     assert all(figures["box_px"] < 0.01 for figures in found.values())

@@ -4,6 +4,8 @@ from dataclasses import replace
 
 import pytest
 
+import gfl
+import gfl_platform
 from gfl.config.loader import derive
 from gfl.data.split import load_splits
 from gfl_platform.cluster.preflight import (
@@ -45,9 +47,25 @@ def test_the_node_that_differs_is_named(change, message):
             assert message in line
 
 
-def test_the_digest_of_the_code_is_of_its_files():
-    assert code_digest() == code_digest()
-    assert len(code_digest()) == 64
+def test_the_digest_of_the_code_is_of_its_files(tmp_path, monkeypatch):
+    for package in (gfl, gfl_platform):
+        folder = tmp_path / package.__name__
+        (folder / "inner").mkdir(parents=True)
+        (folder / "inner" / "a.py").write_text("a = 1\n")
+        monkeypatch.setattr(package, "__file__", str(folder / "__init__.py"))
+    first = code_digest()
+    assert len(first) == 64
+    (tmp_path / "gfl" / "notes.txt").touch()
+    assert code_digest() == first
+    for package in ("gfl", "gfl_platform"):
+        file = tmp_path / package / "inner" / "a.py"
+        file.write_text("a = 2\n")
+        assert code_digest() != first
+        file.write_text("a = 1\n")
+        assert code_digest() == first
+        file.rename(file.with_name("b.py"))
+        assert code_digest() != first
+        file.with_name("b.py").rename(file)
 
 
 def load_with_a_folder_that_one_lacks(rank, config, missing):

@@ -94,6 +94,7 @@ def test_paths_bytes_and_base64_give_the_same_in_a_process(trained, image, monke
     model = mlflow.pyfunc.load_model("models:/shapes@champion")
     content = image.read_bytes()
     (expected,) = model.predict([str(image)])
+    assert expected.boxes
     url = f"data:image/png;base64,{encoded(content)}"
     for form in ([content], [encoded(content)], [url], pd.DataFrame({"image": [str(image)]})):
         assert model.predict(form) == [expected]

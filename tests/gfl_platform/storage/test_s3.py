@@ -216,6 +216,7 @@ def test_a_run_lives_on_s3(remote, tmp_path):
         train.train(remote, "far", resume=False, watch=events.append)
     half = "runs/far/ray/checkpoint_2020-01-01_00-00-00.000000"  # of a worker that was killed
     upload(checkpoint / "about.json", f"{remote.storage.root}/{half}/about.json")
+    assert list_objects(f"{remote.storage.root}/{half}")
     again = remote.model_copy(
         update={"storage": remote.storage.model_copy(update={"cache": f"{tmp_path}/elsewhere"})}
     )

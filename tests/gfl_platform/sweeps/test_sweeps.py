@@ -314,6 +314,7 @@ def test_a_finished_sweep_that_is_resumed_tries_only_what_failed_again(dry_job):
     failed = {t.id for t in results.trials if t.state == "failed"}
     assert {name for name, _ in events} == failed
     after = {p.parent.name: p.read_text() for p in trial_files(dry_job)}
+    assert len(before) == 7
     assert before.keys() == after.keys()
     assert all(after[name] == text for name, text in before.items() if name not in failed)
     runs = [json.loads(text)["run_id"] for text in before.values()]
@@ -397,6 +398,7 @@ def test_a_sweep_on_s3_goes_on_from_another_machine(tiny_file, tmp_path):
         run_on("two")
     again, events = run_on("two", resume=True)
     assert {name for name, _ in events} == {t.id for t in first.trials if t.state == "failed"}
+    assert len(first.trials) == 6
     known = [(trial.id, trial.run_id, trial.curve) for trial in first.trials]
     assert [(trial.id, trial.run_id, trial.curve) for trial in again.trials] == known
 
