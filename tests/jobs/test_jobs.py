@@ -118,10 +118,17 @@ def test_an_interrupted_training_resumes_to_the_same_weights_in_the_same_run(out
     assert status == 0, error
     assert before in out
     assert "epoch 3: AP" in out
+    assert cells_of(out)["APl"] == "-"  # on images of 64 px no object is large
     assert "tiny version 1" in out
     assert "UserWarning" not in error
     for key, value in last_weights(outputs / "runs" / "first").items():
         assert torch.equal(value, last_weights(folder)[key]), key
+
+
+def cells_of(out):
+    """Return the printed tables of two columns as one mapping."""
+    rows = [line.strip("│").split("│") for line in out.splitlines() if line.count("│") == 3]
+    return {name.strip(): value.strip() for name, value in rows}
 
 
 def last_weights(folder):
@@ -148,12 +155,15 @@ def test_a_model_is_evaluated_by_alias(outputs, tmp_path):
         how=("-c", WITHOUT_TORCH),
     )
     assert status == 0, error
-    assert "AP50" in out
     assert "ellipse" in out
+    cells = cells_of(out)
+    assert cells["AP50"] == "0.0000"
+    assert cells["APl"] == cells["ARl"] == "-"  # on images of 64 px no object is large
     assert json.loads((tmp_path / "new" / "r.json").read_text()) == []
     figures = json.loads((tmp_path / "new" / "e.json").read_text())
     assert figures["images"] == 11
     assert figures["metrics"]["AR100"] == 0  # no score reaches the threshold
+    assert figures["metrics"]["APl"] == -1  # as COCO has it
     assert figures["ap_by_class"] == {"rectangle": 0, "ellipse": 0, "triangle": 0}
     assert figures["ap_by_iou"]["0.95"] == 0
     assert figures["protocol"]["postprocess"]["score_threshold"] == 1.0
@@ -173,6 +183,7 @@ def test_predictions_are_coco_json_and_pictures(outputs, shapes_folder, tmp_path
     content = json.loads((tmp_path / "predictions.json").read_text())
     assert len(content["images"]) == 11
     assert [c["name"] for c in content["categories"]] == ["rectangle", "ellipse", "triangle"]
+    assert content["annotations"]
     assert all(
         {"image_id", "category_id", "bbox", "score", "edge_std"} <= set(a)
         for a in content["annotations"]

@@ -98,6 +98,8 @@ def test_the_card_tells_what_a_model_was_made_of(shapes):
     assert described["restarts"] == "0"
     assert "torch==" in described["packages"]
     assert "1: promoted" in described["decisions"]
+    assert described["APl"] == "-"  # on images of 64 px no object is large
+    assert described["AP50"] != "-"
     assert described["config"] == f"runs:/{result.run_id}/config.yaml"
 
 
@@ -109,7 +111,8 @@ def test_a_training_is_done_again_from_its_card(shapes):
     assert found.job.data == job.data
     assert found.job.registry.name is None
     assert found.digests.keys() == {"data.train.digest", "data.val.digest"}
-    assert not [line for line in found.differences if "==" in line]
+    # The tree that the tests run in may change meanwhile; the installed packages do not.
+    assert [line for line in found.differences if not line.startswith("git.")] == []
     assert model_card.recipe(where, f"runs:/{result.run_id}", []).job.schedule == job.schedule
     with pytest.raises(ValueError, match=r"config\.yaml; is it one of ours"):
         model_card.recipe(where, "runs:/0123", [])
@@ -120,5 +123,5 @@ def test_two_versions_are_compared(shapes, tmp_path):
     one, other = (models.find(job, "shapes", number) for number in "12")
     found = compare.compare(job, one, other, tmp_path / "pairs.png", lambda _: None)
     assert (found.settings, found.gain.ap) == ([], 0)
-    assert found.gain.by_class.keys() <= {"rectangle", "ellipse", "triangle"}
+    assert found.gain.by_class == {"rectangle": 0, "ellipse": 0, "triangle": 0}
     assert (tmp_path / "pairs.png").stat().st_size > 10_000
