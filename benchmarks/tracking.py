@@ -112,7 +112,7 @@ def fit(overrides: list[str], root: Path) -> dict[str, list[float]]:
     from gfl_platform.cluster import resources
     from gfl_platform.cluster.events import pumped
     from gfl_platform.config import load_job
-    from gfl_platform.storage.runs import open_run_folder
+    from gfl_platform.storage.storage import Storage
     from gfl_platform.tracking.run import RunTracker
     from gfl_platform.training.fit import run
     from gfl_platform.training.sources import fetch_sources
@@ -125,7 +125,9 @@ def fit(overrides: list[str], root: Path) -> dict[str, list[float]]:
         load_job(CONFIG, [f"tracking.uri={each.uri}", *where]) for each in (server, nobody)
     )
     folder, folder_down = (
-        open_run_folder(job, name, resume=False) for name in ("reached", "unreached")
+        Storage(job.storage).open_run_folder(name, resume=False)
+        for name in ("reached", "unreached")
+        for name in ("reached", "unreached")
     )
     try:
         with RunTracker(job, "on", folder) as on, RunTracker(job_down, "down", folder_down) as down:

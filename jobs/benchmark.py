@@ -64,7 +64,8 @@ def benchmark(arguments: argparse.Namespace) -> None:
     from gfl_platform.config import JobConfig, job_of, load_job
     from gfl_platform.evaluation import benchmark
     from gfl_platform.registry import models
-    from gfl_platform.storage.runs import scratch_folder, write_atomically
+    from gfl_platform.storage.files import write_atomically
+    from gfl_platform.storage.storage import Storage
     from jobs.console.progress import Progress
     from jobs.console.tables import draw_latencies, show_benchmark
 
@@ -72,7 +73,7 @@ def benchmark(arguments: argparse.Namespace) -> None:
     source, given = arguments.model, arguments.overrides
     untrained = source.endswith((".yaml", ".yml"))
     where = load_job(source, given) if untrained else job_of(given)
-    with scratch_folder(where) as scratch, Progress() as progress:
+    with Storage(where.storage).scratch_folder() as scratch, Progress() as progress:
         model = models.resolve(where, source)  # an alias may move during the measurement
         checkpoint = None if untrained else models.fetch_checkpoint(where, model, scratch)
         job = derive(JobConfig, read_config(checkpoint), given) if checkpoint else where

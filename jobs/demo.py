@@ -24,7 +24,8 @@ def demo(arguments: argparse.Namespace) -> None:
     from gfl.inference.visualize import draw_predictions
     from gfl_platform.config import load_job
     from gfl_platform.registry import models
-    from gfl_platform.storage.runs import cache_of, storage_root, write_atomically
+    from gfl_platform.storage.files import write_atomically
+    from gfl_platform.storage.storage import Storage
     from gfl_platform.tracking.client import tracking_uri
     from gfl_platform.tracking.run import log_file
     from gfl_platform.training import train
@@ -33,13 +34,14 @@ def demo(arguments: argparse.Namespace) -> None:
     started = time.perf_counter()
     registered = f"registry={{name: {MODEL}, alias: champion}}"
     job = load_job("configs/demo.yaml", [*arguments.overrides, registered])
-    out = storage_root(job) / "demo"
+    storage = Storage(job.storage)
+    out = storage.root / "demo"
     out.mkdir(parents=True, exist_ok=True)
     with Progress() as progress:
         name = time.strftime("demo-%Y%m%d-%H%M%S")
         result = train.train(job, name, resume=False, watch=progress.show)
     model = models.load(f"models:/{MODEL}@champion", job)
-    val = load_splits(cache_of(job).localized(job))[1]
+    val = load_splits(storage.cache.localized(job))[1]
     images = [read_image(record.path) for record in val.records[:PICTURED]]
     predictions = [detections.predictions for detections in model.predict(images)]
     picture = out / "predictions.png"

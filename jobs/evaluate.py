@@ -32,11 +32,12 @@ def evaluate(arguments: argparse.Namespace) -> None:
     from gfl_platform.config import JobConfig, job_of
     from gfl_platform.evaluation.evaluate import evaluate_checkpoint
     from gfl_platform.registry import models
-    from gfl_platform.storage.runs import scratch_folder, write_atomically
+    from gfl_platform.storage.files import write_atomically
+    from gfl_platform.storage.storage import Storage
     from jobs.console.progress import Progress
 
     where = job_of(arguments.overrides)
-    with scratch_folder(where) as scratch, Progress() as progress:
+    with Storage(where.storage).scratch_folder() as scratch, Progress() as progress:
         checkpoint = models.fetch_checkpoint(where, arguments.model, scratch)
         job = derive(JobConfig, read_config(checkpoint), arguments.overrides)
         figures = evaluate_checkpoint(

@@ -39,7 +39,7 @@ def export(arguments: argparse.Namespace) -> None:
     from gfl.export.exportable import Form
     from gfl_platform.config import JobConfig, job_of
     from gfl_platform.registry import model_card, models
-    from gfl_platform.storage.runs import cache_of, scratch_folder
+    from gfl_platform.storage.storage import Storage
     from jobs.console.progress import Progress
 
     if arguments.int8 and (arguments.no_nms or "onnx" not in arguments.format):
@@ -47,14 +47,14 @@ def export(arguments: argparse.Namespace) -> None:
     if arguments.check < 1:
         raise ValueError(f"--check {arguments.check}: expected at least 1")
     where = job_of(arguments.overrides)
-    with scratch_folder(where) as scratch:
+    with Storage(where.storage).scratch_folder() as scratch:
         resolved = models.resolve(where, arguments.model)  # an alias may move during the export
         checkpoint = models.fetch_checkpoint(where, resolved, scratch)
         job = derive(JobConfig, read_config(checkpoint), arguments.overrides)
         model = gfl.load(checkpoint, job, device="cpu")
     images = list_images(arguments.images) if arguments.images else []
     if arguments.int8 or not images:
-        train, val = load_splits(cache_of(job).localized(job))
+        train, val = load_splits(Storage(job.storage).cache.localized(job))
         images = images or [record.path for record in val.records]
     images = images[: arguments.check]
     form = Form(not arguments.no_nms, arguments.distributions)

@@ -34,12 +34,13 @@ def inspect(arguments: argparse.Namespace) -> None:
     from gfl.inference.visualize import draw_samples
     from gfl.inspection.findings import check_files, inspect_data
     from gfl_platform.config import load_job
-    from gfl_platform.storage.runs import cache_of, write_atomically
+    from gfl_platform.storage.files import write_atomically
+    from gfl_platform.storage.storage import Storage
     from jobs.console.tables import show_inspection
 
     torch.set_num_threads(1)  # for tensors this small, one thread is faster than two
     config = load_job(arguments.config, arguments.overrides)
-    train, val = load_splits(cache_of(config).localized(config))
+    train, val = load_splits(Storage(config.storage).cache.localized(config))
     paths = [] if arguments.quick else sorted({r.path for r in [*train.records, *val.records]})
     hidden = not console.is_terminal
     files = dict(track(check_files(paths), "reading", len(paths), console=console, disable=hidden))

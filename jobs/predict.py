@@ -50,7 +50,7 @@ def predict(arguments: argparse.Namespace) -> None:
     from gfl.inference.predictor import image_files
     from gfl_platform.config import JobConfig, job_of
     from gfl_platform.registry import models
-    from gfl_platform.storage.runs import scratch_folder
+    from gfl_platform.storage.storage import Storage
     from jobs.console.progress import Progress
 
     files = image_files(arguments.images)
@@ -59,7 +59,7 @@ def predict(arguments: argparse.Namespace) -> None:
     for file in files:
         read_image(file)  # a damaged file is an error before anything is written
     where = job_of(arguments.overrides)
-    with scratch_folder(where) as scratch:
+    with Storage(where.storage).scratch_folder() as scratch:
         checkpoint = models.fetch_checkpoint(where, arguments.model, scratch)
         job = derive(JobConfig, read_config(checkpoint), arguments.overrides)
         model = gfl.load(checkpoint, job)

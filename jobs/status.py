@@ -22,11 +22,12 @@ def main() -> None:
 def status(arguments: argparse.Namespace) -> None:
     """Print the status of a run; with --deliver, send its waiting events to MLflow."""
     from gfl_platform.config import job_of
-    from gfl_platform.storage.runs import held, open_run_folder
+    from gfl_platform.storage.files import held
+    from gfl_platform.storage.storage import Storage
     from gfl_platform.tracking.status import read_status
 
     job = job_of(arguments.overrides)
-    folder = open_run_folder(job, arguments.name, resume=True)
+    folder = Storage(job.storage).open_run_folder(arguments.name, resume=True)
     if arguments.deliver:
         from gfl_platform.tracking.run import settle
 

@@ -30,7 +30,7 @@ def sweep(arguments: argparse.Namespace) -> None:
         raise ValueError("--resume: say which sweep with run.name=NAME")
     name = job.run.name or f"{Path(arguments.config).stem}-{time.strftime('%Y%m%d-%H%M%S')}"
     console.print(f"sweep {name}")
-    from gfl_platform.storage.runs import storage_root
+    from gfl_platform.storage.storage import Storage
     from gfl_platform.sweeps.run import register_best, run_sweep
     from jobs.console.progress import SweepProgress
     from jobs.console.tables import show_sweep
@@ -39,7 +39,8 @@ def sweep(arguments: argparse.Namespace) -> None:
         with SweepProgress() as progress:
             results = run_sweep(job, name, resume=arguments.resume, watch=progress.show_trial)
         show_sweep(results)
-        console.print(f"report: {storage_root(job) / 'sweeps' / name / 'report' / 'report.html'}")
+        report = Storage(job.storage).root / "sweeps" / name / "report" / "report.html"
+        console.print(f"report: {report}")
         if model := job.registry.name:
             console.print(f"{model}@challenger is version {register_best(results, model)}")
 

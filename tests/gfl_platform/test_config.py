@@ -20,8 +20,9 @@ from gfl.config.loader import (
 from gfl.config.schema import Config
 from gfl.model.detector import Detector
 from gfl_platform.config import JobConfig, load_job
-from gfl_platform.storage.runs import StorageError, open_run_folder, write_atomically
+from gfl_platform.storage.files import StorageError, write_atomically
 from gfl_platform.storage.s3 import S3Error
+from gfl_platform.storage.storage import Storage
 from gfl_platform.tracking.client import tracking_uri
 from gfl_platform.training.sources import fetch_sources, fetch_weights
 
@@ -116,12 +117,13 @@ def test_the_tracking_store_is_chosen_by_configuration_environment_and_default(m
 
 def test_run_folders_are_new_or_resumed(tmp_path):
     job = load_job("configs/demo.yaml", [f"storage.root={tmp_path}"])
-    folder = open_run_folder(job, "one", resume=False)
-    assert open_run_folder(job, "one", resume=True) == folder == tmp_path / "runs" / "one"
+    storage = Storage(job.storage)
+    folder = storage.open_run_folder("one", resume=False)
+    assert storage.open_run_folder("one", resume=True) == folder == tmp_path / "runs" / "one"
     with pytest.raises(StorageError, match="exists"):
-        open_run_folder(job, "one", resume=False)
+        storage.open_run_folder("one", resume=False)
     with pytest.raises(StorageError, match="start it without --resume"):
-        open_run_folder(job, "zzz", resume=True)
+        storage.open_run_folder("zzz", resume=True)
 
 
 def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):

@@ -37,7 +37,8 @@ from gfl.model.detector import Detector
 from gfl_platform.cluster import launch, resources
 from gfl_platform.cluster.events import Watcher, pumped
 from gfl_platform.config import JobConfig
-from gfl_platform.storage.runs import cache_of, ray_storage, read_json, scratch_folder, shared
+from gfl_platform.storage.files import read_json
+from gfl_platform.storage.storage import Storage
 from gfl_platform.tracking.client import connect
 from gfl_platform.tracking.run import RunTracker
 
@@ -144,17 +145,17 @@ def benchmark(
     """
     resources.connect()
     alone = job.model_copy(update={"cluster": job.cluster.model_copy(update={"workers": 1})})
-    workers = resources.allot(alone)
-    with scratch_folder(job) as scratch, pumped(watch) as events:
+    workers, storage = resources.allot(alone), Storage(job.storage)
+    with storage.scratch_folder() as scratch, pumped(watch) as events:
         settings = {
             "config": dump_config(reproducible(job)),
-            "checkpoint": checkpoint and shared(job, checkpoint),
-            "cache": cache_of(job),
+            "checkpoint": checkpoint and storage.shared(checkpoint),
+            "cache": storage.cache,
             "variants": [Variant(), *(v for v in variants if v != Variant())],
             "images": images,
         }
         result = launch.run_workers(
-            _measure, settings, workers, events, **ray_storage(job, scratch)
+            _measure, settings, workers, events, **storage.ray_options(scratch)
         )
     found: Benchmark = result.return_value
     return found

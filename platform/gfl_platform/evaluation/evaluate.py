@@ -20,13 +20,8 @@ from gfl.train.engine import build_evaluation_loader
 from gfl_platform.cluster import launch, resources
 from gfl_platform.cluster.events import Watcher, pumped
 from gfl_platform.config import JobConfig
-from gfl_platform.storage.runs import (
-    cache_of,
-    ray_storage,
-    scratch_folder,
-    shared,
-    write_atomically,
-)
+from gfl_platform.storage.files import write_atomically
+from gfl_platform.storage.storage import Storage
 
 
 def evaluate_worker(settings: dict[str, Any]) -> dict[str, Any]:
@@ -85,17 +80,18 @@ def evaluate_checkpoint(
         JobFailedError: a worker stopped.
     """
     resources.connect()
+    storage = Storage(job.storage)
     settings = {
         "config": dump_config(reproducible(job)),
-        "checkpoint": shared(job, checkpoint),
-        "cache": cache_of(job),
+        "checkpoint": storage.shared(checkpoint),
+        "cache": storage.cache,
         "official": official,
         "results": results is not None,
     }
     workers = resources.allot(job)
-    with scratch_folder(job) as scratch, pumped(watch) as events:
+    with storage.scratch_folder() as scratch, pumped(watch) as events:
         result = launch.run_workers(
-            _evaluate, settings, workers, events, **ray_storage(job, scratch)
+            _evaluate, settings, workers, events, **storage.ray_options(scratch)
         )
     figures: dict[str, Any] = result.return_value
     if results:

@@ -22,7 +22,7 @@ from gfl_platform.config import JobConfig
 from gfl_platform.evaluation.evaluate import evaluate_checkpoint
 from gfl_platform.registry import models
 from gfl_platform.registry.models import Version
-from gfl_platform.storage.runs import cache_of, scratch_folder
+from gfl_platform.storage.storage import Storage
 from gfl_platform.tracking.client import connect
 
 FOLDER = "evaluations"
@@ -97,7 +97,7 @@ def images_of(job: JobConfig, classes: Sequence[str]) -> Split:
         ValueError: a dataset that cannot be used.
     """
     render_shapes(job)
-    cache = cache_of(job)
+    cache = Storage(job.storage).cache
     here = {key: str(cache.local(place)) for key, place in job.data.val}
     data = job.data.model_copy(update={"val": SplitConfig(**here)})
     return read_split(data, "val", job.model.num_classes, classes)
@@ -110,7 +110,7 @@ def measure(job: JobConfig, version: Version, watch: Watcher) -> Measurement:
         ValueError: a checkpoint, dataset or cluster that cannot be used.
         JobFailedError: a worker stopped.
     """
-    with scratch_folder(job) as scratch:
+    with Storage(job.storage).scratch_folder() as scratch:
         checkpoint = models.fetch_checkpoint(job, _uri(version), scratch)
         found = evaluate_checkpoint(checkpoint, job, watch)
     measured = Measurement(

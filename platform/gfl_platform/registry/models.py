@@ -12,7 +12,7 @@ import gfl
 import gfl_platform
 from gfl_platform.config import JobConfig, require_alias
 from gfl_platform.registry.history import FOLLOWED, OF_MODEL
-from gfl_platform.storage.runs import cache_of, is_there
+from gfl_platform.storage.storage import Storage, is_there
 from gfl_platform.tracking.client import connect, on_all_pages, reason_of
 
 if TYPE_CHECKING:
@@ -190,7 +190,7 @@ def _checkpoint_of_run(job: JobConfig, run_id: str) -> Path:
     ]
     if not found:
         raise RegistryError(f"runs:/{run_id}: no checkpoint of this run is there any more")
-    return cache_of(job).local(max(found)[1])
+    return Storage(job.storage).cache.local(max(found)[1])
 
 
 def _names(client: "MlflowClient") -> list[str]:

@@ -12,8 +12,9 @@ from ray.tune import Callback
 from gfl.config.loader import config_hash
 from gfl_platform.cluster.events import Event, Events
 from gfl_platform.config import JobConfig
-from gfl_platform.storage.runs import discard, read_json, share_state
+from gfl_platform.storage.files import read_json
 from gfl_platform.storage.s3 import S3Error
+from gfl_platform.storage.storage import Storage
 from gfl_platform.sweeps.formatting import point_label
 from gfl_platform.sweeps.space import trial_job
 from gfl_platform.sweeps.trials import Planned, State, Trial, read_trial, write_trial
@@ -54,6 +55,7 @@ class Recorder:
             watch: Is told of a trial and what happened to it.
         """
         self._job, self._name, self._folder = job, name, folder
+        self._storage = Storage(job.storage)
         self._parent, self._devices, self._watch = parent, devices, watch
         found = [read_trial(path) for path in sorted(folder.glob("*"))]
         self.trials = {trial.id: trial for trial in found if trial}
@@ -120,7 +122,7 @@ class Recorder:
         for trial in self.trials.values():
             if trial.state in DISCARDED and trial.checkpoint:
                 with suppress(S3Error):  # they only take room
-                    discard(self._job, self._folder / trial.id / RAY_FOLDER)
+                    self._storage.discard(self._folder / trial.id / RAY_FOLDER)
                 trial.checkpoint = None
                 self._write(trial)
 
@@ -175,7 +177,7 @@ class Recorder:
         folder = self._folder / trial.id
         write_trial(folder, trial)
         try:
-            share_state(self._job, folder)
+            self._storage.share_state(folder)
         except S3Error as error:  # the next time it is noted, S3 may be back
             logger.warning("%s", error)
 

@@ -19,15 +19,8 @@ from gfl_platform.cluster.resources import (
 )
 from gfl_platform.config import BudgetConfig, JobConfig, SweepConfig
 from gfl_platform.registry import models
-from gfl_platform.storage.runs import (
-    cache_of,
-    find_run_folder,
-    held,
-    open_run_folder,
-    ray_storage,
-    scratch_folder,
-    share_state,
-)
+from gfl_platform.storage.files import held
+from gfl_platform.storage.storage import Storage
 from gfl_platform.sweeps.analysis.statistics import EPOCHS_KEY, direction
 from gfl_platform.sweeps.analysis.verdicts import analyse
 from gfl_platform.sweeps.formatting import identity
@@ -75,7 +68,7 @@ def register_best(results: SweepResults, model: str) -> int:
     assert trial.checkpoint
     ap, fps = trial.figures["AP"], trial.figures["fps"]
     facts = models.figures_of_version(ap, fps, trial.protocol)
-    checkpoint = cache_of(results.job).local(trial.checkpoint)
+    checkpoint = Storage(results.job.storage).cache.local(trial.checkpoint)
     version = models.register_once(results.job, model, checkpoint, trial.run_id, facts)
     models.set_alias(results.job, model, version, CHALLENGER)
     return version
@@ -100,6 +93,7 @@ class _Sweep:
     """A sweep that runs."""
 
     job: JobConfig
+    storage: Storage
     trials: Path
     workers: Workers
     recorder: Recorder
@@ -132,12 +126,13 @@ def run_sweep(
         KeyboardInterrupt: it was interrupted, and can be resumed.
     """
     check_sweep(job)
-    folder, workers = _prepare(job, name, resume=resume)
+    storage = Storage(job.storage)
+    folder, workers = _prepare(job, storage, name, resume=resume)
     with held(folder), run.RunTracker(job, name, folder) as tracker:
         parent, devices = tracker.require_run(), _devices(workers)
         recorder = Recorder(job, name, folder / "trials", parent, devices, watch)
-        sweep = _Sweep(job, folder / "trials", workers, recorder, train)
-        share_state(job, folder)
+        sweep = _Sweep(job, storage, folder / "trials", workers, recorder, train)
+        storage.share_state(folder)
         try:
             _search(sweep)
             _train_finalists(sweep)
@@ -153,10 +148,10 @@ def run_sweep(
     return results
 
 
-def _prepare(job: JobConfig, name: str, *, resume: bool) -> tuple[Path, Workers]:
+def _prepare(job: JobConfig, storage: Storage, name: str, *, resume: bool) -> tuple[Path, Workers]:
     """Return the sweep's folder and what a trial runs on; nothing is written if that fails."""
     asked, first = comparable(job), trial_job(job, {}, job.seed)
-    folder = find_run_folder(job, name, resume=resume, kind="sweeps")
+    folder = storage.find_run_folder(name, resume=resume, kind="sweeps")
     if resume:
         require_same(folder / CONFIG_FILE, asked, "sweep", MAY_CHANGE)
     stops = _stops_trials(sweep_of(job))
@@ -168,7 +163,7 @@ def _prepare(job: JobConfig, name: str, *, resume: bool) -> tuple[Path, Workers]
     client.connect(job)
     fetch_sources(first)
     if not resume:
-        open_run_folder(job, name, resume=False, kind="sweeps")
+        storage.open_run_folder(name, resume=False, kind="sweeps")
         require_same(folder / CONFIG_FILE, asked, "sweep")
     return folder, workers
 
@@ -300,7 +295,7 @@ def _run(sweep: _Sweep, searcher: Any, scheduler: Any, budget: BudgetStopper) ->
     )
     from ray import tune
 
-    with scratch_folder(sweep.job) as scratch, pumped(sweep.recorder.handle) as events:
+    with sweep.storage.scratch_folder() as scratch, pumped(sweep.recorder.handle) as events:
         # A trial fits, as was checked: it may wait until others, also of other jobs, make room.
         environment = {START_TIMEOUT: os.environ.get(START_TIMEOUT, str(FOREVER))}
         settings = TrialSettings(
@@ -309,7 +304,7 @@ def _run(sweep: _Sweep, searcher: Any, scheduler: Any, budget: BudgetStopper) ->
         tune.run(
             tune.with_parameters(run_trial, settings=settings),
             name="tune",
-            **ray_storage(sweep.job, scratch),
+            **sweep.storage.ray_options(scratch),
             resources_per_trial=tune.PlacementGroupFactory([_of_a_driver(concurrency(sweep))]),
             num_samples=-1,
             search_alg=searcher,

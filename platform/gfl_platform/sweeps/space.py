@@ -13,7 +13,7 @@ from gfl.data.samplers import share_of_batch
 from gfl.data.split import load_splits
 from gfl.evaluation.coco_eval import evaluate_split
 from gfl_platform.config import JobConfig, RangeConfig, SweepConfig
-from gfl_platform.storage.runs import cache_of
+from gfl_platform.storage.storage import Storage
 from gfl_platform.sweeps.trials import AT_THE_END, Point
 
 
@@ -29,7 +29,7 @@ def check_data(job: JobConfig, workers: int, objectives: tuple[str, ...]) -> Non
         ValueError: what is wrong, where, and what to do.
     """
     share_of_batch(job, workers)
-    val = load_splits(cache_of(job).localized(job))[1]
+    val = load_splits(Storage(job.storage).cache.localized(job))[1]
     nothing = np.empty((0, 7))
     metrics = dict.fromkeys(AT_THE_END, 0.0) | evaluate_split(val, nothing, job).metrics
     for name in objectives:

@@ -12,7 +12,7 @@ from gfl_platform.cluster.events import Events
 from gfl_platform.cluster.launch import DivergedError, JobFailedError, one_line
 from gfl_platform.cluster.resources import Workers
 from gfl_platform.config import JobConfig
-from gfl_platform.storage.runs import read_json, write_atomically
+from gfl_platform.storage.files import read_json, write_atomically
 from gfl_platform.sweeps.space import trial_job
 from gfl_platform.training import fit
 from gfl_platform.training.sources import fetch_sources

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from gfl_platform.config import JobConfig, SweepConfig
-from gfl_platform.storage.runs import read_json, write_atomically
+from gfl_platform.storage.files import read_json, write_atomically
 
 ENDED = ("finished", "stopped early", "nan")
 """States in which a resumed sweep leaves a trial; it goes on with all others if the budget lets it,

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from gfl_platform.config import JobConfig
-from gfl_platform.storage.runs import storage_root
+from gfl_platform.storage.storage import Storage
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -38,7 +38,7 @@ def chosen_uri(job: JobConfig) -> str | None:
 
 def tracking_uri(job: JobConfig) -> str:
     """Return the URI chosen, else that of a SQLite file under storage.root."""
-    return chosen_uri(job) or f"sqlite:///{storage_root(job) / 'mlflow.db'}"
+    return chosen_uri(job) or f"sqlite:///{Storage(job.storage).root / 'mlflow.db'}"
 
 
 def without_password(text: str) -> str:
@@ -93,7 +93,7 @@ def client_of(job: JobConfig) -> "MlflowClient":
     uri = tracking_uri(job)
     if uri.startswith(DATABASES):
         _require_database(uri)
-    storage_root(job).mkdir(parents=True, exist_ok=True)
+    Storage(job.storage).root.mkdir(parents=True, exist_ok=True)
     for chatty in ("alembic", "mlflow"):  # tell of every migration and registration
         logging.getLogger(chatty).setLevel(logging.WARNING)
     chosen_by_user = os.environ.get("MLFLOW_TRACKING_URI")

@@ -11,7 +11,7 @@ from gfl.config.loader import ConfigError, ConfigT, dump_config, flatten, load_s
 from gfl_platform.cluster.events import Event
 from gfl_platform.config import JobConfig
 from gfl_platform.provenance import COMMIT, git_state
-from gfl_platform.storage.runs import write_atomically
+from gfl_platform.storage.files import write_atomically
 from gfl_platform.tracking.client import without_password
 
 CONFIG_FILE, PACKAGES_FILE, DIFF_FILE = "config.yaml", "packages.txt", "git.diff"

@@ -13,13 +13,8 @@ from typing import Any
 
 from gfl_platform.cluster.events import Event
 from gfl_platform.config import JobConfig
-from gfl_platform.storage.runs import (
-    is_there,
-    read_json,
-    share_state,
-    storage_root,
-    write_atomically,
-)
+from gfl_platform.storage.files import read_json, write_atomically
+from gfl_platform.storage.storage import Storage, is_there
 from gfl_platform.tracking.client import (
     TrackingError,
     chosen_uri,
@@ -262,7 +257,7 @@ class Delivery:
         run = found[0] if found else self._create(experiment, event)
         self.run_id = run.info.run_id
         note(self._folder, run_id=self.run_id)
-        share_state(self._job, self._folder)
+        Storage(self._job.storage).share_state(self._folder)
         from mlflow.entities import Param
 
         params = [Param(key, value) for key, value in event["params"].items()]
@@ -282,7 +277,7 @@ class Delivery:
             return str(found.experiment_id)
         # A database without a server has no place for artifacts: MLflow would take ./mlruns.
         embedded = tracking_uri(self._job).startswith(DATABASES)
-        location = (storage_root(self._job) / "artifacts").as_uri() if embedded else None
+        location = (Storage(self._job.storage).root / "artifacts").as_uri() if embedded else None
         return str(self.client.create_experiment(called, location))
 
     def _log(self, events: list[Event]) -> None:

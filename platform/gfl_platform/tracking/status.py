@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from gfl_platform.cluster.events import Event
-from gfl_platform.storage.runs import read_json, write_atomically
+from gfl_platform.storage.files import read_json, write_atomically
 from gfl_platform.tracking.spool import RUN_FILE, backlog
 
 logger = logging.getLogger(__name__)

@@ -16,8 +16,8 @@ from gfl.config.schema import Config
 from gfl_platform.cluster import launch, resources
 from gfl_platform.cluster.events import Events
 from gfl_platform.config import JobConfig
-from gfl_platform.storage.runs import cache_of, discard, folders_in, ray_storage, shared
 from gfl_platform.storage.s3 import S3Error, is_remote
+from gfl_platform.storage.storage import Storage
 
 logger = logging.getLogger(__name__)
 
@@ -51,18 +51,18 @@ def run(
     """
     from ray.train import CheckpointConfig
 
-    config = reproducible(job)
+    config, storage = reproducible(job), Storage(job.storage)
     result = launch.run_workers(
         _train,
         {
             "config": dump_config(config),
-            "weights": _for_workers(job, sources["weights"], job.model.pretrained),
-            "teacher": _for_workers(job, sources["teacher"], None),
+            "weights": _for_workers(storage, sources["weights"], job.model.pretrained),
+            "teacher": _for_workers(storage, sources["teacher"], None),
             "folder": str(folder),
             "report_every": job.tracking.every_steps,
             "checkpoint_every": job.storage.checkpoint_steps,
             "shares": workers.count,
-            "cache": cache_of(job),
+            "cache": storage.cache,
         },
         workers,
         events,
@@ -70,13 +70,13 @@ def run(
         max_failures=job.cluster.max_failures,
         resize_seconds=job.cluster.resize_seconds,
         name=RAY_FOLDER,
-        **ray_storage(job, folder),
+        **storage.ray_options(folder),
         checkpoint_config=CheckpointConfig(
             num_to_keep=job.storage.keep_checkpoints, checkpoint_score_attribute="AP"
         ),
     )
     kept = [result.checkpoint, *(each for each, _ in result.best_checkpoints)]
-    discard_others(job, folder / RAY_FOLDER, kept)
+    discard_others(storage, folder / RAY_FOLDER, kept)
     epochs = result.return_value["epochs"]
     if epochs < job.schedule.epochs:
         patience = job.schedule.patience
@@ -87,26 +87,26 @@ def run(
     return result.return_value, launch.uri_of(best), facts["metrics"]
 
 
-def discard_others(job: JobConfig, folder: Path, kept: Sequence[Any]) -> None:
+def discard_others(storage: Storage, folder: Path, kept: Sequence[Any]) -> None:
     """Delete checkpoints in `folder` that Ray did not keep: killed workers left them.
 
     Args:
-        job: Says where nodes see the folder.
+        storage: Where nodes see the folder.
         folder: Of a training that has ended.
         kept: The latest, from which the run would go on, and the best.
     """
     names = {Path(checkpoint.path).name for checkpoint in kept}
     with suppress(OSError, S3Error):  # they only take room
-        for name in folders_in(job, folder):
+        for name in storage.folders_in(folder):
             if name.startswith("checkpoint_") and name not in names:
-                discard(job, folder / name)
+                storage.discard(folder / name)
 
 
-def _for_workers(job: JobConfig, path: Path | None, origin: str | None) -> str | None:
+def _for_workers(storage: Storage, path: Path | None, origin: str | None) -> str | None:
     """Return from where workers take what lies at `path`: each from S3 if it is from there."""
     if path is None or (origin and is_remote(origin)):
         return origin
-    return shared(job, path)
+    return storage.shared(path)
 
 
 def _train(settings: dict[str, Any]) -> dict[str, Any]:

@@ -8,8 +8,9 @@ from pathlib import Path
 from gfl.config.loader import reproducible
 from gfl_platform.cluster import resources
 from gfl_platform.config import JobConfig
-from gfl_platform.storage.runs import StorageError, cache_of, storage_root
+from gfl_platform.storage.files import StorageError
 from gfl_platform.storage.s3 import is_remote
+from gfl_platform.storage.storage import Storage
 from gfl_platform.training.fit import logger
 
 
@@ -66,13 +67,14 @@ def fetch_weights(job: JobConfig, location: str) -> Path:
     """
     from gfl.checkpoint.files import WEIGHTS
 
+    storage = Storage(job.storage)
     if location.startswith(("models:/", "runs:/")):
         return fetch_model(job, location) / WEIGHTS
     if "://" not in location:
         path = Path(location).expanduser()
         return path / WEIGHTS if path.is_dir() else path
     if is_remote(location):
-        return cache_of(job).local(location)
+        return storage.cache.local(location)
     if location.startswith(TORCHVISION):
         location = _torchvision_url(location)
     if not location.startswith(("https://", "http://")):
@@ -81,7 +83,7 @@ def fetch_weights(job: JobConfig, location: str) -> Path:
         )
     # Many files are called latest.pth: what tells them apart is where they are.
     folder = hashlib.sha256(location.encode()).hexdigest()[:12]
-    path = storage_root(job) / "weights" / folder / Path(location).name
+    path = storage.root / "weights" / folder / Path(location).name
     if path.exists():
         return path
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -104,7 +106,7 @@ def fetch_model(job: JobConfig, location: str) -> Path:
     from gfl_platform.registry import models  # which stands on this module
 
     name = models.resolve(job, location)
-    folder = storage_root(job) / "weights" / name.replace("models:/", "").replace("/", "-")
+    folder = Storage(job.storage).root / "weights" / name.replace("models:/", "").replace("/", "-")
     if not name.startswith("models:/") or not folder.exists():
         folder.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".fetch-", dir=folder.parent) as scratch:

@@ -17,7 +17,8 @@ from gfl_platform.registry import models
 from gfl_platform.registry.gate import promote
 from gfl_platform.registry.history import Decision
 from gfl_platform.registry.model_card import lineage
-from gfl_platform.storage.runs import cache_of, held, open_run_folder, share_state
+from gfl_platform.storage.files import held
+from gfl_platform.storage.storage import Storage
 from gfl_platform.tracking import client
 from gfl_platform.tracking.metadata import CONFIG_FILE, require_same
 from gfl_platform.tracking.run import RunTracker
@@ -59,9 +60,9 @@ def train(job: JobConfig, name: str, *, resume: bool, watch: Watcher) -> Trainin
         JobFailedError: training stopped.
     """
     started = time.perf_counter()
-    config = reproducible(job)
+    config, storage = reproducible(job), Storage(job.storage)
     if not resources.in_cluster():
-        load_splits(cache_of(job).localized(config))  # here workers see the same: say what is wrong
+        load_splits(storage.cache.localized(config))  # workers see the same: say what is wrong
     with imported_meanwhile("mlflow", *used_by_sources(job)):
         resources.connect()
     workers = resources.allot(job)
@@ -70,7 +71,7 @@ def train(job: JobConfig, name: str, *, resume: bool, watch: Watcher) -> Trainin
         client.connect(job)  # before anything is written
     sources = fetch_sources(job)
     logger.info("learning rate %g for %d images a step", scaled_lr(config), config.data.batch)
-    folder = open_run_folder(job, name, resume=resume)
+    folder = storage.open_run_folder(name, resume=resume)
     require_same(folder / CONFIG_FILE, config, "run")
     with (
         held(folder),
@@ -92,13 +93,13 @@ def train(job: JobConfig, name: str, *, resume: bool, watch: Watcher) -> Trainin
                 tracker.handle({"kind": "outage", "step": step, "metrics": status.outages})
             watch(event)
 
-        share_state(job, folder)
+        storage.share_state(folder)
         origins = {"kind": "tags", "tags": lineage(config, workers, sources)}
         tracker.handle(origins)
         watch(origins)
         with pumped(handle) as events:
             measured, best, metrics = run(job, sources, workers, folder, events)
-        checkpoint = cache_of(job).local(best)  # comes here if it lies on S3
+        checkpoint = storage.cache.local(best)  # comes here if it lies on S3
         fps = measured["fps"]
         tracker.handle({"kind": "result", **measured})
         version = None

@@ -23,8 +23,9 @@ from gfl.train.engine import CheckpointReport, EpochReport, StepReport, fit
 from gfl_platform.cluster import launch, resources
 from gfl_platform.cluster.events import Event, Events
 from gfl_platform.cluster.preflight import problem_of_any_worker, same_on_all_nodes
-from gfl_platform.storage.runs import StorageError, space_required
-from gfl_platform.storage.s3 import Cache, patiently
+from gfl_platform.storage.cache import Cache
+from gfl_platform.storage.files import StorageError, space_required
+from gfl_platform.storage.s3 import patiently
 
 LEAVE_SECONDS = 90.0
 """For the last checkpoint before a node goes: less than the notice of two minutes."""

@@ -12,7 +12,8 @@ from mlflow import MlflowClient
 
 from gfl.checkpoint.files import read_about
 from gfl.checkpoint.snapshot import load_checkpoint
-from gfl_platform.storage.s3 import Cache, list_objects, upload
+from gfl_platform.storage.cache import Cache
+from gfl_platform.storage.s3 import list_objects, upload
 from tests.support import drivers, servers
 from tests.support.drivers import training_processes
 from tests.support.tracking import history

@@ -10,12 +10,11 @@ import boto3
 import pytest
 
 from gfl.config.loader import ConfigError
-from gfl_platform.config import JobConfig, load_job
+from gfl_platform.config import StorageConfig, load_job
 from gfl_platform.registry.models import fetch_checkpoint
-from gfl_platform.storage.runs import StorageError, shared
+from gfl_platform.storage.cache import MANIFEST, Cache
+from gfl_platform.storage.files import StorageError
 from gfl_platform.storage.s3 import (
-    MANIFEST,
-    Cache,
     S3Error,
     S3UnavailableError,
     list_objects,
@@ -24,6 +23,7 @@ from gfl_platform.storage.s3 import (
     require_bucket,
     upload,
 )
+from gfl_platform.storage.storage import Storage
 from gfl_platform.training import train
 
 
@@ -77,10 +77,10 @@ def test_a_damaged_copy_and_an_interrupted_one_are_mended(bucket, cache):
 def test_a_download_that_is_killed_goes_on_where_it_was(bucket, cache):
     bucket(a="one", b="two")
     child = (
-        "import os, signal, sys; from pathlib import Path; from gfl_platform.storage import s3\n"
-        "s3.TOLD_EVERY, s3.DOWNLOADS = 0, 1\n"
+        "import os, signal, sys; from pathlib import Path; from gfl_platform.storage import cache\n"
+        "cache.TOLD_EVERY, cache.DOWNLOADS = 0, 1\n"
         "def die(_): os.kill(os.getpid(), signal.SIGKILL)\n"
-        f"s3.Cache(Path({str(cache.folder)!r}), 1000).local('s3://gfl/set', die)"
+        f"cache.Cache(Path({str(cache.folder)!r}), 1000).local('s3://gfl/set', die)"
     )
     killed = subprocess.run([sys.executable, "-c", child], env=os.environ, check=False)
     assert killed.returncode == -signal.SIGKILL
@@ -100,7 +100,7 @@ def test_names_that_begin_alike_are_no_folder(bucket, cache):
 def test_unused_copies_give_way_and_used_ones_do_not(bucket, cache, tmp_path):
     bucket(a="x" * 400, b="y" * 400, c="z" * 400)
     child = (
-        "from gfl_platform.storage.s3 import Cache; from pathlib import Path; import sys; "
+        "from gfl_platform.storage.cache import Cache; from pathlib import Path; import sys; "
         f"Cache(Path({str(cache.folder)!r}), 1000).local('s3://gfl/set/a.txt'); "
         "print('there', flush=True); sys.stdin.read()"
     )
@@ -159,14 +159,14 @@ def test_an_upload_that_was_killed_is_completed(bucket, s3, tmp_path):
     (tmp_path / "teacher").mkdir()
     for name in ("a.txt", "b.txt"):
         (tmp_path / "teacher" / name).write_text(name)
-    job = JobConfig(storage={"root": "s3://gfl/set", "cache": str(tmp_path / "cache")})
-    location = shared(job, tmp_path / "teacher")
+    storage = Storage(StorageConfig(root="s3://gfl/set", cache=str(tmp_path / "cache")))
+    location = storage.shared(tmp_path / "teacher")
     whole = list_objects(location)
     assert set(whole) == {"a.txt", "b.txt"}
     boto3.client("s3").delete_object(
         Bucket="gfl", Key=f"{location.removeprefix('s3://gfl/')}/b.txt"
     )
-    assert shared(job, tmp_path / "teacher") == location
+    assert storage.shared(tmp_path / "teacher") == location
     assert list_objects(location) == whole
 
 

@@ -322,9 +322,9 @@ def test_a_finished_sweep_that_is_resumed_tries_only_what_failed_again(dry_job):
 
 
 def trial_files(job):
-    from gfl_platform.storage.runs import storage_root
+    from gfl_platform.storage.storage import Storage
 
-    return sorted(storage_root(job).glob("sweeps/dry/trials/*/trial.json"))
+    return sorted(Storage(job.storage).root.glob("sweeps/dry/trials/*/trial.json"))
 
 
 def test_a_resumed_sweep_that_asks_for_something_else_is_refused(tiny_file, tmp_path):

@@ -2,7 +2,7 @@
 
 import pytest
 
-from gfl_platform.storage.runs import StorageError, held, read_json
+from gfl_platform.storage.files import StorageError, held, read_json
 from gfl_platform.tracking.status import STATUS_FILE, StatusFile, read_status
 
 STEPS = {

@@ -21,7 +21,7 @@ from gfl_platform.cluster.events import pumped
 from gfl_platform.config import JobConfig, load_job
 from gfl_platform.evaluation.evaluate import evaluate_checkpoint
 from gfl_platform.registry import models
-from gfl_platform.storage.runs import StorageError
+from gfl_platform.storage.files import StorageError
 from gfl_platform.tracking import metadata
 from gfl_platform.tracking.client import TrackingError, connect
 from gfl_platform.training import train

@@ -13,8 +13,8 @@ from ray.train import Checkpoint
 from gfl.checkpoint.files import ABOUT, CHECKSUMS, CONFIG, TRAINING, WEIGHTS, About
 from gfl.checkpoint.snapshot import take_snapshot
 from gfl.model.detector import Detector
-from gfl_platform.storage.runs import StorageError
-from gfl_platform.storage.s3 import Cache
+from gfl_platform.storage.cache import Cache
+from gfl_platform.storage.files import StorageError
 from gfl_platform.training import worker
 from gfl_platform.training.worker import REPORTS_FILE, _latest_whole_checkpoint
 

@@ -12,7 +12,7 @@ from math import isfinite
 from pathlib import Path
 from typing import Any
 
-from gfl_platform.storage.runs import write_atomically
+from gfl_platform.storage.files import write_atomically
 from gfl_platform.sweeps.analysis.figures import Picture, draw_all, style
 from gfl_platform.sweeps.analysis.statistics import PointSummary, seed_count
 from gfl_platform.sweeps.analysis.verdicts import (

@@ -1,0 +1,95 @@
+"""Local files: written whole or not at all, and locked by one process at a time."""
+
+import errno
+import fcntl
+import json
+import os
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+LOCK_FILE = "lock"
+"""File in a run's folder; the process that works on the run locks it and notes its name there."""
+
+
+class StorageError(ValueError):
+    """A file or folder is missing, exists already, is locked or cannot be written."""
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write `text` to `path`, which then holds all of it, or what it held before.
+
+    That also holds if the machine loses power: file and folder are synchronised with the device.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with partial.open("w") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+        _synchronise(path.parent)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _synchronise(folder: Path) -> None:
+    """Write a folder's list of files to the device."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Return the mapping in a JSON file; empty if there is no such file."""
+    return json.loads(path.read_text()) if path.is_file() else {}
+
+
+@contextmanager
+def held(folder: Path) -> Iterator[None]:
+    """Lock a run's folder, so that only one job works on the run.
+
+    The operating system releases the lock when the process dies.
+
+    Raises:
+        StorageError: another job holds the lock; the message names its process and machine.
+    """
+    with (folder / LOCK_FILE).open("a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            file.seek(0)
+            raise StorageError(
+                f"run '{folder.name}' is in the hands of {file.read().strip()}; stop that job "
+                "first, or choose another run.name"
+            ) from error
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}")
+        file.flush()
+        yield
+
+
+@contextmanager
+def space_required(where: str) -> Iterator[None]:
+    """Explain in one line that there was no space for a checkpoint.
+
+    Args:
+        where: Folder on the device that may be full.
+
+    Raises:
+        StorageError: the device is full.
+    """
+    try:
+        yield
+    except Exception as error:
+        if getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error):
+            raise StorageError(
+                f"{where}: no space left on the device for a checkpoint; the one before is whole: "
+                "free some space, but no checkpoint of this run, and go on with --resume"
+            ) from error
+        raise
