@@ -44,6 +44,8 @@ class Progress:
     def show(self, event: Mapping[str, Any]) -> None:
         """Show an event of a training."""
         match event:
+            case {"kind": "waiting", "reason": reason}:
+                self._show_line(reason, always=True)
             case {"kind": "data", "facts": dict(facts)}:
                 self._compare({f"data.{key}": fact for key, fact in facts.items()})
             case {"kind": "tags", "tags": dict(tags)}:
@@ -82,10 +84,11 @@ class Progress:
         )
         self._show_line(line)
 
-    def _show_line(self, line: str) -> None:
+    def _show_line(self, line: str, *, always: bool = False) -> None:
+        """Show a line of progress; where no terminal redraws it, `always` or now and then."""
         if self._live:
             self._live.update(line)
-        elif time.monotonic() - self._last_line >= PLAIN_LINE_SECONDS:
+        elif always or time.monotonic() - self._last_line >= PLAIN_LINE_SECONDS:
             self._last_line = time.monotonic()
             console.print(line, soft_wrap=True)
 
@@ -104,6 +107,8 @@ class SweepProgress(Progress):
         match event["kind"]:
             case "steps":
                 self._epochs[trial.id] = event["epoch"]
+            case "waiting":
+                console.print(f"{_name(trial)}: {event['reason']}")
             case "failure" if not event["final"]:
                 console.print(f"{_name(trial)}: a worker stopped ({event['reason']}); going on")
             case "ended":

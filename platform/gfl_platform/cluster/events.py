@@ -11,6 +11,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+import ray
+from ray.exceptions import RayActorError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
 logger = logging.getLogger(__name__)
 
 DRAIN_SECONDS = 0.5
@@ -58,9 +62,6 @@ class Events:
 @contextmanager
 def pumped(handle: Watcher) -> Iterator[Events]:
     """Hand all events to `handle`, in a thread of its own; the last ones at the end."""
-    import ray
-    from ray.exceptions import RayActorError
-
     events = Events(_start_queue())
     done = threading.Event()
 
@@ -98,8 +99,5 @@ def _handle_or_log(handle: Watcher, event: Event) -> None:
 
 def _start_queue() -> Any:
     """Return the handle of a new queue on this node."""
-    import ray
-    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
-
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     return ray.remote(EventQueue).options(num_cpus=0, scheduling_strategy=here).remote()

@@ -1,132 +1,27 @@
-"""The Ray cluster: which one, what a job needs of it, how its workers run."""
+"""Running a training loop in the workers of a Ray cluster, with failures told in one line."""
 
-import logging
-import os
 import signal
 import threading
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Mapping, Sequence
 from math import inf
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import ray
-from ray.exceptions import GetTimeoutError
-from ray.train import UserCallback
-from ray.train._internal.utils import get_address_and_port
-from ray.train.backend import Backend, BackendConfig
-from ray.train.v2._internal.callbacks import datasets, placement_group_callback
-from ray.train.v2._internal.util import TrainingFramework
-from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
+from ray.train import Checkpoint, FailureConfig, RunConfig, ScalingConfig, UserCallback
+from ray.train.torch import TorchTrainer
 
 from gfl.errors import LeaveError, NonFiniteLossError
 from gfl.ops.allocator import KEEPING
 from gfl_platform.cluster.events import Events
-from gfl_platform.cluster.resources import start_timeout
+from gfl_platform.cluster.ray_private import death_of_process
+from gfl_platform.cluster.resources import Workers, shortage, start_timeout
 from gfl_platform.storage.s3 import S3UnavailableError
 
-if TYPE_CHECKING:
-    pass
-from gfl_platform.cluster.resources import Workers
-
-logger = logging.getLogger(__name__)
-
-DISBAND_SECONDS = 30.0
-"""For workers to leave their process group; then they are ended. Ray's own default."""
-
-
-def trainer_class(*, stoppable: bool) -> Any:
-    """Return Ray's class of trainers without the processes that are of no use here.
-
-    One serves Ray Data's datasets, the other frees what a stopped training held. Where there is no
-    dashboard, the second would ask whoever else listens on its port, and then stop the training.
-
-    Args:
-        stoppable: Whether Ray Tune may stop the training.
-    """
-    useless: tuple[type, ...] = (datasets.DatasetsCallback,)
-    if not stoppable:
-        useless += (placement_group_callback.PlacementGroupCleanerCallback,)
-
-    class Trainer(DataParallelTrainer):
-        def _create_default_callbacks(self) -> list[Any]:
-            return [c for c in super()._create_default_callbacks() if not isinstance(c, useless)]
-
-    return Trainer
-
-
-class ProcessGroup(BackendConfig):
-    """`torch.distributed` among several workers, as Ray's `TorchConfig` sets it up in them.
-
-    Only workers import that, and torch with it: it would hold up the controller for seconds, and
-    take it half a gigabyte.
-    """
-
-    @property
-    def backend_cls(self) -> type[Backend]:  # noqa: D102
-        return _Backend
-
-    @property
-    def train_func_context(self) -> Callable[[], AbstractContextManager[None]]:  # noqa: D102
-        return _own_device
-
-    @property
-    def framework(self) -> TrainingFramework:  # noqa: D102
-        return TrainingFramework.TORCH
-
-
-class _Backend(Backend):
-    share_cuda_visible_devices = True
-
-    def on_start(self, worker_group: Any, backend_config: BackendConfig) -> None:
-        address = worker_group.execute(_prepare)[0]
-        backend = "nccl" if worker_group.get_resources_per_worker().get("GPU", 0) else "gloo"
-        count = len(worker_group)
-        joined = [worker_group.execute_single_async(rank, _join, backend, rank, count, address)
-                  for rank in range(count)]  # fmt: skip
-        ray.get(joined)
-
-    def on_shutdown(self, worker_group: Any, backend_config: BackendConfig) -> None:
-        several = len(worker_group) > 1
-        try:
-            ray.get(worker_group.execute_async(_disband, several), timeout=DISBAND_SECONDS)
-        except GetTimeoutError:
-            logger.warning("workers did not leave their process group in time")
-
-
-def _own_device() -> AbstractContextManager[None]:
-    from ray.train.torch.config import TorchConfigContextManager
-
-    found: AbstractContextManager[None] = TorchConfigContextManager()
-    return found
-
-
-def _prepare() -> tuple[str, int]:
-    """Return an address and a free port; torch is there then, so that nobody takes it meanwhile."""
-    from ray.train.torch import config
-
-    config._set_torch_distributed_env_vars()
-    return get_address_and_port()
-
-
-def _join(backend: str, rank: int, count: int, address: tuple[str, int]) -> None:
-    from ray.train.torch import config
-
-    os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"] = map(str, address)
-    config._setup_torch_process_group(backend, rank, count, "env://")
-
-
-def _disband(several: bool) -> None:
-    from ray.train.torch import config
-
-    config._shutdown_torch(destroy_process_group=several)
-
-
-FINAL = (ValueError, NonFiniteLossError)
-"""What would stop every further attempt, too, if it is not an `S3UnavailableError`."""
+FINAL_ERRORS = (ValueError, NonFiniteLossError)
+"""Errors that every further attempt would raise, too, `S3UnavailableError` excepted."""
 
 
 class JobFailedError(RuntimeError):
-    """A worker stopped; the message is what it said."""
+    """A worker stopped; the message is the worker's own."""
 
 
 class DivergedError(JobFailedError):
@@ -135,7 +30,7 @@ class DivergedError(JobFailedError):
 
 def run_workers(
     loop: Callable[[dict[str, Any]], Any],
-    settings: dict[str, Any],
+    settings: Mapping[str, Any],
     workers: Workers,
     events: Events,
     callbacks: Sequence[UserCallback] = (),
@@ -143,29 +38,26 @@ def run_workers(
     resize_seconds: float = inf,
     **run_options: Any,
 ) -> Any:
-    """Run `loop(settings)` in every worker, several in a process group; return Ray's result.
+    """Run `loop(settings)` in every worker, all in one process group; return Ray's result.
 
     Args:
-        loop: Finds `events` under `settings["events"]`; what it returns on rank 0 is
-            `result.return_value`.
-        settings: For `loop`.
-        workers: What to run on.
-        events: Is told of what workers and controller do.
-        callbacks: Of the training controller, besides its own.
-        max_failures: How often to start them again.
-        resize_seconds: Between looks for nodes that more workers could use, if they are elastic.
-        run_options: Of Ray's `RunConfig`.
+        loop: The function that each worker runs. It finds `events` under `settings["events"]`, and
+            its return value on rank 0 is `result.return_value`.
+        settings: The argument of `loop`.
+        workers: The processes and devices to run on.
+        events: The way to the driver, for the workers and the training controller.
+        callbacks: Further callbacks of the training controller.
+        max_failures: Number of times that failed workers are started again.
+        resize_seconds: Seconds between two checks for nodes that an elastic job could use.
+        run_options: Options of Ray's `RunConfig`.
 
     Raises:
-        JobFailedError: a worker stopped, and going on was no use or was tried often enough; of a
-            NaN a `DivergedError`.
+        JobFailedError: a worker stopped, and another attempt was useless or one too many; it is a
+            `DivergedError` if the reason was a NaN.
     """
-    from ray.train import FailureConfig, RunConfig, ScalingConfig
-
-    trainer = trainer_class(stoppable=workers.stoppable)(
+    trainer = TorchTrainer(
         loop,
-        backend_config=ProcessGroup() if workers.count > 1 else None,
-        train_loop_config=settings | {"events": events},
+        train_loop_config={**settings, "events": events},
         scaling_config=ScalingConfig(
             num_workers=(workers.least, workers.count) if workers.elastic else workers.count,
             elastic_resize_monitor_interval_s=resize_seconds,
@@ -183,6 +75,8 @@ def run_workers(
             **run_options,
         ),
     )
+    if reason := shortage(workers):
+        events.tell({"kind": "waiting", "reason": reason})
     on_interrupt = signal.getsignal(signal.SIGINT)
     try:
         with start_timeout(elastic=workers.elastic):
@@ -199,42 +93,44 @@ def run_workers(
 
 
 class ControllerCallback(UserCallback):
-    """Tells the driver what the training controller sees; gives up where trying again is no use.
+    """Tells the driver what the training controller sees, and ends a run that cannot succeed.
 
-    It counts failures in Ray's place, to which a worker that leaves a drained node is one.
+    It counts failures in place of Ray, which would count a worker that leaves a drained node.
     """
 
     def __init__(self, events: Events, max_failures: int) -> None:
         self._events = events
         self._failures_left = max_failures
-        self._leaves = False
+        self._preempted = False
 
     def after_report(
-        self, run_context: Any, metrics: list[dict[str, Any]], checkpoint: Any
+        self, run_context: Any, metrics: list[dict[str, Any]], checkpoint: Checkpoint | None
     ) -> None:
-        """Tell of a checkpoint that lies in storage, with what rank 0 says of it."""
-        self._leaves = False
+        """Tell the driver about a checkpoint that is in storage, with the metrics of rank 0."""
+        self._preempted = False
         if checkpoint is not None:
-            # One within an epoch has no metrics: it is there to go on from.
+            # A checkpoint within an epoch has no metrics: it only serves to continue from.
             kind = "checkpoint" if "metrics" in metrics[0] else "saved"
             self._events.tell({"kind": kind, "uri": uri_of(checkpoint), **metrics[0]})
 
     def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
-        """Tell of workers that stopped; raise, which ends the run, where they would stop again."""
-        leaving = [rank for rank, e in sorted(worker_exceptions.items()) if _left_its_node(e)]
-        if leaving:
-            if not self._leaves:  # Ray asks again until all of them have stopped
-                reason = "its node is drained"
-                failure = {"kind": "failure", "rank": leaving[0], "reason": reason, "final": False}
-                self._events.tell(failure)
-            self._leaves = True
+        """Tell the driver about workers that stopped; raise if they would stop again.
+
+        Raises:
+            JobFailedError: the run has to end.
+        """
+        preempted_ranks = [r for r, e in sorted(worker_exceptions.items()) if _was_preempted(e)]
+        if preempted_ranks:
+            if not self._preempted:  # Ray calls again until all of them have stopped
+                self._tell_failure(preempted_ranks[0], "its node is drained", final=False)
+            self._preempted = True
             return
-        # Those whose partner died stop, too: one loss, told of by the worker that explains it.
-        rank = min(worker_exceptions, key=lambda rank: (*_explains(worker_exceptions[rank]), rank))
+        # Workers whose partner died stop, too: one loss, explained by the worker that caused it.
+        rank = min(worker_exceptions, key=lambda rank: (_precedence(worker_exceptions[rank]), rank))
         cause = root_cause(worker_exceptions[rank])
         final = _is_final(cause)
         reason = one_line(cause)
-        self._events.tell({"kind": "failure", "rank": rank, "reason": reason, "final": final})
+        self._tell_failure(rank, reason, final=final)
         if final:
             diverged = isinstance(cause, NonFiniteLossError)
             raise DivergedError(reason) if diverged else JobFailedError(reason)
@@ -242,31 +138,36 @@ class ControllerCallback(UserCallback):
         if self._failures_left < 0:
             raise JobFailedError(reason)
 
+    def _tell_failure(self, rank: int, reason: str, *, final: bool) -> None:
+        self._events.tell({"kind": "failure", "rank": rank, "reason": reason, "final": final})
+
 
 def _is_final(cause: BaseException) -> bool:
-    return isinstance(cause, FINAL) and not isinstance(cause, S3UnavailableError)
+    return isinstance(cause, FINAL_ERRORS) and not isinstance(cause, S3UnavailableError)
 
 
-def _explains(error: BaseException) -> tuple[bool, bool]:
-    """Return a key that sorts what would end any attempt first, then processes that died."""
-    return not _is_final(root_cause(error)), not hasattr(error, "health_check_failure")
+def _precedence(error: BaseException) -> int:
+    """Return 0 for an error that ends every attempt, 1 for a process that died, 2 for others."""
+    if _is_final(root_cause(error)):
+        return 0
+    return 2 if death_of_process(error) is None else 1
 
 
-def _left_its_node(error: BaseException) -> bool:
+def _was_preempted(error: BaseException) -> bool:
     """Return whether a worker stopped because its node is drained, or died with a drained node."""
-    died_of = getattr(error, "health_check_failure", error)
-    return isinstance(root_cause(error), LeaveError) or getattr(died_of, "preempted", False)
+    death = death_of_process(error) or error
+    return isinstance(root_cause(error), LeaveError) or getattr(death, "preempted", False)
 
 
-def uri_of(checkpoint: Any) -> str:
-    """Return where one of Ray's checkpoints lies: a path, or `s3://...`."""
+def uri_of(checkpoint: Checkpoint) -> str:
+    """Return the location of one of Ray's checkpoints: a path, or `s3://...`."""
     remote = checkpoint.filesystem.type_name == "s3"
     return f"s3://{checkpoint.path}" if remote else str(checkpoint.path)
 
 
 def root_cause(error: BaseException) -> BaseException:
-    """Return what lies inside Ray's wrappings of an exception."""
-    for name in ("_base_exc", "cause", "controller_failure"):
+    """Return the exception that Ray has wrapped in its own."""
+    for name in ("cause", "controller_failure"):
         inner = getattr(error, name, None)
         if isinstance(inner, BaseException):
             return root_cause(inner)
@@ -274,7 +175,7 @@ def root_cause(error: BaseException) -> BaseException:
 
 
 def one_line(error: BaseException) -> str:
-    """Return what an exception says in one line: the first, or of a traceback as text the last."""
+    """Return the message of an exception in one line: of a traceback as text, its last line."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     if not lines:
         return type(error).__name__

@@ -1,43 +1,44 @@
-"""What a cluster can have at most: what it has, or what its autoscaler may add."""
+"""What a Ray cluster has, what its autoscaler may add, and what a job takes of it."""
 
 import logging
 import os
-import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from math import inf
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 import ray
+import ray.train.torch
+import torch
+import yaml
 
 from gfl_platform.config import JobConfig
 
-if TYPE_CHECKING:
-    import torch
-import importlib
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
-from pathlib import Path
-
-import yaml
-
 DEFAULT_CPU_WORKERS = 2
+
+AUTOSCALER_FILE = "~/ray_bootstrap_config.yaml"
+"""File on the head node, where drivers run: the definition of the cluster, made by `ray up`."""
+
+START_TIMEOUT = "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"
+"""Environment variable: seconds that Ray Train waits for enough resources to start workers."""
 
 
 class ClusterError(ValueError):
-    """A cluster that cannot be had, or lacks what the job asks for."""
+    """A cluster that does not answer, or lacks what the job needs."""
 
 
 @dataclass(frozen=True)
 class Workers:
-    """What a job runs on.
+    """The processes and devices that a job runs on.
 
     Attributes:
-        count: Training processes, at most.
-        least: The fewest that it starts with.
-        use_gpu: Whether each takes a GPU.
-        cpus: CPUs of each.
-        stoppable: Whether Ray Tune may stop the training, which costs two more processes: one that
-            tells Tune of epochs, one that frees what a stopped training held.
+        count: Number of training processes, at most.
+        least: Smallest number of training processes to start with.
+        use_gpu: Whether each process takes a GPU.
+        cpus: CPUs of each process.
+        stoppable: Whether Ray Tune may stop the training, and hence has to hear of its epochs.
     """
 
     count: int
@@ -48,8 +49,13 @@ class Workers:
 
     @property
     def elastic(self) -> bool:
-        """Whether the number follows the nodes that there are."""
+        """Whether the number of processes follows the number of nodes."""
         return self.least < self.count
+
+    @property
+    def needs(self) -> dict[str, int]:
+        """Resources to start with: numbers of CPUs and GPUs."""
+        return {"CPU": self.least * self.cpus, "GPU": self.least if self.use_gpu else 0}
 
 
 def in_cluster() -> bool:
@@ -57,16 +63,14 @@ def in_cluster() -> bool:
     return bool(os.environ.get("RAY_ADDRESS"))
 
 
-def connect(*, verbose: bool = False, dashboard: bool = False) -> None:
+def connect(*, verbose: bool = False) -> None:
     """Connect to the cluster this process belongs to, or start one on this machine.
 
     Args:
-        verbose: Whether Ray tells what it does.
-        dashboard: Whether a cluster that is started has a dashboard, on loopback. Where trainings
-            are stopped from outside it must: Ray Train asks it whether to free what they held.
+        verbose: Whether Ray's own log is shown.
 
     Raises:
-        ClusterError: a cluster that does not answer.
+        ClusterError: the cluster does not answer.
     """
     if ray.is_initialized():
         return
@@ -76,14 +80,15 @@ def connect(*, verbose: bool = False, dashboard: bool = False) -> None:
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
     # Ray will stop hiding GPUs from processes that ask for none; so do we, without its warning.
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    if not in_cluster():  # one machine is not taken away in part: nothing is to be watched for
-        os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
     options: dict[str, Any] = {"logging_level": level, "log_to_driver": verbose}
+    if not in_cluster():
+        # No node of a single machine is drained, so there is nothing to watch for.
+        os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
+        # Ray Train asks the dashboard whether a training still runs. It listens on loopback, on
+        # port 8265 or the next free one.
+        options |= {"address": "local", "include_dashboard": True}
     try:
-        if in_cluster():
-            ray.init(**options)
-        else:
-            ray.init(address="local", include_dashboard=dashboard, **options)
+        ray.init(**options)
     except (ConnectionError, RuntimeError, OSError) as error:
         raise ClusterError(
             f"Ray cluster {os.environ.get('RAY_ADDRESS', 'local')}: {error}; check RAY_ADDRESS"
@@ -94,20 +99,19 @@ def allot(job: JobConfig) -> Workers:
     """Return what the job runs on.
 
     Raises:
-        ClusterError: the cluster has fewer CPUs or GPUs, nor can its autoscaler add them; said at
-            once, for Ray would wait.
+        ClusterError: the cluster has fewer CPUs or GPUs than the job needs, and no autoscaler that
+            can add them; Ray itself would wait for ever.
     """
     present = ray.cluster_resources()
     most, origin = most_resources(present)
-    asked = job.cluster
+    config = job.cluster
     gpus = int(present.get("GPU", 0))
     has_gpus = gpus > 0 or 0 < most.get("GPU", 0) < inf
-    use_gpu = has_gpus if asked.use_gpu is None else asked.use_gpu
-    number = asked.workers or (max(gpus, 1) if use_gpu else DEFAULT_CPU_WORKERS)
+    use_gpu = has_gpus if config.use_gpu is None else config.use_gpu
+    number = config.workers or (max(gpus, 1) if use_gpu else DEFAULT_CPU_WORKERS)
     least, count = number if isinstance(number, tuple) else (number, number)
-    workers = Workers(count, least, use_gpu, asked.cpus_per_worker)
-    needed = {"CPU": least * workers.cpus, "GPU": least if use_gpu else 0}
-    for kind, amount in needed.items():
+    workers = Workers(count, least, use_gpu, config.cpus_per_worker)
+    for kind, amount in workers.needs.items():
         if amount > most.get(kind, 0):
             raise ClusterError(
                 f"cluster.workers: {least} workers need {amount} {kind}s, but the cluster has "
@@ -116,33 +120,36 @@ def allot(job: JobConfig) -> Workers:
     return workers
 
 
+def shortage(workers: Workers) -> str | None:
+    """Return what the workers wait for, such as "waiting for 4 GPUs, the cluster has 2", or None.
+
+    There is something to wait for where an autoscaler has yet to add nodes.
+    """
+    present = ray.cluster_resources()
+    for kind, amount in reversed(workers.needs.items()):  # nodes with GPUs have CPUs, too
+        if amount > present.get(kind, 0):
+            return f"waiting for {amount} {kind}s, the cluster has {present.get(kind, 0):.0f}"
+    return None
+
+
 def node_count() -> int:
     """Return how many nodes the cluster has."""
     return sum(node["Alive"] for node in ray.nodes())
 
 
-def worker_device() -> "torch.device":
-    """Return the device of the training process that this is."""
-    import ray.train.torch
-
+def worker_device() -> torch.device:
+    """Return the device of the training process that calls this."""
     return ray.train.torch.get_device()
 
 
-AUTOSCALER_FILE = "~/ray_bootstrap_config.yaml"
-"""On the head node, where drivers run: what `ray up` gave the autoscaler."""
-
-START_TIMEOUT = "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"
-"""How long Ray Train lets workers wait for room."""
-
-
 def most_resources(present: Mapping[str, float]) -> tuple[Mapping[str, float], str]:
-    """Return the most of every resource that the cluster can have, and words on where it says so.
+    """Return the most of every resource that the cluster can have, and where that is written.
 
     Args:
-        present: What it has now; where there is no autoscaler, that is all.
+        present: What the cluster has now; without an autoscaler, that is the most.
     """
     file = Path(AUTOSCALER_FILE).expanduser()
-    if "RAY_ADDRESS" in os.environ and file.is_file():
+    if in_cluster() and file.is_file():
         most = of_autoscaler(yaml.safe_load(file.read_text()))
         kinds = {*most, *present}
         return (
@@ -150,22 +157,22 @@ def most_resources(present: Mapping[str, float]) -> tuple[Mapping[str, float], s
             f" at most ({file}, max_workers)",
         )
     if "--no-monitor" in os.environ.get("KUBERAY_GEN_RAY_START_CMD", ""):
-        # KubeRay's autoscaler runs beside the head; nothing there tells of its limits.
+        # KubeRay's autoscaler runs beside the head; nothing there tells its limits.
         return dict.fromkeys(("CPU", "GPU"), inf), ""
     return present, ""
 
 
 @contextmanager
 def start_timeout(*, elastic: bool) -> Iterator[None]:
-    """Tell Ray how long workers may take to find room; what the environment says comes first.
+    """Set how long Ray waits for resources to start workers, unless the environment sets it.
 
     Args:
-        elastic: Whether Ray tries with another number of workers then.
+        elastic: Whether Ray tries another number of workers after the timeout.
     """
-    present = ray.cluster_resources()
     if START_TIMEOUT in os.environ:
         yield
         return
+    present = ray.cluster_resources()
     if elastic:  # Ray's picture of the cluster, which is renewed every 20 s, had a node too many
         os.environ[START_TIMEOUT] = "25"
     elif most_resources(present)[0] != present:  # a cloud takes minutes to start a node
@@ -179,35 +186,17 @@ def start_timeout(*, elastic: bool) -> Iterator[None]:
 def of_autoscaler(definition: Mapping[str, Any]) -> dict[str, float]:
     """Return the most of every resource that a cluster's definition (`ray up`) allows."""
     types = definition["available_node_types"]
-    kinds = {kind for each in types.values() for kind in each.get("resources", {})}
+    kinds = {kind for node_type in types.values() for kind in node_type.get("resources", {})}
     return {kind: _most_of(kind, definition) for kind in kinds}
 
 
 def _most_of(kind: str, definition: Mapping[str, Any]) -> float:
     types, head = definition["available_node_types"], definition["head_node_type"]
-    left = definition.get("max_workers", 2)
+    nodes_left = definition.get("max_workers", 2)
     total = types[head].get("resources", {}).get(kind, 0)
-    richest_first = sorted(types.values(), key=lambda each: -each.get("resources", {}).get(kind, 0))
-    for each in richest_first:
-        limit = 0 if each is types[head] else left
-        nodes = min(left, each.get("max_workers", limit))
-        total += nodes * each.get("resources", {}).get(kind, 0)
-        left -= nodes
+    for node_type in sorted(types.values(), key=lambda t: -t.get("resources", {}).get(kind, 0)):
+        limit = 0 if node_type is types[head] else nodes_left
+        nodes = min(nodes_left, node_type.get("max_workers", limit))
+        total += nodes * node_type.get("resources", {}).get(kind, 0)
+        nodes_left -= nodes
     return float(total)
-
-
-@contextmanager
-def imported_meanwhile(*modules: str) -> Iterator[None]:
-    """Import modules in a thread while other processes are waited for."""
-
-    def load() -> None:
-        for module in modules:
-            with suppress(Exception):  # whoever needs it is told
-                importlib.import_module(module)
-
-    thread = threading.Thread(target=load, name="imports", daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        thread.join()

@@ -155,15 +155,10 @@ def benchmark(
             "images": images,
         }
         result = launch.run_workers(
-            _measure, settings, workers, events, **storage.ray_options(scratch)
+            benchmark_worker, settings, workers, events, **storage.ray_options(scratch)
         )
     found: Benchmark = result.return_value
     return found
-
-
-def _measure(settings: dict[str, Any]) -> Benchmark:
-
-    return benchmark_worker(settings)
 
 
 def keep(job: JobConfig, model: str, run_id: str | None, found: Benchmark, picture: Path) -> str:

@@ -91,14 +91,9 @@ def evaluate_checkpoint(
     workers = resources.allot(job)
     with storage.scratch_folder() as scratch, pumped(watch) as events:
         result = launch.run_workers(
-            _evaluate, settings, workers, events, **storage.ray_options(scratch)
+            evaluate_worker, settings, workers, events, **storage.ray_options(scratch)
         )
     figures: dict[str, Any] = result.return_value
     if results:
         write_atomically(results, json.dumps(coco_records(figures["detections"])) + "\n")
     return figures
-
-
-def _evaluate(settings: dict[str, Any]) -> dict[str, Any]:
-
-    return evaluate_worker(settings)

@@ -14,7 +14,6 @@ from gfl_platform.cluster.events import Event, pumped
 from gfl_platform.cluster.resources import (
     START_TIMEOUT,
     Workers,
-    imported_meanwhile,
     most_resources,
 )
 from gfl_platform.config import BudgetConfig, JobConfig, SweepConfig
@@ -47,7 +46,7 @@ from gfl_platform.sweeps.trials import (
 from gfl_platform.tracking import client, run
 from gfl_platform.tracking.client import TrackingError
 from gfl_platform.tracking.metadata import require_same
-from gfl_platform.training.sources import fetch_sources, used_by_sources
+from gfl_platform.training.sources import fetch_sources
 
 CHALLENGER = "challenger"
 
@@ -154,12 +153,10 @@ def _prepare(job: JobConfig, storage: Storage, name: str, *, resume: bool) -> tu
     folder = storage.find_run_folder(name, resume=resume, kind="sweeps")
     if resume:
         require_same(folder / CONFIG_FILE, asked, "sweep", MAY_CHANGE)
-    stops = _stops_trials(sweep_of(job))
-    with imported_meanwhile("mlflow", *used_by_sources(first)):
-        resources.connect(dashboard=stops)
-        workers = replace(resources.allot(first), stoppable=stops)
-        if not resources.in_cluster():  # here workers see the same files: say at once what is wrong
-            check_data(first, workers.count, sweep_of(job).objectives)
+    resources.connect()
+    workers = replace(resources.allot(first), stoppable=_stops_trials(sweep_of(job)))
+    if not resources.in_cluster():  # here workers see the same files: say at once what is wrong
+        check_data(first, workers.count, sweep_of(job).objectives)
     client.connect(job)
     fetch_sources(first)
     if not resume:

@@ -1,7 +1,4 @@
-"""A training as who starts it sees it: what it begins with, its workers, its best checkpoint.
-
-Light to import: the processes of a training or a sweep need no torch, except where one trains.
-"""
+"""One training on Ray: what its workers are given, and the best checkpoint that they leave."""
 
 import logging
 from collections.abc import Sequence
@@ -9,7 +6,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from ray.train import UserCallback
+from ray.train import CheckpointConfig, UserCallback
 
 from gfl.config.loader import config_hash, dump_config, reproducible
 from gfl.config.schema import Config
@@ -18,6 +15,7 @@ from gfl_platform.cluster.events import Events
 from gfl_platform.config import JobConfig
 from gfl_platform.storage.s3 import S3Error, is_remote
 from gfl_platform.storage.storage import Storage
+from gfl_platform.training.worker import train_worker
 
 logger = logging.getLogger(__name__)
 
@@ -49,11 +47,9 @@ def run(
     Raises:
         JobFailedError: training stopped.
     """
-    from ray.train import CheckpointConfig
-
     config, storage = reproducible(job), Storage(job.storage)
     result = launch.run_workers(
-        _train,
+        train_worker,
         {
             "config": dump_config(config),
             "weights": _for_workers(storage, sources["weights"], job.model.pretrained),
@@ -107,12 +103,6 @@ def _for_workers(storage: Storage, path: Path | None, origin: str | None) -> str
     if path is None or (origin and is_remote(origin)):
         return origin
     return storage.shared(path)
-
-
-def _train(settings: dict[str, Any]) -> dict[str, Any]:
-    from gfl_platform.training.worker import train_worker
-
-    return train_worker(settings)
 
 
 class HashCheck(UserCallback):

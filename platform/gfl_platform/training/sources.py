@@ -1,26 +1,28 @@
 """Weights to start from, fetched once: files, published ones, our own models."""
 
 import hashlib
+import logging
 import shutil
 import tempfile
 from pathlib import Path
 
+import torch
+from torchvision.models import get_model_weights
+
+from gfl.checkpoint.files import WEIGHTS
+from gfl.checkpoint.pretrained import load_weights
 from gfl.config.loader import reproducible
+from gfl.model.detector import Detector
 from gfl_platform.cluster import resources
 from gfl_platform.config import JobConfig
+from gfl_platform.registry import models
 from gfl_platform.storage.files import StorageError
 from gfl_platform.storage.s3 import is_remote
 from gfl_platform.storage.storage import Storage
-from gfl_platform.training.fit import logger
 
+logger = logging.getLogger(__name__)
 
-def used_by_sources(job: JobConfig) -> tuple[str, ...]:
-    """Return what `fetch_sources` imports that takes seconds, unless it downloads besides."""
-    if (pretrained := job.model.pretrained) is None:
-        return ()
-    if resources.in_cluster():
-        return ("torchvision",) if pretrained.startswith(TORCHVISION) else ()
-    return ("gfl.checkpoint.pretrained",)
+TORCHVISION = "torchvision://"
 
 
 def fetch_sources(job: JobConfig) -> dict[str, Path | None]:
@@ -34,9 +36,6 @@ def fetch_sources(job: JobConfig) -> dict[str, Path | None]:
         weights = fetch_weights(job, job.model.pretrained)
         if not resources.in_cluster():  # where nodes' files may be elsewhere
             reset = job.model.reset_classifier
-            from gfl.checkpoint.pretrained import load_weights
-            from gfl.model.detector import Detector
-
             load_weights(Detector(reproducible(job)), weights, reset_classifier=reset)
     elif backbone.frozen_stages >= 0 or backbone.norm_eval:
         logger.warning(
@@ -47,9 +46,6 @@ def fetch_sources(job: JobConfig) -> dict[str, Path | None]:
         "weights": weights,
         "teacher": fetch_model(job, distillation.teacher) if distillation else None,
     }
-
-
-TORCHVISION = "torchvision://"
 
 
 def fetch_weights(job: JobConfig, location: str) -> Path:
@@ -65,8 +61,6 @@ def fetch_weights(job: JobConfig, location: str) -> Path:
     Raises:
         StorageError: a location that cannot be reached.
     """
-    from gfl.checkpoint.files import WEIGHTS
-
     storage = Storage(job.storage)
     if location.startswith(("models:/", "runs:/")):
         return fetch_model(job, location) / WEIGHTS
@@ -103,8 +97,6 @@ def fetch_weights(job: JobConfig, location: str) -> Path:
 
 def fetch_model(job: JobConfig, location: str) -> Path:
     """Return the checkpoint folder of one of our models (see `registry.fetch_checkpoint`)."""
-    from gfl_platform.registry import models  # which stands on this module
-
     name = models.resolve(job, location)
     folder = Storage(job.storage).root / "weights" / name.replace("models:/", "").replace("/", "-")
     if not name.startswith("models:/") or not folder.exists():
@@ -118,8 +110,6 @@ def fetch_model(job: JobConfig, location: str) -> Path:
 
 
 def _torchvision_url(location: str) -> str:
-    from torchvision.models import get_model_weights
-
     name = location.removeprefix(TORCHVISION)
     try:
         return get_model_weights(name)["IMAGENET1K_V1"].url
@@ -128,8 +118,6 @@ def _torchvision_url(location: str) -> str:
 
 
 def _download(url: str, path: Path) -> None:
-    import torch
-
     cached = Path(torch.hub.get_dir()) / "checkpoints" / path.name
     if cached.exists():
         shutil.copy(cached, path)

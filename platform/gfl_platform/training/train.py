@@ -5,13 +5,14 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from mlflow.exceptions import MlflowException
+
 from gfl.config.loader import reproducible
 from gfl.data.samplers import share_of_batch
 from gfl.data.split import load_splits
 from gfl.train.optimizer import scaled_lr
 from gfl_platform.cluster import resources
 from gfl_platform.cluster.events import Event, Watcher, pumped
-from gfl_platform.cluster.resources import imported_meanwhile
 from gfl_platform.config import JobConfig
 from gfl_platform.registry import models
 from gfl_platform.registry.gate import promote
@@ -24,7 +25,7 @@ from gfl_platform.tracking.metadata import CONFIG_FILE, require_same
 from gfl_platform.tracking.run import RunTracker
 from gfl_platform.tracking.status import StatusFile
 from gfl_platform.training.fit import run
-from gfl_platform.training.sources import fetch_sources, used_by_sources
+from gfl_platform.training.sources import fetch_sources
 
 logger = logging.getLogger(__name__)
 
@@ -63,8 +64,7 @@ def train(job: JobConfig, name: str, *, resume: bool, watch: Watcher) -> Trainin
     config, storage = reproducible(job), Storage(job.storage)
     if not resources.in_cluster():
         load_splits(storage.cache.localized(config))  # workers see the same: say what is wrong
-    with imported_meanwhile("mlflow", *used_by_sources(job)):
-        resources.connect()
+    resources.connect()
     workers = resources.allot(job)
     share_of_batch(config, workers.count)
     if job.tracking.unreachable == "fail":
@@ -75,7 +75,6 @@ def train(job: JobConfig, name: str, *, resume: bool, watch: Watcher) -> Trainin
     require_same(folder / CONFIG_FILE, config, "run")
     with (
         held(folder),
-        imported_meanwhile(*_used_at_the_end(job)),
         RunTracker(job, name, folder) as tracker,
         StatusFile(folder, workers.count, resources.node_count()) as status,
     ):
@@ -113,11 +112,6 @@ def train(job: JobConfig, name: str, *, resume: bool, watch: Watcher) -> Trainin
     return TrainingResult(tracker.run_id, checkpoint, metrics, fps, seconds, version, decision)
 
 
-def _used_at_the_end(job: JobConfig) -> tuple[str, ...]:
-    """Return what is imported once the workers are done: who gives an alias loads the model."""
-    return ("gfl.inference.predictor",) if job.registry.alias else ()
-
-
 def _register(
     job: JobConfig,
     model: str,
@@ -130,8 +124,6 @@ def _register(
     Raises:
         TrackingError: the store does not answer, or where its artifacts lie.
     """
-    from mlflow.exceptions import MlflowException
-
     try:
         return models.register_once(job, model, checkpoint, tracker.require_run(), facts)
     except (MlflowException, OSError, client.TrackingError) as error:

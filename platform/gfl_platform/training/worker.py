@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import socket
 import tempfile
 import threading
 import time
@@ -9,6 +10,10 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
+
+import pyarrow.fs
+import ray.train
+from ray.train import Checkpoint, CheckpointUploadMode
 
 from gfl.checkpoint.files import require_whole
 from gfl.checkpoint.snapshot import Snapshot
@@ -34,7 +39,10 @@ UNSTORED = "gfl-unstored-"
 """Begins the names of folders, among the node's temporary files, of checkpoints to be stored."""
 
 UNSTORED_SECONDS = 3600.0
-"""After which nobody is storing such a checkpoint any more."""
+"""Age of such a folder after which nobody is storing it any more."""
+
+COPY_CHUNK_BYTES = 64 * 2**20
+"""Size of the parts in which the files of a checkpoint are copied to where they are stored."""
 
 REPORTS_FILE = "reports.json"
 """In a checkpoint: the reports of steps since the one before."""
@@ -48,8 +56,6 @@ class WorkerListener:
     """
 
     def __init__(self, events: Events) -> None:
-        import ray.train
-
         self._events = events
         self._context = ray.train.get_context()
         self.is_first = self._context.get_world_rank() == 0
@@ -94,9 +100,6 @@ class WorkerListener:
             pass
 
     def _hand_over(self, report: CheckpointReport, facts: dict[str, Any]) -> None:
-        import ray.train
-        from ray.train import Checkpoint, CheckpointUploadMode
-
         facts |= {"epoch": report.epoch, "step": report.step}
         facts["config_hash"] = config_hash(report.config)
         checkpoint = store = None
@@ -122,18 +125,20 @@ class WorkerListener:
     def _store(self, snapshot: Snapshot, reports: str, told: Event) -> Callable[[Any, str], Any]:
         """Return what stores a checkpoint, and tells the driver how long that took."""
         storage = self._context.get_storage()
+        filesystem, run_folder = storage.storage_filesystem, storage.experiment_fs_path
 
-        def store(checkpoint: Any, name: str) -> Any:
+        def store(checkpoint: Checkpoint, name: str) -> Checkpoint:
             folder, started = Path(checkpoint.path), time.perf_counter()
+            stored = Checkpoint(f"{run_folder}/{name}", filesystem)
             try:
                 with space_required(tempfile.gettempdir()):
                     snapshot.write(folder, {REPORTS_FILE: reports})
-                with space_required(storage.experiment_fs_path):
-                    stored = patiently(
-                        lambda: storage.persist_current_checkpoint(checkpoint, name), OSError
-                    )
+                _require_shared(filesystem, run_folder)
+                with space_required(run_folder):
+                    patiently(lambda: _copy(folder, stored), OSError)
             except BaseException:
-                _remove(storage, name)  # a half, which on a full device would be in the way
+                with suppress(OSError):  # a half, which on a full device would be in the way
+                    filesystem.delete_dir(stored.path)
                 raise
             finally:
                 self._storing.release()
@@ -152,9 +157,31 @@ def remove_abandoned() -> None:
                 shutil.rmtree(folder)
 
 
-def _remove(storage: Any, name: str) -> None:
-    with suppress(OSError):
-        storage.storage_filesystem.delete_dir(storage.build_checkpoint_path_from_name(name))
+def _require_shared(filesystem: pyarrow.fs.FileSystem, folder: str) -> None:
+    """Check that this node sees the run's folder, which the training controller has made.
+
+    Raises:
+        StorageError: it does not.
+    """
+    if filesystem.get_file_info(folder).type == pyarrow.fs.FileType.NotFound:
+        raise StorageError(
+            f"{folder}: not there on {socket.gethostname()}, so checkpoints would be lost; set "
+            "storage.root to a folder that all nodes share, or to s3://BUCKET/PREFIX"
+        )
+
+
+def _copy(folder: Path, stored: Checkpoint) -> None:
+    """Copy a checkpoint on this node to where it is stored."""
+    filesystem = stored.filesystem
+    filesystem.create_dir(stored.path)
+    pyarrow.fs.copy_files(
+        str(folder),
+        stored.path,
+        destination_filesystem=filesystem,
+        chunk_size=COPY_CHUNK_BYTES,
+        # Arrow may hang in uploads to S3 from several threads (apache/arrow#32372).
+        use_threads=filesystem.type_name != "s3",
+    )
 
 
 def train_worker(settings: dict[str, Any]) -> dict[str, Any]:
@@ -197,20 +224,15 @@ def train_worker(settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def _node_is_drained() -> bool:
-    """Return whether Ray has heard that a node of this training goes away.
+    """Return whether a node of this training is about to go away; the same on all workers.
 
-    The public `ray.train.get_preemption_info` makes workers agree on it, for which they all wait;
-    `fit` makes them agree where they wait anyway.
+    To be called on every worker: they wait for each other, some milliseconds.
     """
-    from ray.train.v2._internal.execution.context import get_train_context
-
-    return get_train_context().preemption_context.preemption_info is not None
+    return ray.train.get_preemption_info() is not None
 
 
 def _wait_until_stored() -> None:
     """Wait until Ray has noted the last checkpoint, from which the others will go on."""
-    import ray.train
-
     committed = ray.train.CheckpointConsistencyMode.COMMITTED
     ray.train.get_all_reported_checkpoints(consistency_mode=committed, timeout_s=LEAVE_SECONDS)
 
@@ -237,8 +259,6 @@ def _latest_whole_checkpoint(cache: Cache, tell: Callable[[str], None]) -> tuple
     Raises:
         StorageError: there are some, but all are damaged.
     """
-    import ray.train
-
     latest = ray.train.get_checkpoint()
     if latest is None:
         return None
@@ -258,8 +278,6 @@ def _latest_whole_checkpoint(cache: Cache, tell: Callable[[str], None]) -> tuple
 
 
 def _others_newest_first(latest: Any) -> Iterator[Any]:
-    import ray.train
-
     known = ray.train.get_all_reported_checkpoints()
     known.sort(key=lambda reported: reported.metrics["step"], reverse=True)
     yield from (each.checkpoint for each in known if each.checkpoint.path != latest.path)

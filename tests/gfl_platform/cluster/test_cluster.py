@@ -15,7 +15,7 @@ from gfl.data.split import load_splits
 from gfl.errors import DataError, LeaveError
 from gfl_platform.cluster import resources
 from gfl_platform.cluster.launch import ControllerCallback, JobFailedError, one_line, root_cause
-from gfl_platform.cluster.resources import of_autoscaler
+from gfl_platform.cluster.resources import of_autoscaler, shortage
 from gfl_platform.config import load_job
 from gfl_platform.storage.s3 import S3Error, S3UnavailableError
 
@@ -42,7 +42,7 @@ def test_a_damaged_image_is_named_in_one_line_whichever_process_read_it(coco, ti
 def test_the_cause_is_found_inside_its_wrappings():
     inner = ValueError("why\nand a traceback")
     outer, outermost = RuntimeError("outer"), RuntimeError("outermost")
-    outer._base_exc, outermost.controller_failure = inner, outer
+    outer.cause, outermost.controller_failure = inner, outer
     assert root_cause(outermost) is inner
     assert one_line(inner) == "why"
     assert one_line(KeyError()) == "KeyError"
@@ -59,13 +59,17 @@ class Heard:
         self.events.append(event)
 
 
+class DiedWithItsNodeError(ActorDiedError):
+    """As Ray raises it of an actor whose node was drained."""
+
+    preempted = True
+
+
 def test_a_node_that_is_drained_is_no_failure():
     heard = Heard()
     callback = ControllerCallback(heard, max_failures=1)
-    died_with_its_node = ActorDiedError()
-    died_with_its_node._preempted = True
-    assert died_with_its_node.preempted
-    for lost in ({0: LeaveError("step 4"), 1: LeaveError("step 4")}, {1: died_with_its_node}):
+    died = WorkerHealthCheckFailedError("rank 1 is gone", DiedWithItsNodeError())
+    for lost in ({0: LeaveError("step 4"), 1: LeaveError("step 4")}, {1: died}):
         for _ in range(3):
             callback.after_exception(None, {**lost})
         callback.after_report(None, [{}], None)
@@ -135,3 +139,14 @@ def test_an_autoscaler_may_have_what_is_not_there_yet(tmp_path, monkeypatch):
     (tmp_path / "ray_bootstrap_config.yaml").unlink()
     monkeypatch.setenv("KUBERAY_GEN_RAY_START_CMD", "ray start --head  --no-monitor ")
     assert allot("cluster={workers: 64, use_gpu: true}").count == 64
+
+
+def test_workers_wait_for_what_an_autoscaler_has_yet_to_add(monkeypatch):
+    monkeypatch.setattr("ray.cluster_resources", lambda: {"CPU": 3.0, "GPU": 2.0})
+    assert shortage(resources.Workers(2, 2, True, 1)) is None
+    assert shortage(resources.Workers(8, 2, True, 1)) is None  # elastic: starts with two
+    needs_both = resources.Workers(4, 4, True, 1)
+    assert shortage(needs_both) == "waiting for 4 GPUs, the cluster has 2"
+    assert shortage(resources.Workers(2, 2, False, 8)) == "waiting for 16 CPUs, the cluster has 3"
+    monkeypatch.setattr("ray.cluster_resources", dict)
+    assert shortage(needs_both) == "waiting for 4 GPUs, the cluster has 0"

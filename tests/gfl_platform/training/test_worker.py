@@ -85,6 +85,18 @@ def test_where_it_is_damaged_on_one_node_all_use_the_one_before(stored, monkeypa
     assert told == ["elsewhere: damaged"]
 
 
+def test_a_checkpoint_is_copied_to_storage_that_this_node_sees(written, tmp_path):
+    stored = Checkpoint(tmp_path / "run" / "ray" / "checkpoint_1")
+    with pytest.raises(StorageError, match=r"/run: not there on .* that all nodes share"):
+        worker._require_shared(stored.filesystem, str(tmp_path / "run"))
+    worker._copy(written, stored)
+    worker._require_shared(stored.filesystem, str(tmp_path / "run"))
+    names = sorted(path.name for path in written.iterdir())
+    assert names
+    assert sorted(path.name for path in Path(stored.path).iterdir()) == names
+    assert all((Path(stored.path) / n).read_bytes() == (written / n).read_bytes() for n in names)
+
+
 def test_what_killed_workers_had_not_stored_is_deleted(tmp_path, monkeypatch):
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     names = ("gfl-unstored-abandoned", "gfl-unstored-new", "another")
