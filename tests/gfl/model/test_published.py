@@ -1,5 +1,6 @@
 """The published models against the reference's numbers: MMDetection's, on CPU in float32."""
 
+import copy
 import json
 
 import pytest
@@ -38,8 +39,9 @@ def reference_weights(golden, name):
     return {key: recipe.weight(key, shape) for key, shape in shapes.items()}
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def detector(name, reference_weights):
+    """A detector with the reference's weights; no test may change them."""
     detector = gfl.Detector(gfl.load_config(f"configs/{name}.yaml"))
     gfl.load_weights(detector, reference_weights)
     return detector.train()
@@ -69,6 +71,7 @@ def test_logits_of_every_level_are_the_references(detector, numbers):
 
 
 def test_losses_and_gradients_are_the_references(detector, numbers):
+    detector.zero_grad()
     losses = detector.losses(*recipe.batch(0))
     for name, loss in losses.items():
         assert loss.item() == pytest.approx(numbers["losses"][REFERENCE_LOSSES[name]], rel=1e-4)
@@ -97,10 +100,9 @@ def our_names(numbers):
 
 
 def test_predictions_are_the_references(detector, numbers):
-    images = recipe.batch(0)[0]
-    for found, expected in zip(
-        detector.eval().predict(images), numbers["predictions"], strict=True
-    ):
+    detections = detector.eval().predict(recipe.batch(0)[0])
+    detector.train()
+    for found, expected in zip(detections, numbers["predictions"], strict=True):
         assert len(found) == len(expected["scores"])
         # Pair by box, for near-equal scores may change places.
         boxes, scores = torch.tensor(expected["boxes"]), torch.tensor(expected["scores"])
@@ -114,6 +116,7 @@ def test_predictions_are_the_references(detector, numbers):
 
 @pytest.mark.parametrize("name", [*TRAJECTORIES, *SLOW], indirect=True, scope="module")
 def test_trajectory_of_training_is_the_references(detector, numbers):
+    detector = copy.deepcopy(detector)
     trainable = [p for p in detector.parameters() if p.requires_grad]
     optimizer = torch.optim.SGD(trainable, lr=0.0025, momentum=0.9, weight_decay=1e-4, fused=True)
     for step, expected in enumerate(numbers["trajectory"]["steps"]):
