@@ -1,5 +1,6 @@
 """Training: steps, resumption, several workers, and what happens when a loss turns NaN."""
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -60,9 +61,15 @@ def train(config, recorder, **options):
     return fit(config, load_splits(config), recorder, **options)
 
 
-def test_a_fit_reports_steps_epochs_and_checkpoints(tiny, tmp_path):
-    recorder = Recorder(tmp_path)
-    trainer = train(tiny, recorder)
+@pytest.fixture(scope="module")
+def whole(tiny, tmp_path_factory):
+    """The trainer and the recorder of a training of three epochs that nothing interrupted."""
+    recorder = Recorder(tmp_path_factory.mktemp("whole"))
+    return train(tiny, recorder), recorder
+
+
+def test_a_fit_reports_steps_epochs_and_checkpoints(tiny, whole):
+    trainer, recorder = whole
     assert trainer.step == recorder.steps[-1].total_steps == 3 * trainer.batches.steps_per_epoch
     assert [r.epoch for r in recorder.epochs] == [1, 2, 3]
     last = recorder.steps[-1]
@@ -76,7 +83,7 @@ def test_a_fit_reports_steps_epochs_and_checkpoints(tiny, tmp_path):
     assert 0 < last.metrics["data_wait_share"] < 1
     assert last.metrics["worker0.data_wait_share"] == last.metrics["data_wait_share"]
     assert 0.1 < last.metrics["worker0.memory_gib"] < 99
-    detector, about = load_checkpoint(tmp_path / "epoch-3")
+    detector, about = load_checkpoint(recorder.folder / "epoch-3")
     assert about.classes == ["rectangle", "ellipse", "triangle"]
     assert (about.step, about.epoch) == (trainer.step, 3)
     assert about.metrics == recorder.epochs[-1].metrics
@@ -84,23 +91,35 @@ def test_a_fit_reports_steps_epochs_and_checkpoints(tiny, tmp_path):
         assert torch.equal(value, detector.state_dict()[key])
 
 
-@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
-def test_interrupted_and_resumed_equals_uninterrupted_bit_for_bit(tiny, tmp_path, optimizer):
-    config = derive(type(tiny), tiny, [f"optim.name={optimizer}"])
-    whole = train(config, Recorder(tmp_path / "whole"))
+def require_same_state(one, other):
+    """Compare the weights, their average and the state of the optimizer of two trainers."""
+    for first, second in ((one.detector, other.detector), (one.model, other.model)):
+        for key, value in first.state_dict().items():
+            assert torch.equal(value, second.state_dict()[key]), key
+    states = zip(one.optimizer.state.values(), other.optimizer.state.values(), strict=True)
+    for first, second in states:
+        for key, value in first.items():
+            assert torch.equal(torch.as_tensor(value), torch.as_tensor(second[key])), key
+
+
+def test_resumed_with_adamw_equals_uninterrupted_bit_for_bit(tiny, whole, tmp_path):
+    trainer, recorder = whole
+    rest = Recorder(tmp_path)
+    resumed = train(tiny, rest, resume=recorder.folder / "epoch-1")
+    assert [r.epoch for r in rest.epochs] == [2, 3]
+    require_same_state(trainer, resumed)
+
+
+def test_resumed_with_sgd_and_an_average_equals_uninterrupted_bit_for_bit(tiny, tmp_path):
+    config = derive(type(tiny), tiny, ["optim.name=sgd", "optim.ema=0.9", "schedule.epochs=2"])
+    uninterrupted = train(config, Recorder(tmp_path / "whole"))
     interrupted = Recorder(tmp_path / "part", stop_after=1)
     with pytest.raises(KeyboardInterrupt):
         train(config, interrupted)
     rest = Recorder(tmp_path / "rest")
     resumed = train(config, rest, resume=tmp_path / "part" / "epoch-1")
-    assert [r.epoch for r in rest.epochs] == [2, 3]
-    for key, value in whole.detector.state_dict().items():
-        assert torch.equal(value, resumed.detector.state_dict()[key]), key
-    for one, other in zip(
-        whole.optimizer.state.values(), resumed.optimizer.state.values(), strict=True
-    ):
-        for key, value in one.items():
-            assert torch.equal(torch.as_tensor(value), torch.as_tensor(other[key])), key
+    assert [r.epoch for r in rest.epochs] == [2]
+    require_same_state(uninterrupted, resumed)
 
 
 def test_resumed_within_an_epoch_equals_uninterrupted_bit_for_bit(tiny, tmp_path):
@@ -114,9 +133,7 @@ def test_resumed_within_an_epoch_equals_uninterrupted_bit_for_bit(tiny, tmp_path
         train(config, interrupted, checkpoint_every=3)
     rest = Recorder(tmp_path / "rest")
     resumed = train(config, rest, checkpoint_every=3, resume=tmp_path / "part" / f"step-{stop}")
-    for one, other in ((whole.model, resumed.model), (whole.detector, resumed.detector)):
-        for key, value in one.state_dict().items():
-            assert torch.equal(value, other.state_dict()[key]), key
+    require_same_state(whole, resumed)
     together = [report.step for report in [*interrupted.steps, *rest.steps]]
     assert together == [report.step for report in calm.steps]
     assert rest.epochs[-1].metrics == calm.epochs[-1].metrics
@@ -157,10 +174,9 @@ def test_a_snapshot_is_of_its_moment(tiny, tmp_path):
         assert torch.equal(value, before[key]), key
 
 
-def test_a_finished_training_resumes_to_nothing(tiny, tmp_path):
-    train(tiny, Recorder(tmp_path / "whole"))
-    again = Recorder(tmp_path / "again")
-    trainer = train(tiny, again, resume=tmp_path / "whole" / "epoch-3")
+def test_a_finished_training_resumes_to_nothing(tiny, whole, tmp_path):
+    again = Recorder(tmp_path)
+    trainer = train(tiny, again, resume=whole[1].folder / "epoch-3")
     assert again.steps == again.epochs == []
     assert trainer.epochs_done == 3
 
@@ -340,10 +356,10 @@ def test_biases_of_convolutions_have_their_own_rate_and_decay(tiny):
     assert len(others["params"]) + len(biases["params"]) == len(names)
 
 
-def test_a_damaged_checkpoint_is_named(tiny, tmp_path):
+def test_a_damaged_checkpoint_is_named(whole, tmp_path):
     with pytest.raises(ValueError, match=r"absent: not a checkpoint"):
         read_about(tmp_path / "absent")
-    train(tiny, Recorder(tmp_path))
+    shutil.copytree(whole[1].folder, tmp_path, dirs_exist_ok=True)
     (tmp_path / "epoch-1" / "about.json").write_text('{"classes": []}')
     with pytest.raises(ValueError, match=r"about\.json: damaged"):
         load_checkpoint(tmp_path / "epoch-1")
