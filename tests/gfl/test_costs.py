@@ -121,24 +121,28 @@ def test_winograds_algorithm_takes_the_levels_together():
     assert found["kernels"] <= 180
 
 
-@pytest.mark.parametrize(
-    ("statement", "allowed"),
-    [
-        ("import gfl", set()),
-        ("import gfl_platform", set()),
-        ("from gfl import load_config", {"numpy"}),
-        *((f"import jobs.{path.stem}", set()) for path in JOBS),
-    ],
-)
-def test_starts_import_what_they_need_alone(statement, allowed):
-    names = f"import sys; {statement}; print(*({HEAVY!r} & sys.modules.keys()))"
-    run = subprocess.run([sys.executable, "-c", names], capture_output=True, text=True, check=True)
-    assert set(run.stdout.split()) <= allowed
-
-
-def test_help_needs_no_torch():
-    names = "import sys; from jobs import train; sys.argv = ['train', '--help']; train.main()"
-    script = f"import atexit, sys; atexit.register(lambda: print({HEAVY!r} & sys.modules.keys()));"
-    run = subprocess.run([sys.executable, "-c", script + names], capture_output=True, text=True)
-    assert run.returncode == 0
-    assert run.stdout.endswith("set()\n")
+def test_commands_and_packages_import_nothing_heavy_before_they_need_it():
+    """One process imports all commands and prints a help: it would name the first to blame."""
+    imports = ["import gfl", "import gfl_platform", *(f"import jobs.{path.stem}" for path in JOBS)]
+    script = f"""if True:
+        import sys
+        def require(allowed, statement):
+            heavy = {HEAVY!r} & sys.modules.keys()
+            assert heavy <= allowed, f"{{statement}}: {{heavy}}"
+        for statement in {imports!r}:
+            exec(statement)
+            require(set(), statement)
+        sys.argv = ["train", "--help"]
+        try:
+            jobs.train.main()
+        except SystemExit as end:
+            assert not end.code
+        require(set(), "--help")
+        from gfl import load_config
+        require({{"numpy"}}, "load_config")
+        print("all imported")
+    """
+    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    assert "example: python -m jobs.train" in run.stdout
+    assert run.stdout.endswith("all imported\n")
