@@ -1,11 +1,15 @@
-"""What is wrong with a set of images: files, annotations, and edges that the model cannot reach.
+"""The data doctor: statistics of the training and evaluation sets, and what is wrong with them.
 
-An error stops training sooner or later; a warning does not.
+    files = dict(check_files([record.path for record in train.records]))
+    for finding in inspect_data(config, train, val, files).findings:
+        print(finding)
+
+A finding is an error where it stops training sooner or later, otherwise a warning.
 """
 
 import hashlib
 from collections import defaultdict
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from math import ceil
@@ -20,30 +24,39 @@ from gfl.data.images import read_image
 from gfl.data.split import ImageRecord, Split
 from gfl.errors import DataError
 from gfl.inspection.regression_range import (
-    ENOUGH,
-    Reach,
-    measure_reach,
+    ACCEPTED_SHARE,
+    RegressionRange,
+    measure_regression_range,
     network_boxes,
     training_scales,
 )
 from gfl.model.boxes import box_area
 
-SHOWN = 3
-"""How many cases of a finding are named."""
+EXAMPLES = 3
+"""Number of cases that a finding names."""
 
-MANY = 0.01
-"""Share of edges clipped, or of objects never learned, above which there is a warning."""
+TOLERATED_SHARE = 0.01
+"""Share of clipped edges, or of objects never learned, above which there is a warning."""
 
 SAMPLE = 1000
-"""Images that the check before training looks at, at most."""
+"""Largest number of images that the check before training measures."""
 
 OVERHANG_PX = 1.0
-"""How far a box may reach beyond its image without a warning: annotations are rounded."""
+"""How far a box may extend beyond its image without a warning: annotations are rounded."""
+
+SIZES = {"small": 0.0, "medium": 32.0, "large": 96.0}
+"""COCO's sizes of objects, by the least square root of their area in px."""
 
 
 @dataclass(frozen=True)
 class ImageFile:
-    """What a file holds: a digest and the (height, width) in px, or why it cannot be read."""
+    """The result of decoding an image file.
+
+    Attributes:
+        digest: SHA-256 of the file; empty if it cannot be decoded.
+        size: (height, width) in px; None if it cannot be decoded.
+        problem: Why the file cannot be decoded; empty if it can.
+    """
 
     digest: str
     size: tuple[int, int] | None
@@ -52,14 +65,14 @@ class ImageFile:
 
 @dataclass(frozen=True)
 class Finding:
-    """One kind of trouble in one set.
+    """One kind of problem in one set.
 
     Attributes:
-        error: Whether it stops training.
-        split: `train` or `val`.
-        count: How often.
-        what: A noun in the plural.
-        details: The first few, or how it is measured.
+        error: Whether the problem stops training.
+        split: Name of the set, `train` or `val`.
+        count: Number of cases.
+        what: Description of the cases, a noun in the plural.
+        details: The first few cases, or how they were measured and what helps.
     """
 
     error: bool
@@ -73,169 +86,9 @@ class Finding:
         return f"{self.split}: {self.what}: {self.count}{details}"
 
 
-def find_all(
-    model: ModelConfig,
-    train: Split,
-    val: Split,
-    files: Mapping[Path, ImageFile],
-    reach: Sequence[Reach],
-) -> list[Finding]:
-    """Return all that is wrong with `train` and `val`, errors first.
-
-    Args:
-        model: Whose edges these are to become.
-        train: To train on.
-        val: To evaluate on.
-        files: What `check_files` found, if anything.
-        reach: Of `train`, at every scale.
-    """
-    findings = [
-        *_file_findings("train", train, files),
-        *_file_findings("val", val, files),
-        *_same_images(train, val, files),
-        *_clipped_edges(reach, model, len(train.records)),
-        *_unlearned_objects(reach),
-        *_box_findings("train", train),
-        *_box_findings("val", val),
-    ]
-    return sorted(findings, key=lambda finding: not finding.error)
-
-
-def find_cheaply(config: Config, train: Split) -> list[Finding]:
-    """Return what is wrong with `train` as far as it takes a second to find, even in COCO.
-
-    These are edges out of reach in evenly spaced images, `SAMPLE` at most, and empty classes.
-    """
-    sample = train.records[:: ceil(len(train.records) / SAMPLE)]
-    reach = [measure_reach(sample, config, side) for side in training_scales(config.data)]
-    return [
-        *_clipped_edges(reach, config.model, len(train.records)),
-        *_empty_classes("train", train),
-    ]
-
-
-def check_files(paths: Collection[Path]) -> Iterator[tuple[Path, ImageFile]]:
-    """Read and decode every file, in the order of `paths`."""
-    # Threads suffice: Pillow decodes and hashlib digests without the interpreter's lock.
-    with ThreadPoolExecutor() as pool:
-        yield from zip(paths, pool.map(_check_file, paths), strict=True)
-
-
-def boxes_of_classes(split: Split) -> dict[str, int]:
-    """Return how many boxes every class has."""
-    labels = np.concatenate([record.labels for record in split.records])
-    counts = np.bincount(labels, minlength=len(split.classes))
-    return dict(zip(split.classes, counts.tolist(), strict=True))
-
-
-def _check_file(path: Path) -> ImageFile:
-    try:
-        _, height, width = read_image(path).shape
-    except DataError as error:
-        return ImageFile("", None, str(error))
-    return ImageFile(hashlib.sha256(path.read_bytes()).hexdigest(), (height, width), "")
-
-
-def _listed(
-    split: str, what: str, cases: Iterable[str], *, error: bool = False
-) -> Iterator[Finding]:
-    """Give the finding that `cases` are, if there is any."""
-    if found := list(cases):
-        more = [f"{len(found) - SHOWN} more"] if len(found) > SHOWN else []
-        yield Finding(error, split, len(found), what, found[:SHOWN] + more)
-
-
-def _file_findings(name: str, split: Split, files: Mapping[Path, ImageFile]) -> Iterator[Finding]:
-    read = [(r, files[r.path]) for r in split.records if r.path in files]
-    unreadable = [file.problem for _, file in read if file.size is None]
-    yield from _listed(name, "files that cannot be read", unreadable, error=True)
-    other = [
-        f"{r.path.name} is {_wide(file.size)} px, annotated as {_wide(r.size)}"
-        for r, file in read
-        if file.size and file.size != r.size
-    ]
-    yield from _listed(name, "images of another size than annotated", other, error=True)
-
-
-def _wide(size: tuple[int, int]) -> str:
-    return f"{size[1]} x {size[0]}"
-
-
-def _same_images(train: Split, val: Split, files: Mapping[Path, ImageFile]) -> Iterator[Finding]:
-    """Give images that come twice: the same content, or without `files` the same path."""
-    trained = _by_content(train, files)
-    evaluated = _by_content(val, files)
-    for name, groups in (("train", trained), ("val", evaluated)):
-        copies = [f"{copy} = {first}" for first, *rest in groups.values() for copy in rest]
-        yield from _listed(name, "copies of another image", copies)
-    both = [f"{evaluated[key][0]} = {trained[key][0]}" for key in evaluated if key in trained]
-    yield from _listed("val", "images that are trained on, too", both)
-
-
-def _by_content(split: Split, files: Mapping[Path, ImageFile]) -> dict[str, list[str]]:
-    """Return the names of images that are the same."""
-    groups = defaultdict(list)
-    for record in split.records:
-        file = files.get(record.path)
-        key = file.digest if file and file.size else str(record.path)
-        groups[key].append(record.path.name)
-    return groups
-
-
-def _clipped_edges(reach: Sequence[Reach], model: ModelConfig, images: int) -> Iterator[Finding]:
-    worst = max(reach, key=lambda r: r.total.share)
-    if worst.total.share > MANY:
-        sample = f" in {worst.images} of {images} images" if worst.images < images else ""
-        details = [
-            f"{worst.total.share:.1%} of edges{sample} at short side {worst.short_side}",
-            f"{worst.clipped_objects} of {worst.objects} objects",
-            f"model.reg_max={max(r.reg_max for r in reach)} clips under {ENOUGH:.1%}",
-        ]
-        what = f"edges that model.reg_max {model.reg_max} cannot reach, hence clipped"
-        yield Finding(False, "train", worst.total.clipped, what, details)
-
-
-def _unlearned_objects(reach: Sequence[Reach]) -> Iterator[Finding]:
-    worst = max(reach, key=lambda r: r.unlearned_objects)
-    if worst.unlearned_objects > MANY * worst.objects:
-        details = [
-            f"of {worst.objects} at short side {worst.short_side}",
-            "too small, or hidden by others",
-            "a larger data.short_side helps",
-        ]
-        what = "objects that no location learns"
-        yield Finding(False, "train", worst.unlearned_objects, what, details)
-
-
-def _box_findings(name: str, split: Split) -> Iterator[Finding]:
-    for reason, count in sorted(split.dropped.items()):
-        yield Finding(False, name, count, f"{reason}, left out", [])
-    empty = [record.path.name for record in split.records if not len(record.boxes)]
-    yield from _listed(name, "images without boxes", empty)
-    over = [r.path.name for r in split.records for _ in range(_overhanging(r))]
-    yield from _listed(name, "boxes that reach beyond their image, clipped to it", over)
-    yield from _empty_classes(name, split)
-
-
-def _overhanging(record: ImageRecord) -> int:
-    height, width = record.size
-    low, high = -OVERHANG_PX, np.array([width, height]) + OVERHANG_PX
-    outside = (record.boxes[:, :2] < low) | (record.boxes[:, 2:] > high)
-    return int(outside.any(axis=1).sum())
-
-
-def _empty_classes(name: str, split: Split) -> Iterator[Finding]:
-    empty = [label for label, count in boxes_of_classes(split).items() if not count]
-    yield from _listed(name, "classes without boxes", empty)
-
-
-SIZES = {"small": 0.0, "medium": 32.0, "large": 96.0}
-"""COCO's sizes of objects: the least square root of the area, in px."""
-
-
 @dataclass(frozen=True)
 class Spread:
-    """The least, the middle and the largest of some values."""
+    """The smallest, the median and the largest of some values."""
 
     min: float
     median: float
@@ -244,18 +97,18 @@ class Spread:
 
 @dataclass(frozen=True)
 class SplitStatistics:
-    """What a set consists of.
+    """The content of a set.
 
     Attributes:
-        images: That take part.
-        height: Of the images in px.
-        width: Likewise.
-        aspect: Width by height.
-        boxes: Of all images.
-        boxes_per_image: Likewise, of each.
-        sizes: Boxes by COCO's `SIZES`, as the network sees them at `data.short_side`.
-        classes: Boxes of every class.
-        dropped: What does not take part, by reason.
+        images: Number of images that take part.
+        height: Spread of the images' heights in px.
+        width: Spread of the images' widths in px.
+        aspect: Spread of the images' width divided by height.
+        boxes: Number of boxes in all images.
+        boxes_per_image: Spread of the number of boxes in an image.
+        sizes: Number of boxes of each of COCO's `SIZES`, as scaled to `data.short_side`.
+        classes: Number of boxes of each class, by name.
+        dropped: Number of images and boxes that do not take part, by reason.
     """
 
     images: int
@@ -271,38 +124,38 @@ class SplitStatistics:
 
 @dataclass(frozen=True)
 class Inspection:
-    """All that is known of a configuration's data.
+    """Everything that is known of a configuration's data.
 
     Attributes:
-        files: How many were read.
-        splits: `train` and `val`.
-        reach: At every scale of training.
-        findings: Errors first.
+        files: Number of image files that were decoded.
+        splits: Statistics of `train` and `val`.
+        regression_ranges: Regression range at each scale of training.
+        findings: Problems, errors first.
     """
 
     files: int
     splits: dict[str, SplitStatistics]
-    reach: list[Reach]
+    regression_ranges: list[RegressionRange]
     findings: list[Finding]
 
 
 def inspect_data(
     config: Config, train: Split, val: Split, files: Mapping[Path, ImageFile]
 ) -> Inspection:
-    """Return what is in `train` and `val`, and all that is wrong there.
+    """Return statistics of `train` and `val`, and everything that is wrong with them.
 
     Args:
-        config: Whose data this is.
-        train: To train on.
-        val: To evaluate on.
-        files: What `check_files` found; empty to look at the annotations alone.
+        config: The configuration whose data this is.
+        train: The training set.
+        val: The evaluation set.
+        files: Results of `check_files`; empty to inspect the annotations alone.
     """
-    reach = [measure_reach(train.records, config, side) for side in training_scales(config.data)]
+    ranges = _regression_ranges(train.records, config)
     return Inspection(
         files=len(files),
         splits={"train": describe(train, config.data), "val": describe(val, config.data)},
-        reach=reach,
-        findings=find_all(config.model, train, val, files, reach),
+        regression_ranges=ranges,
+        findings=find_all(config.model, train, val, files, ranges),
     )
 
 
@@ -311,11 +164,11 @@ def describe(split: Split, data: DataConfig) -> SplitStatistics:
     records = split.records
     height, width = torch.tensor([record.size for record in records]).double().unbind(1)
     counts = torch.tensor([len(record.boxes) for record in records])
-    boxes = [network_boxes(r, data.short_side, data.long_side)[0] for r in records]
+    boxes = [network_boxes(record, data.short_side, data.long_side)[0] for record in records]
     size = torch.bucketize(
         box_area(torch.cat(boxes)).sqrt(), torch.tensor(list(SIZES.values())), right=True
     )
-    of_size = torch.bincount(size - 1, minlength=len(SIZES))
+    boxes_of_size = torch.bincount(size - 1, minlength=len(SIZES))
     return SplitStatistics(
         images=len(records),
         height=_spread(height),
@@ -323,11 +176,175 @@ def describe(split: Split, data: DataConfig) -> SplitStatistics:
         aspect=_spread(width / height),
         boxes=int(counts.sum()),
         boxes_per_image=_spread(counts),
-        sizes=dict(zip(SIZES, of_size.tolist(), strict=True)),
+        sizes=dict(zip(SIZES, boxes_of_size.tolist(), strict=True)),
         classes=boxes_of_classes(split),
         dropped=split.dropped,
     )
 
 
+def boxes_of_classes(split: Split) -> dict[str, int]:
+    """Return the number of boxes of every class, by name."""
+    labels = np.concatenate([record.labels for record in split.records])
+    counts = np.bincount(labels, minlength=len(split.classes))
+    return dict(zip(split.classes, counts.tolist(), strict=True))
+
+
 def _spread(values: Tensor) -> Spread:
     return Spread(float(values.min()), float(values.double().quantile(0.5)), float(values.max()))
+
+
+def check_files(paths: Collection[Path]) -> Iterator[tuple[Path, ImageFile]]:
+    """Decode every image file and yield the results in the order of `paths`."""
+    # Threads suffice: Pillow decodes and hashlib digests without the interpreter's lock.
+    with ThreadPoolExecutor() as pool:
+        yield from zip(paths, pool.map(_check_file, paths), strict=True)
+
+
+def _check_file(path: Path) -> ImageFile:
+    try:
+        _, height, width = read_image(path).shape
+    except DataError as error:
+        return ImageFile("", None, str(error))
+    return ImageFile(hashlib.sha256(path.read_bytes()).hexdigest(), (height, width), "")
+
+
+def find_all(
+    model: ModelConfig,
+    train: Split,
+    val: Split,
+    files: Mapping[Path, ImageFile],
+    ranges: Sequence[RegressionRange],
+) -> list[Finding]:
+    """Return everything that is wrong with `train` and `val`, errors first.
+
+    Args:
+        model: The model that is to learn the edges.
+        train: The training set.
+        val: The evaluation set.
+        files: Results of `check_files`, if there are any.
+        ranges: Regression range on `train` at each scale of training.
+    """
+    findings = [
+        *_file_findings("train", train, files),
+        *_file_findings("val", val, files),
+        *_same_images(train, val, files),
+        *_clipped_edges(ranges, model, len(train.records)),
+        *_unlearned_objects(ranges),
+        *_box_findings("train", train),
+        *_box_findings("val", val),
+    ]
+    return sorted(findings, key=lambda finding: not finding.error)
+
+
+def find_cheaply(config: Config, train: Split) -> list[Finding]:
+    """Return those problems of `train` that take about a second to find, even in COCO.
+
+    These are clipped edges in at most `SAMPLE` evenly spaced images, and classes without boxes.
+    """
+    sample = train.records[:: ceil(len(train.records) / SAMPLE)]
+    return [
+        *_clipped_edges(_regression_ranges(sample, config), config.model, len(train.records)),
+        *_empty_classes("train", train),
+    ]
+
+
+def _regression_ranges(records: Sequence[ImageRecord], config: Config) -> list[RegressionRange]:
+    scales = training_scales(config.data)
+    return [measure_regression_range(records, config, short_side) for short_side in scales]
+
+
+def _file_findings(name: str, split: Split, files: Mapping[Path, ImageFile]) -> Iterator[Finding]:
+    decoded = [(record, files[record.path]) for record in split.records if record.path in files]
+    unreadable = [file.problem for _, file in decoded if file.size is None]
+    yield from _finding(name, "files that cannot be read", unreadable, error=True)
+    resized = [
+        f"{record.path.name} is {_wide(file.size)} px, annotated as {_wide(record.size)}"
+        for record, file in decoded
+        if file.size and file.size != record.size
+    ]
+    yield from _finding(name, "images of another size than annotated", resized, error=True)
+
+
+def _finding(split: str, what: str, cases: list[str], *, error: bool = False) -> Iterator[Finding]:
+    """Yield the finding that lists `cases`, if there is any case."""
+    if cases:
+        more = [f"{len(cases) - EXAMPLES} more"] if len(cases) > EXAMPLES else []
+        yield Finding(error, split, len(cases), what, cases[:EXAMPLES] + more)
+
+
+def _wide(size: tuple[int, int]) -> str:
+    return f"{size[1]} x {size[0]}"
+
+
+def _same_images(train: Split, val: Split, files: Mapping[Path, ImageFile]) -> Iterator[Finding]:
+    """Yield images with the same content, or without `files` the same path."""
+    trained = _by_content(train, files)
+    evaluated = _by_content(val, files)
+    for name, groups in (("train", trained), ("val", evaluated)):
+        copies = [f"{copy} = {first}" for first, *rest in groups.values() for copy in rest]
+        yield from _finding(name, "copies of another image", copies)
+    both = [f"{evaluated[key][0]} = {trained[key][0]}" for key in evaluated if key in trained]
+    yield from _finding("val", "images that are trained on, too", both)
+
+
+def _by_content(split: Split, files: Mapping[Path, ImageFile]) -> dict[str, list[str]]:
+    """Return file names, grouped by equal content."""
+    groups = defaultdict(list)
+    for record in split.records:
+        file = files.get(record.path)
+        key = file.digest if file and file.size else str(record.path)
+        groups[key].append(record.path.name)
+    return groups
+
+
+def _clipped_edges(
+    ranges: Sequence[RegressionRange], model: ModelConfig, images: int
+) -> Iterator[Finding]:
+    worst = max(ranges, key=lambda measured: measured.total.share)
+    if worst.total.share > TOLERATED_SHARE:
+        sample = f" in {worst.images} of {images} images" if worst.images < images else ""
+        sufficient = max(measured.reg_max for measured in ranges)
+        details = [
+            f"{worst.total.share:.1%} of edges{sample} at short side {worst.short_side}",
+            f"{worst.clipped_objects} of {worst.objects} objects",
+            f"model.reg_max={sufficient} clips under {ACCEPTED_SHARE:.1%}",
+        ]
+        what = f"edges beyond the regression range of model.reg_max {model.reg_max}, hence clipped"
+        yield Finding(False, "train", worst.total.clipped, what, details)
+
+
+def _unlearned_objects(ranges: Sequence[RegressionRange]) -> Iterator[Finding]:
+    worst = max(ranges, key=lambda measured: measured.unlearned_objects)
+    if worst.unlearned_objects > TOLERATED_SHARE * worst.objects:
+        details = [
+            f"of {worst.objects} at short side {worst.short_side}",
+            "too small, or hidden by others",
+            "a larger data.short_side helps",
+        ]
+        what = "objects that no location learns"
+        yield Finding(False, "train", worst.unlearned_objects, what, details)
+
+
+def _box_findings(name: str, split: Split) -> Iterator[Finding]:
+    for reason, count in sorted(split.dropped.items()):
+        yield Finding(False, name, count, f"{reason}, left out", [])
+    empty = [record.path.name for record in split.records if not len(record.boxes)]
+    yield from _finding(name, "images without boxes", empty)
+    overhanging = [
+        record.path.name for record in split.records for _ in range(_overhanging(record))
+    ]
+    yield from _finding(name, "boxes that extend beyond their image, clipped to it", overhanging)
+    yield from _empty_classes(name, split)
+
+
+def _overhanging(record: ImageRecord) -> int:
+    """Return the number of boxes that extend beyond their image."""
+    height, width = record.size
+    low, high = -OVERHANG_PX, np.array([width, height]) + OVERHANG_PX
+    outside = (record.boxes[:, :2] < low) | (record.boxes[:, 2:] > high)
+    return int(outside.any(axis=1).sum())
+
+
+def _empty_classes(name: str, split: Split) -> Iterator[Finding]:
+    empty = [label for label, count in boxes_of_classes(split).items() if not count]
+    yield from _finding(name, "classes without boxes", empty)

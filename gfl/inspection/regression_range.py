@@ -1,9 +1,11 @@
-"""Which edges a `reg_max` can express, over a whole training set and without loading an image.
+"""The regression range of a `reg_max`: which edges of a training set it can express.
 
-An edge is learned at every positive location of its object, as a distance in bins. Beyond
-`reg_max - REACH_MARGIN` the target is clipped: such edges of large objects are never placed right.
+An edge is learned at every positive location of its object, as a distance in bins. Targets beyond
+`reg_max - TARGET_MARGIN` are clipped, so the model never places such edges of large objects right.
+The measurement assigns targets to annotations alone and loads no image.
 
-Shapes: N positive locations, with four edges each in the order left, top, right, bottom.
+Shapes: B images, P locations, G objects, N positive locations with four edges each (left, top,
+right, bottom).
 """
 
 from collections.abc import Sequence
@@ -20,27 +22,28 @@ from gfl.data.dataset import fitted_size
 from gfl.data.split import ImageRecord
 from gfl.model.assigner import assign
 from gfl.model.boxes import STRIDES, Points, grid_points, xyxy_to_ltrb
-from gfl.model.losses import REACH_MARGIN
+from gfl.model.losses import TARGET_MARGIN
 from gfl.structures import pad_targets
 
-ENOUGH = 0.001
+ACCEPTED_SHARE = 0.001
 """A suggested `reg_max` clips less than this share of edges."""
 
 BIN_WIDTHS = (0.5, 1.0, 2.0, 4.0)
-"""Delta as in table 2c of the paper."""
+"""Bin widths (Delta) that are compared, those of the paper's table 2c."""
 
-IMAGES_AT_ONCE = 8
+BATCH = 8
+"""Images whose targets are assigned together."""
 
 
 @dataclass(frozen=True)
 class Edges:
-    """What the positive locations of a set learn.
+    """The edges that the positive locations of a set learn.
 
     Attributes:
         distance: `ltrb` in strides, (N, 4).
-        stride: Of each location's level in px, (N,).
-        owner: Which object each location learns, (N,).
-        objects: How many objects there are, learned or not.
+        stride: Stride of each location's level in px, (N,).
+        owner: Index of the object that each location learns, (N,).
+        objects: Number of objects, learned or not.
     """
 
     distance: Tensor
@@ -50,15 +53,15 @@ class Edges:
 
 
 @dataclass(frozen=True)
-class LevelReach:
-    """How far edges lie from their locations on one level, or on all.
+class LevelRange:
+    """Distances of edges from their locations, on one level or on all levels.
 
     Attributes:
-        positives: Locations.
-        clipped: Their edges out of reach.
-        share: The same as a share of all edges.
-        largest: Distance in bins.
-        percentile: 99.9th of the distances in bins.
+        positives: Number of positive locations.
+        clipped: Number of their edges beyond the regression range.
+        share: Clipped edges as a share of all edges, 0 to 1.
+        largest: Largest distance in bins.
+        percentile: 99.9th percentile of the distances in bins.
     """
 
     positives: int
@@ -70,13 +73,13 @@ class LevelReach:
 
 @dataclass(frozen=True)
 class BinWidth:
-    """What a bin width (Delta) would do.
+    """The effect of a bin width (Delta).
 
     Attributes:
-        bin_width: In strides.
-        reg_max: The smallest that clips less than `ENOUGH`.
-        share: Of edges clipped by the present `reg_max`.
-        resolution_px: Between two bins on each level.
+        bin_width: Distance between neighbouring bins, in strides.
+        reg_max: Smallest `reg_max` that clips less than `ACCEPTED_SHARE` of all edges.
+        share: Share of edges that the present `reg_max` clips, 0 to 1.
+        resolution_px: Distance between neighbouring bins on each level, in px.
     """
 
     bin_width: float
@@ -86,19 +89,19 @@ class BinWidth:
 
 
 @dataclass(frozen=True)
-class Reach:
-    """What the present `reg_max` and bin width reach, and what others would.
+class RegressionRange:
+    """The regression range of the present `reg_max` and bin width, and of alternatives.
 
     Attributes:
-        short_side: Images are scaled to, in px.
-        images: Looked at.
-        objects: In these images.
-        clipped_objects: Those with an edge out of reach.
-        unlearned_objects: Those without any positive location.
-        levels: By stride.
-        total: Over all levels.
-        reg_max: The smallest that clips less than `ENOUGH` at the present bin width.
-        bin_widths: Alternatives.
+        short_side: Short side that images are scaled to, in px.
+        images: Number of images measured.
+        objects: Number of objects in these images.
+        clipped_objects: Number of objects with an edge beyond the regression range.
+        unlearned_objects: Number of objects without any positive location.
+        levels: Distances on each level, by stride.
+        total: Distances over all levels.
+        reg_max: Smallest `reg_max` that clips less than `ACCEPTED_SHARE` at the present bin width.
+        bin_widths: Effect of each alternative bin width.
     """
 
     short_side: int
@@ -106,42 +109,44 @@ class Reach:
     objects: int
     clipped_objects: int
     unlearned_objects: int
-    levels: dict[int, LevelReach]
-    total: LevelReach
+    levels: dict[int, LevelRange]
+    total: LevelRange
     reg_max: int
     bin_widths: list[BinWidth]
 
 
 def training_scales(data: DataConfig) -> list[int]:
-    """Return the short sides between which training scales images: one, or both ends."""
+    """Return the short sides (px) that training scales images to: the only one, or both ends."""
     return sorted(set(data.multi_scale or (data.short_side,)))
 
 
-def measure_reach(records: Sequence[ImageRecord], config: Config, short_side: int) -> Reach:
-    """Return what `config.model` reaches of the objects in `records`, scaled to `short_side`."""
+def measure_regression_range(
+    records: Sequence[ImageRecord], config: Config, short_side: int
+) -> RegressionRange:
+    """Return the regression range of `config.model` on `records`, scaled to `short_side` px."""
     edges = find_edges(records, short_side, config.data.long_side, config.assigner.topk)
     model = config.model
     clipped = _clipped(edges.distance, model).any(dim=1)
     widths = sorted({*BIN_WIDTHS, model.bin_width})
-    return Reach(
+    return RegressionRange(
         short_side=short_side,
         images=len(records),
         objects=edges.objects,
         clipped_objects=len(edges.owner[clipped].unique()),
         unlearned_objects=edges.objects - len(edges.owner.unique()),
-        levels={s: _level_reach(edges.distance[edges.stride == s], model) for s in STRIDES},
-        total=_level_reach(edges.distance, model),
+        levels={s: _level_range(edges.distance[edges.stride == s], model) for s in STRIDES},
+        total=_level_range(edges.distance, model),
         reg_max=suggest_reg_max(edges.distance, model.bin_width),
         bin_widths=[_bin_width(edges.distance, width, model.reg_max) for width in widths],
     )
 
 
 def find_edges(records: Sequence[ImageRecord], short: int, long: int, topk: int) -> Edges:
-    """Return what every positive location learns in images scaled to fit (long, short) px."""
-    # Alike counts together save padding; an image without objects has no edge.
+    """Return the edges of all positive locations, in images scaled to fit (long, short) px."""
+    # Images with similar counts share a batch to save padding; one without objects has no edge.
     records = sorted((r for r in records if len(r.boxes)), key=lambda r: len(r.boxes))
-    starts = range(0, len(records), IMAGES_AT_ONCE)
-    parts = [_edges(records[s : s + IMAGES_AT_ONCE], short, long, topk) for s in starts]
+    starts = range(0, len(records), BATCH)
+    parts = [_edges(records[s : s + BATCH], short, long, topk) for s in starts]
     none = torch.zeros(0)
     before = accumulate((part.objects for part in parts), initial=0)
     return Edges(
@@ -153,27 +158,27 @@ def find_edges(records: Sequence[ImageRecord], short: int, long: int, topk: int)
 
 
 def needed_reg_max(distance: Tensor, bin_width: float) -> Tensor:
-    """Return the smallest `reg_max` that reaches each `distance` in strides; int32, same shape."""
-    return (distance / bin_width + REACH_MARGIN).ceil().int()
+    """Return the smallest `reg_max` that includes each `distance` (strides), int32, same shape."""
+    return (distance / bin_width + TARGET_MARGIN).ceil().int()
 
 
 def _clipped(distance: Tensor, model: ModelConfig) -> Tensor:
-    """Return which of `distance` in strides is out of reach; none of a Dirac edge is."""
+    """Return which of the distances (strides) are clipped; those of Dirac edges never are."""
     needed = needed_reg_max(distance, model.bin_width)
     return (needed > model.reg_max) & (model.edges == "distribution")
 
 
 def suggest_reg_max(distance: Tensor, bin_width: float) -> int:
-    """Return the smallest `reg_max` that clips less than `ENOUGH` of all edges."""
+    """Return the smallest `reg_max` that clips less than `ACCEPTED_SHARE` of all distances."""
     needed = needed_reg_max(distance, bin_width).flatten()
     count = max(1, len(needed))
-    # At index r: how many edges need more than r.
+    # The entry at index r counts the edges that need more than r.
     beyond = len(needed) - torch.bincount(needed, minlength=2).cumsum(0)
-    return max(1, int((beyond.double() / count < ENOUGH).int().argmax()))
+    return max(1, int((beyond.double() / count < ACCEPTED_SHARE).int().argmax()))
 
 
 def network_boxes(record: ImageRecord, short: int, long: int) -> tuple[Tensor, tuple[int, int]]:
-    """Return the boxes (G, 4) and the (height, width) that the network's input has, in px."""
+    """Return an image's boxes (G, 4) and (height, width) as the network sees them, in px."""
     height, width = record.size
     new_height, new_width = fitted_size(height, width, short, long)
     x, y = new_width / width, new_height / height
@@ -199,16 +204,16 @@ def _edges(records: Sequence[ImageRecord], short: int, long: int, topk: int) -> 
 
 
 def _cover(height: int, width: int) -> Points:
-    """Return locations that cover images up to this size; those beyond an image do not matter."""
+    """Return locations that cover images up to this size (px); none beyond an image counts."""
     height, width = (ceil(side / STRIDES[-1]) * STRIDES[-1] for side in (height, width))
     return grid_points(tuple((height // s, width // s) for s in STRIDES), torch.device("cpu"))
 
 
-def _level_reach(distance: Tensor, model: ModelConfig) -> LevelReach:
+def _level_range(distance: Tensor, model: ModelConfig) -> LevelRange:
     edges = distance.numel()
     clipped = int(_clipped(distance, model).sum())
     bins = (distance / model.bin_width).numpy()
-    return LevelReach(
+    return LevelRange(
         positives=len(distance),
         clipped=clipped,
         share=clipped / max(1, edges),

@@ -18,7 +18,7 @@ FOCAL_ALPHA = 0.25
 
 FOCAL_GAMMA = 2.0
 
-REACH_MARGIN = 0.1
+TARGET_MARGIN = 0.1
 """How far below the last bin a DFL target stays, in bins (the reference's value)."""
 
 
@@ -82,9 +82,9 @@ def distribution_focal_loss(logits: Tensor, target: Tensor) -> Tensor:
 
     Args:
         logits: Of the bins of one edge, (..., R).
-        target: Distance in bins, (...); values beyond [0, R - 1 - REACH_MARGIN] are clamped to it.
+        target: Distance in bins, (...); values beyond [0, R - 1 - TARGET_MARGIN] are clamped to it.
     """
-    target = target.float().clamp(min=0, max=logits.shape[-1] - 1 - REACH_MARGIN)
+    target = target.float().clamp(min=0, max=logits.shape[-1] - 1 - TARGET_MARGIN)
     left = target.floor()
     to_right = target - left
     log_probability = logits.float().log_softmax(dim=-1)

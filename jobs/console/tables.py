@@ -15,7 +15,7 @@ from rich.text import Text
 
 from gfl.config.schema import ModelConfig
 from gfl.inspection.findings import Finding, Inspection, SplitStatistics, Spread
-from gfl.inspection.regression_range import Reach
+from gfl.inspection.regression_range import RegressionRange
 from gfl_platform.sweeps.analysis.statistics import seed_count
 from gfl_platform.sweeps.analysis.verdicts import (
     Analysis,
@@ -92,12 +92,16 @@ def show_inspection(found: Inspection, model: ModelConfig) -> None:
     rows = [(name, *(column[name] for column in columns)) for name in columns[0]]
     _show(f"images ({read})", ["min / median / max", *found.splits], rows)
     _show("boxes of every class", ["class", *found.splits, ""], _classes(found))
-    for reach in found.reach:
-        at = f"at short side {reach.short_side} px: {reach.images} images, {reach.objects} objects"
+    for at_scale in found.regression_ranges:
+        at = (
+            f"at short side {at_scale.short_side} px: {at_scale.images} images, "
+            f"{at_scale.objects} objects"
+        )
         names = ["level", "stride", "positives", "edges clipped", "farthest, bins", "99.9 %, bins"]
         bins = f"reg_max {model.reg_max} with Delta {model.bin_width:g}"
         dirac = model.edges == "dirac"
-        _show(f"reach of {'any distance' if dirac else bins} {at}", names, _levels(reach))
+        title = "unlimited regression range" if dirac else f"regression range of {bins}"
+        _show(f"{title} {at}", names, _levels(at_scale))
         if dirac:
             continue  # there are no bins to choose
         names = [
@@ -106,7 +110,7 @@ def show_inspection(found: Inspection, model: ModelConfig) -> None:
             f"clipped at {model.reg_max}",
             "px between bins, P3 to P7",
         ]
-        _show(f"other bins {at}", names, _bin_widths(reach, model))
+        _show(f"other bins {at}", names, _bin_widths(at_scale, model))
     if found.findings:
         _show("findings", ["", "set", "count", "what", "details"], map(_finding, found.findings))
     else:
@@ -149,19 +153,19 @@ def _classes(found: Inspection) -> Iterable[tuple[str, ...]]:
             yield f"... {len(hidden)} more", "", "", ""
 
 
-def _levels(reach: Reach) -> Iterable[tuple[str, ...]]:
-    names = [f"P{number}" for number, _ in enumerate(reach.levels, start=3)]
-    strides = [f"{stride}" for stride in reach.levels]
-    rows = [*reach.levels.values(), reach.total]
+def _levels(at_scale: RegressionRange) -> Iterable[tuple[str, ...]]:
+    names = [f"P{number}" for number, _ in enumerate(at_scale.levels, start=3)]
+    strides = [f"{stride}" for stride in at_scale.levels]
+    rows = [*at_scale.levels.values(), at_scale.total]
     for name, stride, row in zip([*names, "all"], [*strides, ""], rows, strict=True):
         far = (f"{row.largest:.1f}", f"{row.percentile:.1f}") if row.positives else ("", "")
         yield name, stride, f"{row.positives}", f"{row.share:.3%}", *far
-    yield "objects clipped", "", f"{reach.clipped_objects}", "", "", ""
-    yield "objects never learned", "", f"{reach.unlearned_objects}", "", "", ""
+    yield "objects clipped", "", f"{at_scale.clipped_objects}", "", "", ""
+    yield "objects never learned", "", f"{at_scale.unlearned_objects}", "", "", ""
 
 
-def _bin_widths(reach: Reach, model: ModelConfig) -> Iterable[tuple[str, ...]]:
-    for option in reach.bin_widths:
+def _bin_widths(at_scale: RegressionRange, model: ModelConfig) -> Iterable[tuple[str, ...]]:
+    for option in at_scale.bin_widths:
         mark = " (now)" if option.bin_width == model.bin_width else ""
         pixels = " / ".join(f"{step:g}" for step in option.resolution_px)
         yield f"{option.bin_width:g}{mark}", f"{option.reg_max}", f"{option.share:.3%}", pixels

@@ -33,11 +33,11 @@ def test_all_is_told_written_and_drawn(inspect_says, tiny_file, tmp_path):
         tiny_file, "model.reg_max=2", "--out", report, "--draw", samples
     )
     assert (status, error) == (0, "")
-    for word in ("rectangle", "█", "P7", "0.5", "1 (now)", "cannot reach", "45 files read"):
+    for word in ("rectangle", "█", "P7", "0.5", "1 (now)", "regression range", "45 files read"):
         assert word in out, word
     content = json.loads(report.read_text())
     assert content["splits"]["train"]["classes"].keys() == {"rectangle", "ellipse", "triangle"}
-    assert content["reach"][0]["levels"]["8"]["share"] > 0
+    assert content["regression_ranges"][0]["levels"]["8"]["share"] > 0
     assert [f["what"] for f in content["findings"] if "reg_max" in f["what"]]
     assert 8 <= len(list(samples.glob("*.png"))) <= 16
 

@@ -12,7 +12,7 @@ from gfl.config.loader import load_config
 from gfl.data.dataset import DetectionDataset
 from gfl.data.split import ImageRecord, load_splits
 from gfl.inference.visualize import draw_samples
-from gfl.inspection.findings import SHOWN, check_files, describe, find_cheaply, inspect_data
+from gfl.inspection.findings import EXAMPLES, check_files, describe, find_cheaply, inspect_data
 
 
 @pytest.fixture
@@ -85,7 +85,7 @@ def test_without_reading_copies_are_found_by_path(tiny, prepared):
     found = findings(tiny, train, train, quick=True)
     count = len(train.records)
     assert [(f.what, f.count) for f in found] == [("images that are trained on, too", count)]
-    assert found[0].details[SHOWN:] == [f"{count - SHOWN} more"]
+    assert found[0].details[EXAMPLES:] == [f"{count - EXAMPLES} more"]
 
 
 def test_unreadable_files_are_no_copies_of_each_other(tiny, prepared, tmp_path):
@@ -150,19 +150,19 @@ def clipping(tiny):
     return tiny.model_copy(update={"model": tiny.model.model_copy(update={"reg_max": 2})})
 
 
-def test_edges_out_of_reach_are_told_with_what_to_set(tiny, prepared):
+def test_clipped_edges_are_reported_with_what_to_set(tiny, prepared):
     config = clipping(tiny)
     report = examine(config, *prepared, quick=True)
-    (found,) = [f for f in report.findings if "cannot reach" in f.what]
-    (reach,) = report.reach
-    assert found.count == reach.total.clipped > 0
-    assert f"model.reg_max={reach.reg_max} clips under 0.1%" in found.details
-    assert f"{reach.clipped_objects} of {reach.objects} objects" in found.details
+    (found,) = [f for f in report.findings if "beyond the regression range" in f.what]
+    (measured,) = report.regression_ranges
+    assert found.count == measured.total.clipped > 0
+    assert f"model.reg_max={measured.reg_max} clips under 0.1%" in found.details
+    assert f"{measured.clipped_objects} of {measured.objects} objects" in found.details
     enough = config.model_copy(
-        update={"model": config.model.model_copy(update={"reg_max": reach.reg_max})}
+        update={"model": config.model.model_copy(update={"reg_max": measured.reg_max})}
     )
     again = examine(enough, *prepared, quick=True)
-    assert not [f for f in again.findings if "cannot reach" in f.what]
+    assert not [f for f in again.findings if "beyond the regression range" in f.what]
 
 
 def test_the_check_before_training_says_the_same_without_a_file(tiny, prepared, tmp_path):
@@ -170,10 +170,12 @@ def test_the_check_before_training_says_the_same_without_a_file(tiny, prepared, 
     config = clipping(tiny)
     records = [replace(r, path=tmp_path / "absent.jpg") for r in train.records]
     ghost = replace(train, records=records, classes=[*train.classes, "ghost"])
-    reach, empty = map(str, find_cheaply(config, ghost))
-    assert reach.startswith("train: edges that model.reg_max 2 cannot reach, hence clipped: ")
+    clipped, empty = map(str, find_cheaply(config, ghost))
+    assert clipped.startswith(
+        "train: edges beyond the regression range of model.reg_max 2, hence clipped: "
+    )
     assert empty == "train: classes without boxes: 1 (ghost)"
-    assert "images at short side" not in reach
+    assert "images at short side" not in clipped
 
 
 def test_the_check_before_training_samples_a_large_set_in_a_second_or_two(prepared):
@@ -193,10 +195,10 @@ def test_the_check_before_training_samples_a_large_set_in_a_second_or_two(prepar
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     started = time.process_time()
-    reach, empty = map(str, find_cheaply(config, split))
+    clipped, empty = map(str, find_cheaply(config, split))
     seconds = time.process_time() - started
     torch.set_num_threads(threads)
-    assert "of edges in 1000 of 118000 images at short side 800" in reach
+    assert "of edges in 1000 of 118000 images at short side 800" in clipped
     assert empty == "train: classes without boxes: 1 (79)"
     assert seconds < 2  # of one core; on a free one it takes a quarter of that
 
@@ -232,5 +234,5 @@ def test_real_images_have_no_errors_and_known_troubles(real_data):
     assert counts["val", "images that are trained on, too"] == 126
     assert counts["train", "classes without boxes"] == 9
     assert counts["val", "images without boxes"] == 2
-    (reach,) = report.reach
-    assert (reach.total.clipped, reach.reg_max) == (0, 12)
+    (measured,) = report.regression_ranges
+    assert (measured.total.clipped, measured.reg_max) == (0, 12)

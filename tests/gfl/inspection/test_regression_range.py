@@ -1,4 +1,4 @@
-"""Reach against closed forms, an independent loop and the training transforms."""
+"""Regression ranges against closed forms, an independent loop and the training transforms."""
 
 from math import ceil
 from pathlib import Path
@@ -13,9 +13,9 @@ from gfl.config.schema import AssignerConfig, Config, DataConfig, ModelConfig
 from gfl.data.dataset import as_sample, build_transforms, fitted_size
 from gfl.data.split import ImageRecord
 from gfl.inspection.regression_range import (
+    ACCEPTED_SHARE,
     BIN_WIDTHS,
-    ENOUGH,
-    measure_reach,
+    measure_regression_range,
     needed_reg_max,
     network_boxes,
     suggest_reg_max,
@@ -23,7 +23,7 @@ from gfl.inspection.regression_range import (
 )
 from gfl.model.assigner import assign
 from gfl.model.boxes import STRIDES, grid_points
-from gfl.model.losses import REACH_MARGIN
+from gfl.model.losses import TARGET_MARGIN
 from gfl.structures import pad_targets
 from tests.support.detectors import level_sizes
 
@@ -38,36 +38,36 @@ def config_of(**model):
     return Config(model=ModelConfig(**model))
 
 
-def test_a_long_box_is_out_of_reach_to_its_left_and_right_alone():
+def test_a_long_box_is_beyond_the_regression_range_to_its_left_and_right_alone():
     # 800 x 40 px: on P4 (stride 16) its ends lie 25 bins from its centre, where its locations are,
     # and on P5 (stride 32) 12.5 bins; above and below it is no more than 2.5.
-    reach = measure_reach([record([[0, 380, 800, 420]])], config_of(reg_max=16), 800)
-    assert reach.levels[16].positives > 0
-    assert reach.levels[16].share == 0.5
-    assert reach.levels[16].clipped == 2 * reach.levels[16].positives
-    assert 25 <= reach.levels[16].largest <= 27
-    assert reach.levels[32].positives > 0
-    assert reach.levels[32].clipped == 0
-    assert reach.total.clipped == reach.levels[16].clipped
-    assert (reach.objects, reach.clipped_objects, reach.unlearned_objects) == (1, 1, 0)
-    # All of P4's within reach of two strides a bin, at half the resolution.
-    twice = measure_reach([record([[0, 380, 800, 420]])], config_of(bin_width=2.0), 800)
+    measured = measure_regression_range([record([[0, 380, 800, 420]])], config_of(reg_max=16), 800)
+    assert measured.levels[16].positives > 0
+    assert measured.levels[16].share == 0.5
+    assert measured.levels[16].clipped == 2 * measured.levels[16].positives
+    assert 25 <= measured.levels[16].largest <= 27
+    assert measured.levels[32].positives > 0
+    assert measured.levels[32].clipped == 0
+    assert measured.total.clipped == measured.levels[16].clipped
+    assert (measured.objects, measured.clipped_objects, measured.unlearned_objects) == (1, 1, 0)
+    # All of P4's are within the range of bins two strides wide, at half the resolution.
+    twice = measure_regression_range([record([[0, 380, 800, 420]])], config_of(bin_width=2.0), 800)
     assert twice.total.clipped == 0
-    assert twice.reg_max == ceil(reach.levels[16].largest / 2 + REACH_MARGIN)
+    assert twice.reg_max == ceil(measured.levels[16].largest / 2 + TARGET_MARGIN)
     assert twice.bin_widths[2].resolution_px == [16, 32, 64, 128, 256]
 
 
 def test_an_object_between_all_locations_is_never_learned():
     boxes = [[10.5, 10.5, 12.5, 12.5], [100, 100, 300, 300]]
-    reach = measure_reach([record(boxes), record([])], config_of(), 800)
-    assert (reach.images, reach.objects, reach.unlearned_objects) == (2, 2, 1)
+    measured = measure_regression_range([record(boxes), record([])], config_of(), 800)
+    assert (measured.images, measured.objects, measured.unlearned_objects) == (2, 2, 1)
 
 
 def test_without_any_object_nothing_is_clipped():
-    reach = measure_reach([record([])], config_of(), 800)
-    assert reach.total.positives == reach.total.clipped == reach.objects == 0
-    assert reach.total.share == 0
-    assert reach.reg_max == 1
+    measured = measure_regression_range([record([])], config_of(), 800)
+    assert measured.total.positives == measured.total.clipped == measured.objects == 0
+    assert measured.total.share == 0
+    assert measured.reg_max == 1
 
 
 @pytest.mark.parametrize(
@@ -84,15 +84,15 @@ def test_the_last_bin_is_reached_up_to_the_margin_of_the_loss(distance, bin_widt
     bin_width=st.sampled_from(BIN_WIDTHS),
 )
 def test_the_suggestion_clips_little_enough_and_a_smaller_one_does_not(sixteenths, near, bin_width):
-    # In sixteenths, no distance lies on the border of reach.
+    # In sixteenths, no distance lies on the border of the regression range.
     distance = torch.tensor([n / 16 for n in sixteenths] + [0.5] * near)
 
     def share_clipped(reg_max):
-        return (distance / bin_width > reg_max - REACH_MARGIN).double().mean().item()
+        return (distance / bin_width > reg_max - TARGET_MARGIN).double().mean().item()
 
     suggested = suggest_reg_max(distance, bin_width)
-    assert share_clipped(suggested) < ENOUGH
-    assert suggested == 1 or share_clipped(suggested - 1) >= ENOUGH
+    assert share_clipped(suggested) < ACCEPTED_SHARE
+    assert suggested == 1 or share_clipped(suggested - 1) >= ACCEPTED_SHARE
 
 
 def test_exactly_the_limit_is_too_much():
@@ -137,7 +137,7 @@ def loop_reference(records, short, long, topk, reg_max):
             x1, y1, x2, y2 = boxes[truth].tolist()
             far = [d / step for d in (x - x1, y - y1, x2 - x, y2 - y)]
             positives[step] += 1
-            clipped[step] += sum(d > reg_max - REACH_MARGIN for d in far)
+            clipped[step] += sum(d > reg_max - TARGET_MARGIN for d in far)
             owners.add((number, truth))
     return clipped, positives, len(owners)
 
@@ -150,12 +150,12 @@ def test_shares_are_those_of_an_independent_loop(short):
         data=DataConfig(short_side=short, long_side=256),
         assigner=AssignerConfig(topk=5),
     )
-    reach = measure_reach(records, config, short)
+    measured = measure_regression_range(records, config, short)
     clipped, positives, learned = loop_reference(records, short, 256, 5, reg_max=4)
-    assert {s: row.positives for s, row in reach.levels.items()} == positives
-    assert {s: row.clipped for s, row in reach.levels.items()} == clipped
-    assert 0 < sum(clipped.values()) == reach.total.clipped
-    assert reach.objects - reach.unlearned_objects == learned
+    assert {s: row.positives for s, row in measured.levels.items()} == positives
+    assert {s: row.clipped for s, row in measured.levels.items()} == clipped
+    assert 0 < sum(clipped.values()) == measured.total.clipped
+    assert measured.objects - measured.unlearned_objects == learned
 
 
 @pytest.mark.parametrize("size", [(61, 200), (300, 77), (64, 64)])

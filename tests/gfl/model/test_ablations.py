@@ -12,7 +12,7 @@ from gfl.config.loader import ConfigError, derive
 from gfl.config.schema import ModelConfig
 from gfl.data.split import load_splits
 from gfl.inspection.findings import find_cheaply
-from gfl.inspection.regression_range import measure_reach
+from gfl.inspection.regression_range import measure_regression_range
 from gfl.model.boxes import grid_points, ltrb_centerness
 from gfl.model.criterion import loss_names
 from gfl.model.head import LARGEST_LOG_DISTANCE, Dirac
@@ -253,10 +253,10 @@ def test_plain_distances_reach_every_edge(tiny):
     short = derive(type(tiny), tiny, ["model.reg_max=1"])
     plain = derive(type(tiny), short, ["model.edges=dirac"])
     train = load_splits(short)[0]
-    assert [f for f in find_cheaply(short, train) if "cannot reach" in f.what]
-    assert not [f for f in find_cheaply(plain, train) if "cannot reach" in f.what]
-    reach = measure_reach(train.records, plain, 64)
-    assert (reach.clipped_objects, reach.total.clipped, reach.total.share) == (0, 0, 0)
+    assert [f for f in find_cheaply(short, train) if "beyond the regression range" in f.what]
+    assert not [f for f in find_cheaply(plain, train) if "beyond the regression range" in f.what]
+    measured = measure_regression_range(train.records, plain, 64)
+    assert (measured.clipped_objects, measured.total.clipped, measured.total.share) == (0, 0, 0)
 
 
 def test_the_defaults_are_the_papers_model():

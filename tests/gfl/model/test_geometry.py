@@ -10,7 +10,7 @@ from torchvision.ops import generalized_box_iou
 
 from gfl.model.boxes import box_giou, box_iou, grid_points, ltrb_to_xyxy, xyxy_to_ltrb
 from gfl.model.head import Integral
-from gfl.model.losses import REACH_MARGIN
+from gfl.model.losses import TARGET_MARGIN
 from tests.support.detectors import level_sizes
 
 
@@ -77,8 +77,8 @@ def test_integral_is_the_references(golden):
     decoded = ltrb_to_xyxy(points, distances)
     torch.testing.assert_close(decoded, torch.from_numpy(numbers["integral/decoded"]))
     boxes = torch.from_numpy(numbers["integral/enc_gt"])
-    reach = int(numbers["integral/reg_max"]) - REACH_MARGIN
-    encoded = xyxy_to_ltrb(points, boxes).clamp(min=0, max=reach)
+    largest = int(numbers["integral/reg_max"]) - TARGET_MARGIN
+    encoded = xyxy_to_ltrb(points, boxes).clamp(min=0, max=largest)
     torch.testing.assert_close(encoded, torch.from_numpy(numbers["integral/encoded"]))
 
 
