@@ -20,7 +20,7 @@ from gfl_platform.config import BudgetConfig, JobConfig, SweepConfig
 from gfl_platform.registry import models
 from gfl_platform.storage.files import held
 from gfl_platform.storage.storage import Storage
-from gfl_platform.sweeps.analysis.statistics import EPOCHS_KEY, direction
+from gfl_platform.sweeps.analysis.statistics import direction
 from gfl_platform.sweeps.analysis.verdicts import analyse
 from gfl_platform.sweeps.formatting import identity
 from gfl_platform.sweeps.recorder import EndOfTrials, Recorder
@@ -36,6 +36,7 @@ from gfl_platform.sweeps.space import (
 from gfl_platform.sweeps.trial import Train, TrialSettings, run_trial, train_with_ray
 from gfl_platform.sweeps.trials import (
     ENDED,
+    EPOCHS_KEY,
     Planned,
     Point,
     SweepResults,

@@ -1,4 +1,4 @@
-"""What a sweep found: its trials, each a JSON file in its own folder, and what they have in common.
+"""The trials of a sweep: what is recorded of each, and where.
 
 sweeps/NAME/            the sweep's folder, under the storage's root
     sweep.yaml          its configuration
@@ -12,18 +12,24 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
+import pandas as pd
+
+from gfl.evaluation.coco_eval import NO_GROUND_TRUTH
 from gfl_platform.config import JobConfig, SweepConfig
 from gfl_platform.storage.files import read_json, write_atomically
+from gfl_platform.sweeps.formatting import identity
 
 ENDED = ("finished", "stopped early", "nan")
-"""States in which a resumed sweep leaves a trial; it goes on with all others if the budget lets it,
-and tries `failed` ones again."""
-
+"""States that a resumed sweep leaves as they are. It continues all other trials if the budget
+allows, and tries `failed` ones again."""
 
 TRIAL_FILE = "trial.json"
 
+EPOCHS_KEY = "schedule.epochs"
+
 AT_THE_END = ("fps", "latency_ms")
-"""Objectives that a trial reports once; all others it reports after every epoch."""
+"""Objectives that a trial reports once, at its end; all others are reported after every epoch."""
 
 State = Literal["running", "finished", "stopped early", "failed", "nan", "out of budget"]
 
@@ -35,24 +41,25 @@ Point = dict[str, Any]
 
 @dataclass
 class Trial:
-    """A training of a sweep.
+    """One training of a sweep.
 
     Attributes:
-        id: The same after any restart.
+        id: Name of the trial, which stays the same after any restart.
         point: Values of the swept keys.
-        seed: Of the training.
+        seed: Seed of the training.
         stage: `search`, or `finalists`: other seeds of the best points and of the default.
-        state: How it ended: `stopped early` by the scheduler, `out of budget` with the sweep.
-        cause: Why it failed.
-        curve: Epochs done and the sweep's `watched` metric, in their order.
-        figures: Of the checkpoint with the best AP: the COCO statistics; of a finished trial `fps`
-            and `latency_ms`, too.
-        seconds: From the first word of its workers, in all attempts.
-        devices: GPUs, or CPUs of a cluster without, that it held.
-        config_hash: Of its effective configuration.
-        run_id: Its MLflow run.
+        state: How the trial ended: `stopped early` by the scheduler, `out of budget` together with
+            the sweep.
+        cause: Why the trial failed.
+        curve: Pairs of an epoch and the sweep's `watched` metric after it, in order.
+        figures: COCO statistics of the checkpoint with the best AP; a finished trial has `fps` and
+            `latency_ms`, too.
+        seconds: Time from the first event of its workers, summed over all attempts.
+        devices: Number of GPUs that the trial held, or of CPUs on a cluster without GPUs.
+        config_hash: Hash of the effective configuration.
+        run_id: The trial's MLflow run.
         checkpoint: Folder of the checkpoint with the best AP, where all nodes see it.
-        protocol: How FPS was measured.
+        protocol: Conditions under which FPS was measured.
     """
 
     id: str
@@ -72,20 +79,20 @@ class Trial:
 
     @property
     def epochs(self) -> int:
-        """Epochs trained and evaluated."""
+        """Number of epochs trained and evaluated."""
         return self.curve[-1][0] if self.curve else 0
 
 
 @dataclass(frozen=True)
 class SweepResults:
-    """All that the report is made from.
+    """A sweep and its trials: all that the report is made from.
 
     Attributes:
-        name: Of the sweep.
-        job: Its configuration; `job.sweep` says what was asked.
+        name: Name of the sweep.
+        job: Configuration of the sweep, with its section `sweep:`.
         defaults: Values of the swept keys in `job` itself.
         device: What `Trial.devices` counts: `GPU` or `CPU`.
-        trials: In the order of their start.
+        trials: The trials in the order of their start.
     """
 
     name: str
@@ -102,33 +109,56 @@ class SweepResults:
 
     @property
     def watched(self) -> str:
-        """The metric that is followed over epochs: the first objective, or AP."""
+        """Metric whose curve over the epochs is recorded: the first objective, or AP."""
         first = self.sweep.objectives[0]
         return "AP" if first in AT_THE_END else first
 
     @property
     def epochs(self) -> int:
-        """Of a whole training; a trial that sweeps `schedule.epochs` has its own."""
+        """Number of epochs of a whole training, unless `schedule.epochs` itself is swept."""
         return self.job.schedule.epochs
+
+    def frame(self) -> pd.DataFrame:
+        """Return the trials as a table with one row each, in their order.
+
+        Columns are `point` (the identity of the trial's point), `seed`, `stage`, `state`,
+        `device_seconds`, `epochs`, `full_epochs` (the epochs of a whole training), and one column
+        for each metric that a trial has or that is an objective. A figure is NaN where the trial
+        has none, where it is not finite, and where it is an AP or AR without any ground truth.
+        """
+        names = [*self.sweep.objectives, *(name for trial in self.trials for name in trial.figures)]
+        metrics = list(dict.fromkeys(names))
+        figures = pd.DataFrame(
+            [trial.figures for trial in self.trials], columns=metrics, dtype=float
+        ).replace([np.inf, -np.inf, NO_GROUND_TRUTH], np.nan)
+        return figures.assign(
+            point=[identity(trial.point) for trial in self.trials],
+            seed=[trial.seed for trial in self.trials],
+            stage=[trial.stage for trial in self.trials],
+            state=[trial.state for trial in self.trials],
+            device_seconds=[trial.seconds * trial.devices for trial in self.trials],
+            epochs=[trial.epochs for trial in self.trials],
+            full_epochs=[trial.point.get(EPOCHS_KEY, self.epochs) for trial in self.trials],
+        )
 
 
 def write_trial(folder: Path, trial: Trial) -> None:
-    """Note what is known of `trial` in its folder."""
+    """Write the record of `trial` into its folder."""
     write_atomically(folder / TRIAL_FILE, json.dumps(asdict(trial), indent=1) + "\n")
 
 
 def read_trial(folder: Path) -> Trial | None:
-    """Return the trial noted in a folder, or None."""
-    values = read_json(folder / TRIAL_FILE)
-    if not values:
+    """Return the trial whose record is in a folder, or None if there is no record."""
+    record = read_json(folder / TRIAL_FILE)
+    if not record:
         return None
-    values["curve"] = [(epoch, ap) for epoch, ap in values["curve"]]
-    return Trial(**values)
+    record["curve"] = [(epoch, value) for epoch, value in record["curve"]]
+    return Trial(**record)
 
 
 @dataclass(frozen=True)
 class Planned:
-    """A trial to run; its fields are the `config` of Tune's trial."""
+    """A trial to run; its fields are the `config` of Ray Tune's trial."""
 
     id: str
     point: Point
@@ -137,10 +167,10 @@ class Planned:
 
 
 def trial_name(number: int) -> str:
-    """Return the identity of the trial with this number."""
+    """Return the id of a trial of the search."""
     return f"{number:03d}"
 
 
 def finalist_name(number: int) -> str:
-    """Return the identity of the finalists' trial with this number."""
+    """Return the id of a trial of the finalists."""
     return f"f{number:03d}"

@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 import matplotlib as mpl
 import numpy as np
+import pandas as pd
 from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -16,7 +17,7 @@ from matplotlib.patches import Rectangle
 from matplotlib.ticker import LogLocator, MaxNLocator
 
 from gfl_platform.config import RangeConfig
-from gfl_platform.sweeps.analysis.statistics import PointSummary, by_seed, spread
+from gfl_platform.sweeps.analysis.statistics import PointSummary, spread
 from gfl_platform.sweeps.analysis.verdicts import Analysis
 from gfl_platform.sweeps.formatting import (
     NAMES,
@@ -232,8 +233,9 @@ def draw_parameter(found: Analysis, key: str, metric: str) -> Picture | None:
 
 
 def _with_figure(results: SweepResults, metric: str) -> list[Trial]:
-    finished = [trial for trial in results.trials if trial.state == "finished"]
-    return [trial for trial in finished if by_seed([trial], metric)]
+    frame = results.frame().reindex(columns=["state", metric])
+    has_figure = (frame["state"] == "finished") & frame[metric].notna()
+    return [results.trials[row] for row in frame.index[has_figure]]
 
 
 def _within(default: Any, drawn: Sequence[Any]) -> bool:
@@ -278,7 +280,7 @@ def _means(axes: Axes, scale: Scale, key: str, metric: str, trials: Sequence[Tri
     xs, means, deviations = [], [], []
     for value in distinct(trial.point.get(key) for trial in trials):
         mine = [t for t in trials if identity(t.point.get(key)) == identity(value)]
-        found = spread(trial.figures[metric] * factor(metric) for trial in mine)
+        found = spread(pd.Series([trial.figures[metric] * factor(metric) for trial in mine]))
         if found and found.sd is not None:
             xs.append(scale.beside(value, 0.025))
             means.append(found.mean)

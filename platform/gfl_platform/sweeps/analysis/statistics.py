@@ -1,34 +1,30 @@
-"""What the trials of a sweep say together: points over their seeds, the best, the cost.
+"""Statistics over the trials of a sweep: points over their seeds, ranking, Pareto front, cost.
 
-Only finished trials are compared: the figures of one that was stopped are those of fewer epochs.
+Only finished trials are compared: the figures of a stopped trial belong to fewer epochs.
 """
 
-import logging
 import warnings
-from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from math import fsum, isfinite, sqrt
 from typing import TYPE_CHECKING, Any
 
-from gfl.evaluation.coco_eval import NO_GROUND_TRUTH
+import pandas as pd
+
 from gfl_platform.config import RangeConfig
-from gfl_platform.sweeps.formatting import distinct, identity, is_number
+from gfl_platform.sweeps.formatting import distinct, factor, identity, is_number
 from gfl_platform.sweeps.trials import Point, SweepResults, Trial
 
 if TYPE_CHECKING:
     from optuna.distributions import BaseDistribution
-from gfl_platform.sweeps.formatting import factor
 
 METRICS = ("AP", "AP50", "AP75", "fps")
-"""Summarised of every point, besides the objectives."""
-
-EPOCHS_KEY = "schedule.epochs"
+"""Metrics that are summarised for every point, besides the objectives."""
 
 
 @dataclass(frozen=True)
 class Spread:
-    """A figure over seeds: mean and sample standard deviation, which one seed does not have."""
+    """Mean and sample standard deviation of a figure over seeds; one seed has no deviation."""
 
     mean: float
     sd: float | None
@@ -37,14 +33,14 @@ class Spread:
 
 @dataclass(frozen=True)
 class PointSummary:
-    """The finished trials of a point.
+    """The finished trials of one point.
 
     Attributes:
         point: Values of the swept keys.
-        default: Whether they are those of the configuration itself.
-        trials: All of its finished trials.
-        figures: By metric; one that no trial has is missing.
-        lost: Trials of it that diverged or failed, and are in no figure.
+        default: Whether the values are those of the configuration itself.
+        trials: All finished trials of the point.
+        figures: Spread over the seeds by metric; a metric that no trial has is missing.
+        lost: Number of the point's trials that diverged or failed and are in no figure.
     """
 
     point: Point
@@ -59,47 +55,43 @@ class PointSummary:
         return tuple(sorted({trial.seed for trial in self.trials}))
 
 
-def spread(values: Iterable[float]) -> Spread | None:
-    """Return the mean and the sample standard deviation, or None of no values."""
-    found = list(values)
-    if not found:
-        return None
-    mean = fsum(found) / len(found)
-    if len(found) == 1:
-        return Spread(mean, None, 1)
-    squares = fsum((value - mean) ** 2 for value in found)
-    return Spread(mean, sqrt(squares / (len(found) - 1)), len(found))
+def by_seed(trials: pd.DataFrame, metric: str, groups: Sequence[str] = ("point",)) -> pd.DataFrame:
+    """Return a metric of the finished trials, with a row for each point and a column for each seed.
 
+    Trials of one point with the same seed are averaged. NaN stands where there is no figure.
 
-def by_seed(trials: Iterable[Trial], metric: str) -> dict[int, float]:
-    """Return a figure by seed; trials with the same seed are averaged.
-
-    NaN is left out, and so is an AP or AR without any ground truth.
+    Args:
+        trials: The trials, as `SweepResults.frame` gives them.
+        metric: Name of the metric.
+        groups: Names of the columns whose combinations have the rows.
     """
-    found = defaultdict(list)
-    for trial in trials:
-        value = trial.figures.get(metric)
-        if value is not None and isfinite(value) and value != NO_GROUND_TRUTH:
-            found[trial.seed].append(value)
-    return {seed: fsum(values) / len(values) for seed, values in sorted(found.items())}
+    finished = trials[trials["state"] == "finished"].reindex(columns=[*groups, "seed", metric])
+    return finished.groupby([*groups, "seed"])[metric].mean().unstack("seed")
+
+
+def spread(figures: pd.Series) -> Spread | None:
+    """Return the spread of a point's figures, one for each seed; None if all of them are NaN."""
+    known = figures.dropna()
+    if known.empty:
+        return None
+    sd = float(known.std()) if len(known) > 1 else None
+    return Spread(float(known.mean()), sd, len(known))
 
 
 def summarize(results: SweepResults) -> list[PointSummary]:
-    """Return the points with a finished trial, in the order of their start."""
-    groups: dict[str, list[Trial]] = defaultdict(list)
-    lost: Counter[str] = Counter()
-    for trial in results.trials:
-        if trial.state == "finished":
-            groups[identity(trial.point)].append(trial)
-        lost[identity(trial.point)] += trial.state in ("nan", "failed")
+    """Return the points that have a finished trial, in the order of their start."""
+    frame = results.frame()
     default = identity(results.defaults)
+    lost = frame["point"][frame["state"].isin(("nan", "failed"))].value_counts()
     metrics = dict.fromkeys((*results.sweep.objectives, *METRICS))
+    tables = {metric: by_seed(frame, metric) for metric in metrics}
     summaries = []
-    for name, trials in groups.items():
-        spreads = {metric: spread(by_seed(trials, metric).values()) for metric in metrics}
-        figures = {metric: found for metric, found in spreads.items() if found}
+    for name, rows in frame[frame["state"] == "finished"].groupby("point", sort=False):
+        trials = tuple(results.trials[row] for row in rows.index)
+        spreads = {metric: spread(table.loc[name]) for metric, table in tables.items()}
+        figures = {metric: figure for metric, figure in spreads.items() if figure}
         summaries.append(
-            PointSummary(trials[0].point, name == default, tuple(trials), figures, lost[name])
+            PointSummary(trials[0].point, name == default, trials, figures, int(lost.get(name, 0)))
         )
     return summaries
 
@@ -116,36 +108,36 @@ def unfinished(results: SweepResults) -> list[Trial]:
 
 
 def direction(metric: str) -> int:
-    """Return 1 for a figure of which more is better, else -1."""
+    """Return 1 for a metric of which more is better, else -1."""
     return -1 if metric == "latency_ms" else 1
 
 
 def ranking(results: SweepResults, points: Sequence[PointSummary]) -> list[PointSummary]:
-    """Return the points by the mean of the first objective, the best first.
+    """Return the points that have the first objective by its mean, the best first.
 
-    Once some have several seeds, those of one seed come after them: the best of many single draws
-    is a lucky one.
+    Once some points have several seeds, those of one seed come after them: the best of many single
+    draws is a lucky one.
     """
     objective = results.sweep.objectives[0]
-    known = [point for point in points if objective in point.figures]
 
     def key(point: PointSummary) -> tuple[bool, float]:
-        found = point.figures[objective]
-        return found.seeds == 1, -direction(objective) * found.mean
+        figure = point.figures[objective]
+        return figure.seeds == 1, -direction(objective) * figure.mean
 
-    return sorted(known, key=key)
+    return sorted((point for point in points if objective in point.figures), key=key)
 
 
 def pareto_front(points: Sequence[PointSummary]) -> list[PointSummary]:
     """Return the points that no other beats in both mean AP and mean FPS, the fastest last."""
-    known = [point for point in points if {"AP", "fps"} <= set(point.figures)]
-    ordered = sorted(known, key=lambda p: (-p.figures["AP"].mean, -p.figures["fps"].mean))
-    front: list[PointSummary] = []
-    for point in ordered:
-        last = front[-1].figures if front else None
-        ap, fps = point.figures["AP"].mean, point.figures["fps"].mean
-        if not last or fps > last["fps"].mean or (last["AP"].mean, last["fps"].mean) == (ap, fps):
-            front.append(point)
+    known = [point for point in points if {"AP", "fps"} <= point.figures.keys()]
+    pairs = [(point.figures["AP"].mean, point.figures["fps"].mean) for point in known]
+    means = pd.DataFrame(pairs, columns=["AP", "fps"])
+    front = []
+    for row, mean in means.sort_values(["AP", "fps"], ascending=False).iterrows():
+        at_least_as_good = (means >= mean).all(axis="columns")
+        different = (means != mean).any(axis="columns")
+        if not (at_least_as_good & different).any():
+            front.append(known[row])
     return front
 
 
@@ -154,14 +146,14 @@ class Cost:
     """What a sweep used.
 
     Attributes:
-        states: Trials by how they ended.
-        device_hours: Of all trials.
-        epochs: Trained by the search.
-        full_epochs: What the search would have trained, had every trial gone to its last epoch.
-        saved: Share of `full_epochs` that the scheduler spared, by stopping trials early.
-        finalist_trials: Trials of other seeds of the best points.
-        finalist_epochs: Trained by them.
-        finalist_device_hours: Of them, within `device_hours`.
+        states: Number of trials by how they ended.
+        device_hours: Hours of all trials, times the devices that each held.
+        epochs: Epochs trained by the search.
+        full_epochs: Epochs of the search if every trial had gone to its last one.
+        saved: Share of `full_epochs` that the scheduler spared by stopping trials early.
+        finalist_trials: Number of trials of other seeds of the best points.
+        finalist_epochs: Epochs trained by these trials.
+        finalist_device_hours: Part of `device_hours` that these trials used.
     """
 
     states: dict[str, int]
@@ -176,27 +168,21 @@ class Cost:
 
 def cost(results: SweepResults) -> Cost:
     """Add up what the trials used, those that failed included."""
-
-    def full(trial: Trial) -> int:
-        return int(trial.point.get(EPOCHS_KEY, results.epochs))
-
-    def hours(trials: Iterable[Trial]) -> float:
-        return fsum(trial.seconds * trial.devices for trial in trials) / 3600
-
-    search = [trial for trial in results.trials if trial.stage == "search"]
-    finalists = [trial for trial in results.trials if trial.stage == "finalists"]
-    stopped = [trial for trial in search if trial.state == "stopped early"]
-    full_epochs = sum(map(full, search))
-    spared = sum(full(trial) - trial.epochs for trial in stopped)
+    frame = results.frame()
+    search = frame[frame["stage"] == "search"]
+    finalists = frame[frame["stage"] == "finalists"]
+    stopped = search[search["state"] == "stopped early"]
+    full_epochs = int(search["full_epochs"].sum())
+    spared = int((stopped["full_epochs"] - stopped["epochs"]).sum())
     return Cost(
-        states=dict(Counter(trial.state for trial in results.trials)),
-        device_hours=hours(results.trials),
-        epochs=sum(trial.epochs for trial in search),
+        states=frame["state"].value_counts(sort=False).to_dict(),
+        device_hours=float(frame["device_seconds"].sum()) / 3600,
+        epochs=int(search["epochs"].sum()),
         full_epochs=full_epochs,
         saved=spared / full_epochs if full_epochs else 0.0,
         finalist_trials=len(finalists),
-        finalist_epochs=sum(trial.epochs for trial in finalists),
-        finalist_device_hours=hours(finalists),
+        finalist_epochs=int(finalists["epochs"].sum()),
+        finalist_device_hours=float(finalists["device_seconds"].sum()) / 3600,
     )
 
 
@@ -205,9 +191,9 @@ class Identical:
     """Trials of different points whose curves are the same bit for bit.
 
     Attributes:
-        seed: Of all of them.
-        keys: In which they differ, and which had no effect.
-        trials: At least two.
+        seed: Seed of all of these trials.
+        keys: Keys in which the points differ, and which had no effect.
+        trials: At least two trials.
     """
 
     seed: int
@@ -220,17 +206,16 @@ def identical_trials(results: SweepResults) -> list[Identical]:
 
     Curves that never leave zero are no evidence and are left out.
     """
-    groups: dict[Any, list[Trial]] = defaultdict(list)
+    groups: dict[tuple[int, str], list[Trial]] = defaultdict(list)
     for trial in results.trials:
-        if trial.state == "finished" and any(ap for _, ap in trial.curve):
-            curve = tuple((epoch, float(ap).hex()) for epoch, ap in trial.curve)
-            groups[trial.seed, curve].append(trial)
-    found = []
-    for (seed, _), trials in groups.items():
-        keys = differing_keys([trial.point for trial in trials])
-        if keys:
-            found.append(Identical(seed, keys, tuple(trials)))
-    return found
+        if trial.state == "finished" and any(value for _, value in trial.curve):
+            groups[trial.seed, repr(trial.curve)].append(trial)
+    differing = {name: differing_keys([t.point for t in trials]) for name, trials in groups.items()}
+    return [
+        Identical(name[0], differing[name], tuple(trials))
+        for name, trials in groups.items()
+        if differing[name]
+    ]
 
 
 def differing_keys(points: Sequence[Mapping[str, Any]]) -> tuple[str, ...]:
@@ -240,6 +225,7 @@ def differing_keys(points: Sequence[Mapping[str, Any]]) -> tuple[str, ...]:
 
 
 FEWEST_TRIALS = 4
+"""Finished trials that an importance needs at least."""
 
 
 def parameter_importance(results: SweepResults) -> dict[str, float] | None:
@@ -251,73 +237,77 @@ def parameter_importance(results: SweepResults) -> dict[str, float] | None:
         None when fewer than four trials finished, or when their figures are all alike.
     """
     objective = results.sweep.objectives[0]
-    trials = [trial for trial in results.trials if trial.state == "finished"]
-    trials = [trial for trial in trials if isfinite(trial.figures.get(objective, float("nan")))]
-    figures = [trial.figures[objective] for trial in trials]
-    columns = {key: [trial.point.get(key) for trial in trials] for key in results.sweep.space}
-    varied = {key: values for key, values in columns.items() if len(distinct(values)) > 1}
-    if len(trials) < FEWEST_TRIALS or len(set(figures)) < 2 or not varied:
+    frame = results.frame()
+    figures = frame[objective][frame["state"] == "finished"].dropna()
+    points = [results.trials[row].point for row in figures.index]
+    varied = differing_keys(points)
+    if len(points) < FEWEST_TRIALS or figures.nunique() < 2 or not varied:
         return None
-    encoded = {key: _encode(results.sweep.space[key], values) for key, values in varied.items()}
-    found = dict.fromkeys(columns, 0.0) | _evaluate(encoded, figures, direction(objective))
-    return dict(sorted(found.items(), key=lambda pair: -pair[1]))
+    columns = {
+        key: _encode(ranges, [point.get(key) for point in points])
+        for key, ranges in results.sweep.space.items()
+        if key in varied
+    }
+    shares = dict.fromkeys(results.sweep.space, 0.0) | _evaluate(columns, figures.tolist())
+    return dict(sorted(shares.items(), key=lambda pair: -pair[1]))
 
 
-def _encode(asked: RangeConfig, values: Sequence[Any]) -> tuple[list[Any], "BaseDistribution"]:
-    """Return values and their distribution as Optuna takes them.
+def _encode(ranges: RangeConfig, values: Sequence[Any]) -> tuple[list[Any], "BaseDistribution"]:
+    """Return the values of a key and their distribution in the form that Optuna takes.
 
     A list of numbers becomes their ranks: an order, without the gaps' widths as weights. Any other
-    list becomes texts, for to Optuna True is 1.
+    list becomes texts, because Optuna takes True for 1.
     """
     from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 
-    if asked.bounds and all(map(is_number, values)):
+    if ranges.bounds and all(map(is_number, values)):
         # The default is trained, too, and may be beyond the range.
-        low, high = min(*values, asked.bounds[0]), max(*values, asked.bounds[1])
-        if asked.int_uniform and all(float(value).is_integer() for value in values):
+        low, high = min(*values, ranges.bounds[0]), max(*values, ranges.bounds[1])
+        if ranges.int_uniform and all(float(value).is_integer() for value in values):
             return [int(value) for value in values], IntDistribution(int(low), int(high))
-        log = asked.log_uniform is not None and low > 0
+        log = ranges.log_uniform is not None and low > 0
         return [float(value) for value in values], FloatDistribution(low, high, log=log)
     names = [identity(value) for value in distinct(values)]
     if all(map(is_number, values)):
-        return [names.index(identity(v)) for v in values], IntDistribution(0, len(names) - 1)
+        ranks = [names.index(identity(value)) for value in values]
+        return ranks, IntDistribution(0, len(names) - 1)
     return [identity(value) for value in values], CategoricalDistribution(names)
 
 
 def _evaluate(
-    encoded: dict[str, tuple[list[Any], "BaseDistribution"]], figures: Sequence[float], sign: int
+    columns: dict[str, tuple[list[Any], "BaseDistribution"]], figures: Sequence[float]
 ) -> dict[str, float]:
-    logging.getLogger("optuna").setLevel(logging.WARNING)
+    """Return each key's share of the variance of the figures (fANOVA)."""
     import optuna
     from optuna.importance import FanovaImportanceEvaluator, get_param_importances
 
-    distributions = {key: distribution for key, (_, distribution) in encoded.items()}
+    distributions = {key: distribution for key, (_, distribution) in columns.items()}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         optuna.logging.set_verbosity(optuna.logging.WARNING)
-        study = optuna.create_study(direction="maximize" if sign > 0 else "minimize")
-        for number, value in enumerate(figures):
-            params = {key: values[number] for key, (values, _) in encoded.items()}
-            trial = optuna.create_trial(params=params, distributions=distributions, value=value)
+        study = optuna.create_study()
+        for row, figure in enumerate(figures):
+            params = {key: values[row] for key, (values, _) in columns.items()}
+            trial = optuna.create_trial(params=params, distributions=distributions, value=figure)
             study.add_trial(trial)
         return get_param_importances(study, evaluator=FanovaImportanceEvaluator(seed=0))
 
 
 @dataclass(frozen=True)
 class PublishedComparison:
-    """A row of the paper's table, and our point.
+    """One row of the paper's table, and our point.
 
     Figures are as printed: AP 40.2. The paper's data and ours are not the same, so what compares
     are the differences from the reference, the same row in both.
 
     Attributes:
         point: Values of the swept keys that the row names.
-        reference: Whether the row is the one that differences are from.
-        paper: Figures by metric.
-        ours: Means over the seeds; empty when no training of the point finished.
-        paper_difference: From the reference; of the reference itself 0.
-        our_difference: The same, paired over seeds.
-        seeds: Pairs in `our_difference`.
+        reference: Whether the differences are taken from this row.
+        paper: The paper's figures by metric.
+        ours: Our means over the seeds; empty when no training of the point finished.
+        paper_difference: The paper's differences from the reference; 0 for the reference itself.
+        our_difference: Our differences from the reference, paired over seeds.
+        seeds: Number of pairs in `our_difference`.
     """
 
     point: Point
@@ -337,55 +327,37 @@ def compare_published(results: SweepResults) -> list[PublishedComparison]:
     published = results.sweep.published
     if not published or not published.rows:
         return []
-    points = {identity(point.point): point for point in summarize(results)}
     names = [identity({**results.defaults, **row.at}) for row in published.rows]
     default = identity(results.defaults)
     first = names.index(default) if default in names else 0
-    reference, mine = published.rows[first], points.get(names[first])
-    rows = []
-    for number, (row, name) in enumerate(zip(published.rows, names, strict=True)):
-        point = points.get(name)
-        pairs = _differences(row.figures, point, mine)
-        rows.append(
+    reference = published.rows[first].figures
+    frame = results.frame()
+    metrics = dict.fromkeys(metric for row in published.rows for metric in row.figures)
+    tables = {metric: factor(metric) * by_seed(frame, metric).reindex(names) for metric in metrics}
+    comparisons = []
+    for number, row in enumerate(published.rows):
+        ours = {metric: tables[metric].iloc[number].dropna() for metric in row.figures}
+        pairs = {
+            metric: (figures - tables[metric].iloc[first]).dropna()
+            for metric, figures in ours.items()
+        }
+        comparisons.append(
             PublishedComparison(
                 point=row.at,
                 reference=number == first,
                 paper=row.figures,
-                ours=_means(row.figures, point),
+                ours=_means(ours),
                 paper_difference={
-                    metric: value - reference.figures[metric]
-                    for metric, value in row.figures.items()
-                    if metric in reference.figures
+                    metric: figure - reference[metric]
+                    for metric, figure in row.figures.items()
+                    if metric in reference
                 },
-                our_difference={
-                    metric: factor(metric) * sum(each.values()) / len(each)
-                    for metric, each in pairs.items()
-                },
+                our_difference=_means(pairs),
                 seeds=max(map(len, pairs.values()), default=0),
             )
         )
-    return rows
+    return comparisons
 
 
-def _means(metrics: Mapping[str, float], point: PointSummary | None) -> dict[str, float]:
-    found = {metric: by_seed(point.trials, metric) if point else {} for metric in metrics}
-    return {
-        metric: factor(metric) * sum(values.values()) / len(values)
-        for metric, values in found.items()
-        if values
-    }
-
-
-def _differences(
-    metrics: Mapping[str, float], point: PointSummary | None, reference: PointSummary | None
-) -> dict[str, dict[int, float]]:
-    """Return differences by metric and seed; a metric without a pair is missing."""
-    if not point or not reference:
-        return {}
-    found = {}
-    for metric in metrics:
-        ours, theirs = by_seed(point.trials, metric), by_seed(reference.trials, metric)
-        pairs = {seed: ours[seed] - theirs[seed] for seed in ours.keys() & theirs.keys()}
-        if pairs:
-            found[metric] = pairs
-    return found
+def _means(figures: Mapping[str, pd.Series]) -> dict[str, float]:
+    return {metric: float(series.mean()) for metric, series in figures.items() if len(series)}

@@ -4,13 +4,16 @@ Two trainings with one seed see the same images in the same order from the same 
 their difference varies less than either figure does.
 """
 
-from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from math import fsum, isfinite, nan, sqrt
-from typing import Any, Final, Literal
+from enum import StrEnum
+from math import isfinite, nan
+from statistics import fmean
+from typing import Any
 
-from gfl.evaluation.protocol import differences
+import pandas as pd
+
+from gfl.evaluation import protocol
 from gfl_platform.sweeps.analysis.statistics import (
     Cost,
     Identical,
@@ -24,7 +27,6 @@ from gfl_platform.sweeps.analysis.statistics import (
     parameter_importance,
     pareto_front,
     ranking,
-    spread,
     summarize,
     unfinished,
 )
@@ -39,34 +41,20 @@ from gfl_platform.sweeps.formatting import (
 from gfl_platform.sweeps.trials import SweepResults, Trial
 
 CONFIDENCE = 0.95
-"""Family-wise: of all intervals of one verdict together."""
+"""Family-wise confidence: of all intervals of one verdict together."""
 
-Kind = Literal[
-    "best",
-    "better than the default",
-    "worse than the default",
-    "within noise of the default",
-    "too few seeds to say",
-    "the default was not tried",
-    "no training with the default finished",
-    "nothing to compare with",
-]
 
-BEST: Final = "best"
+class Kind(StrEnum):
+    """What can be said of a default, or of another value against it."""
 
-BETTER: Final = "better than the default"
-
-WORSE: Final = "worse than the default"
-
-NOISE: Final = "within noise of the default"
-
-TOO_FEW: Final = "too few seeds to say"
-
-UNTRIED: Final = "the default was not tried"
-
-UNFINISHED: Final = "no training with the default finished"
-
-ALONE: Final = "nothing to compare with"
+    BEST = "best"
+    BETTER = "better than the default"
+    WORSE = "worse than the default"
+    NOISE = "within noise of the default"
+    TOO_FEW = "too few seeds to say"
+    UNTRIED = "the default was not tried"
+    UNFINISHED = "no training with the default finished"
+    ALONE = "nothing to compare with"
 
 
 @dataclass(frozen=True)
@@ -74,11 +62,11 @@ class Comparison:
     """A value, or a point, against the default.
 
     Attributes:
-        value: Of the key, or of all keys by their name.
+        value: Value of the key, or a mapping of all keys to their values.
         name: The value for a reader.
-        differences: By seed, value minus default, averaged over the settings of the other keys
-            that finished with both.
-        interval: Of the mean difference; None of fewer than two seeds.
+        differences: Value minus default by seed, averaged over the settings of the other keys that
+            finished with both.
+        interval: Interval of the mean difference; None when there are fewer than two seeds.
         kind: What the interval says.
     """
 
@@ -91,7 +79,7 @@ class Comparison:
     @property
     def mean(self) -> float:
         """Mean difference over the seeds."""
-        return fsum(self.differences.values()) / len(self.differences)
+        return fmean(self.differences.values())
 
 
 @dataclass(frozen=True)
@@ -99,11 +87,11 @@ class Verdict:
     """What a sweep says of a key's default.
 
     Attributes:
-        keys: One key, or all when whole points are compared.
-        default: Its value, for a reader.
+        keys: One key, or all keys when whole points are compared.
+        default: The default for a reader.
         kind: The verdict; `best` says that every other value is worse than the default.
-        text: The same with the value, the difference and its interval.
-        comparisons: Those that have a pair, the best first.
+        text: The verdict with the value, the difference and its interval.
+        comparisons: Comparisons of all values that have a pair, the best first.
     """
 
     keys: tuple[str, ...]
@@ -116,11 +104,11 @@ class Verdict:
 def judge(results: SweepResults) -> list[Verdict]:
     """Return a verdict on each key that has a list of values, then one on the default as a whole.
 
-    The second compares the best point with the default, all keys together. It stands for the keys
-    with a range, too: no two of their trials share a value. A sweep of one list goes without.
+    The last verdict compares the best point with the default, all keys together. It also stands for
+    the keys with a range, as no two of their trials share a value. A sweep of one list has none.
     """
     space = results.sweep.space
-    listed = [key for key, values in space.items() if values.values is not None]
+    listed = [key for key, ranges in space.items() if ranges.values is not None]
     verdicts = [_judge_key(results, key) for key in listed]
     if len(space) > len(listed) or len(space) > 1:
         verdicts.append(_judge_best(results))
@@ -128,175 +116,178 @@ def judge(results: SweepResults) -> list[Verdict]:
 
 
 def t_interval(differences: Sequence[float], comparisons: int = 1) -> tuple[float, float]:
-    """Return Student's interval of a mean, at `CONFIDENCE` for so many comparisons together.
+    """Return Student's interval of a mean, at `CONFIDENCE` for a family of comparisons.
 
     Args:
-        differences: At least two.
-        comparisons: Of the family (Bonferroni).
+        differences: At least two differences.
+        comparisons: Number of comparisons in the family (Bonferroni).
     """
-    from scipy.stats import t
+    from scipy import stats
 
-    found = spread(differences)
-    assert found is not None
-    assert found.sd is not None
+    mean = fmean(differences)
     quantile = 1 - (1 - CONFIDENCE) / (2 * comparisons)
-    reach = float(t.ppf(quantile, found.seeds - 1)) * found.sd / sqrt(found.seeds)
-    return found.mean - reach, found.mean + reach
+    margin = stats.t.ppf(quantile, len(differences) - 1) * stats.sem(differences)
+    return mean - float(margin), mean + float(margin)
 
 
 def _judge_key(results: SweepResults, key: str) -> Verdict:
     default = results.defaults.get(key)
-    verdict = (key,), label(default)
-    cells = _cells(results, key)
-    mine = cells.pop(identity(default), None)
-    if mine is None:
-        tried = {identity(trial.point.get(key)) for trial in results.trials}
-        missing: Kind = UNFINISHED if identity(default) in tried else UNTRIED
-        return Verdict(*verdict, missing, missing)
-    if not cells:
-        return Verdict(*verdict, ALONE, f"{ALONE}: no training with another value finished")
+    subject = (key,), label(default)
     values = {identity(trial.point.get(key)): trial.point.get(key) for trial in results.trials}
-    paired = {name: _differences(cell, mine) for name, cell in cells.items()}
-    found = _compare(
-        results, [(values[name], label(values[name]), pairs) for name, pairs in paired.items()]
+    trials = results.frame().assign(
+        value=[identity(trial.point.get(key)) for trial in results.trials],
+        setting=[identity({**trial.point, key: None}) for trial in results.trials],
     )
-    return Verdict(*verdict, *_conclude(results, found, len(cells)), found)
+    figures = by_seed(trials, results.sweep.objectives[0], ["value", "setting"])
+    finished = set(trials["value"][trials["state"] == "finished"])
+    if identity(default) not in finished:
+        kind = Kind.UNFINISHED if identity(default) in values else Kind.UNTRIED
+        return Verdict(*subject, kind, kind)
+    others = [name for name in values if name in finished and name != identity(default)]
+    if not others:
+        return Verdict(
+            *subject, Kind.ALONE, f"{Kind.ALONE}: no training with another value finished"
+        )
+    of_default = figures.loc[identity(default)]
+    comparisons = _compare(
+        results,
+        [
+            (values[name], label(values[name]), _mean_differences(figures.loc[name] - of_default))
+            for name in others
+        ],
+    )
+    return Verdict(*subject, *_conclude(results, comparisons, len(others)), comparisons)
 
 
 def _judge_best(results: SweepResults) -> Verdict:
-    verdict = tuple(results.sweep.space), point_label(results.defaults)
+    subject = tuple(results.sweep.space), point_label(results.defaults)
     points = ranking(results, summarize(results))
     default = next((point for point in points if point.default), None)
     if default is None:
         tried = {identity(trial.point) for trial in results.trials}
-        missing: Kind = UNFINISHED if identity(results.defaults) in tried else UNTRIED
-        return Verdict(*verdict, missing, missing)
+        kind = Kind.UNFINISHED if identity(results.defaults) in tried else Kind.UNTRIED
+        return Verdict(*subject, kind, kind)
+    if len(points) == 1:
+        return Verdict(*subject, Kind.ALONE, f"{Kind.ALONE}: no other point finished")
     objective = results.sweep.objectives[0]
-    mine = by_seed(default.trials, objective)
-    pairs = [
-        (point.point, point_label(point.point), _minus(by_seed(point.trials, objective), mine))
-        for point in points
-        if point is not default
-    ]
-    found = _compare(results, pairs)
-    if not pairs:
-        return Verdict(*verdict, ALONE, f"{ALONE}: no other point finished")
+    figures = by_seed(results.frame(), objective)
+    of_default = figures.loc[identity(default.point)]
+    comparisons = _compare(
+        results,
+        [
+            (p.point, point_label(p.point), (figures.loc[identity(p.point)] - of_default).dropna())
+            for p in points
+            if p is not default
+        ],
+    )
     if points[0] is default:
-        return Verdict(*verdict, *_conclude(results, found, len(pairs)), found)
-    best = [each for each in found if each.value is points[0].point]
+        return Verdict(*subject, *_conclude(results, comparisons, len(points) - 1), comparisons)
+    best = next((entry for entry in comparisons if entry.value is points[0].point), None)
     if not best:
-        return Verdict(*verdict, TOO_FEW, f"{TOO_FEW}: the best point shares none", found)
-    kind = best[0].kind
-    return Verdict(*verdict, kind, f"{kind}: {describe(best[0], objective)}", found)
+        text = f"{Kind.TOO_FEW}: the best point shares none"
+        return Verdict(*subject, Kind.TOO_FEW, text, comparisons)
+    return Verdict(*subject, best.kind, f"{best.kind}: {describe(best, objective)}", comparisons)
 
 
-def _cells(results: SweepResults, key: str) -> dict[str, dict[tuple[str, int], float]]:
-    """Return the first objective by value, then by setting of the other keys and seed."""
-    groups: dict[str, dict[str, list[Trial]]] = defaultdict(lambda: defaultdict(list))
-    for trial in results.trials:
-        if trial.state == "finished":
-            rest = {name: value for name, value in trial.point.items() if name != key}
-            groups[identity(trial.point.get(key))][identity(rest)].append(trial)
-    objective = results.sweep.objectives[0]
-    return {
-        value: {
-            (setting, seed): figure
-            for setting, trials in settings.items()
-            for seed, figure in by_seed(trials, objective).items()
-        }
-        for value, settings in groups.items()
-    }
-
-
-def _differences(
-    cell: Mapping[tuple[str, int], float], default: Mapping[tuple[str, int], float]
-) -> dict[int, float]:
+def _mean_differences(differences: pd.DataFrame) -> pd.Series:
     """Return the mean difference by seed, each over the same settings of the other keys.
 
     Of settings with different seeds those count that have the most: a seed that is averaged over
     other settings than the next would add their difference to that of the seeds.
+
+    Args:
+        differences: Value minus default, with a row for each setting of the other keys and a column
+            for each seed; NaN where a pair is missing.
     """
-    settings: dict[str, dict[int, float]] = defaultdict(dict)
-    for setting, seed in cell.keys() & default.keys():
-        settings[setting][seed] = cell[setting, seed] - default[setting, seed]
-    groups = defaultdict(list)
-    for pairs in settings.values():
-        groups[tuple(sorted(pairs))].append(pairs)
-    seeds = max(groups, key=lambda each: (len(each), len(groups[each])), default=())
-    return {
-        seed: fsum(pairs[seed] for pairs in groups[seeds]) / len(groups[seeds]) for seed in seeds
-    }
-
-
-def _minus(figures: Mapping[int, float], default: Mapping[int, float]) -> dict[int, float]:
-    return {seed: figures[seed] - default[seed] for seed in sorted(figures.keys() & default.keys())}
+    is_paired = differences.notna()
+    # Sorted by the number of settings, of which `max` takes the first that has the most seeds.
+    seeds = max(is_paired.value_counts().index, key=sum)
+    return differences[(is_paired == list(seeds)).all(axis="columns")].mean().dropna()
 
 
 def _compare(
-    results: SweepResults, paired: Iterable[tuple[Any, str, dict[int, float]]]
+    results: SweepResults, pairs: Sequence[tuple[Any, str, pd.Series]]
 ) -> tuple[Comparison, ...]:
-    found = [each for each in paired if each[-1]]
-    family = sum(len(gains) > 1 for *_, gains in found)
+    """Return the comparisons of the values that have a pair, the best first.
+
+    Args:
+        results: The sweep.
+        pairs: Each value with its name and its differences from the default by seed.
+    """
+    family = sum(len(differences) > 1 for *_, differences in pairs)
     sign = direction(results.sweep.objectives[0])
     comparisons = []
-    for value, name, gains in found:
-        interval: tuple[float, float] | None = None
-        kind: Kind = TOO_FEW
-        if len(gains) > 1:
-            interval = low, high = t_interval(list(gains.values()), family)
-            ahead, behind = (low > 0, high < 0) if sign > 0 else (high < 0, low > 0)
-            kind = BETTER if ahead else WORSE if behind else NOISE
-        comparisons.append(Comparison(value, name, gains, interval, kind))
-    return tuple(sorted(comparisons, key=lambda each: -sign * each.mean))
+    for value, name, differences in pairs:
+        if differences.empty:
+            continue
+        interval = t_interval(differences.tolist(), family) if len(differences) > 1 else None
+        kind = _kind_of(interval, sign)
+        comparisons.append(Comparison(value, name, differences.to_dict(), interval, kind))
+    return tuple(sorted(comparisons, key=lambda comparison: -sign * comparison.mean))
 
 
-def _conclude(results: SweepResults, found: Sequence[Comparison], others: int) -> tuple[Kind, str]:
-    """Return the verdict of comparisons, the best first, of `others` values."""
+def _kind_of(interval: tuple[float, float] | None, sign: int) -> Kind:
+    """Return what the interval of a difference says of a metric with this `direction`."""
+    if interval is None:
+        return Kind.TOO_FEW
+    low, high = sorted(sign * end for end in interval)
+    if low > 0:
+        return Kind.BETTER
+    return Kind.WORSE if high < 0 else Kind.NOISE
+
+
+def _conclude(
+    results: SweepResults, comparisons: Sequence[Comparison], others: int
+) -> tuple[Kind, str]:
+    """Return the verdict of comparisons, the best first, with `others` values, and its text."""
     objective = results.sweep.objectives[0]
-    if not found:
-        return TOO_FEW, f"{TOO_FEW}: no two trainings with one seed differ in this alone"
-    known = [each for each in found if each.interval]
-    rest = f"; {others - len(known)} of {others} others have too few seeds" * (len(known) < others)
-    for each in found:
-        if each.kind == BETTER:
-            return BETTER, f"{BETTER}: {describe(each, objective)}"
-    # What is ahead of all that can be told from the default decides.
-    nearest = next((each for each in found if each.kind in (NOISE, TOO_FEW)), found[0])
-    if nearest.kind == WORSE and not rest:
-        return BEST, f"{BEST}: no other is near; the nearest, {describe(nearest, objective)}"
-    if nearest.kind == NOISE:
-        return NOISE, f"{NOISE}: {describe(nearest, objective)}{rest}"
-    return TOO_FEW, f"{TOO_FEW}: {describe(nearest, objective)}"
+    if not comparisons:
+        text = "no two trainings with one seed differ in this alone"
+        return Kind.TOO_FEW, f"{Kind.TOO_FEW}: {text}"
+    better = next((entry for entry in comparisons if entry.kind is Kind.BETTER), None)
+    if better:
+        return Kind.BETTER, f"{Kind.BETTER}: {describe(better, objective)}"
+    # The best of those that cannot be told from the default decides.
+    undecided = (entry for entry in comparisons if entry.kind is not Kind.WORSE)
+    nearest = next(undecided, comparisons[0])
+    missing = others - sum(entry.interval is not None for entry in comparisons)
+    rest = f"; {missing} of {others} others have too few seeds" if missing else ""
+    text = describe(nearest, objective)
+    if nearest.kind is Kind.WORSE and not rest:
+        return Kind.BEST, f"{Kind.BEST}: no other is near; the nearest, {text}"
+    if nearest.kind is Kind.NOISE:
+        return Kind.NOISE, f"{Kind.NOISE}: {text}{rest}"
+    return Kind.TOO_FEW, f"{Kind.TOO_FEW}: {text}"
 
 
-def describe(found: Comparison, objective: str) -> str:
+def describe(comparison: Comparison, objective: str) -> str:
     """Return a comparison for a reader: `2.5 by +0.42 [+0.10, +0.74] AP points, 3 seeds`."""
-    seeds = len(found.differences)
+    seeds = len(comparison.differences)
     interval = ""
-    if found.interval:
-        low, high = (shown(objective, end, sign=True) for end in found.interval)
+    if comparison.interval:
+        low, high = (shown(objective, end, sign=True) for end in comparison.interval)
         interval = f" [{low}, {high}]"
-    difference = shown(objective, found.mean, sign=True)
+    difference = shown(objective, comparison.mean, sign=True)
     plural = "s" if seeds > 1 else ""
     unit = unit_of_difference(objective)
-    return f"{found.name} by {difference}{interval} {unit}, {seeds} seed{plural}"
+    return f"{comparison.name} by {difference}{interval} {unit}, {seeds} seed{plural}"
 
 
 @dataclass(frozen=True)
 class Analysis:
-    """A sweep's trials and what they say.
+    """All statistics of a sweep.
 
     Attributes:
-        results: The trials.
-        points: Those with a finished trial, the best first; those without the objective last.
-        ranked: How many of them have the objective.
-        verdicts: On the defaults.
-        importance: Share of variance by key, or None of too few trials.
-        front: Points that no other beats in AP and FPS.
-        cost: Of the sweep.
-        identical: Trials that should differ and do not.
-        published: A paper's rows.
-        unfinished: Trials that count for nothing else.
+        results: The sweep and its trials.
+        points: Points with a finished trial, the best first; those without the objective last.
+        ranked: How many of `points` have the objective.
+        verdicts: Verdicts on the defaults.
+        importance: Share of the variance by key, or None when there are too few trials.
+        front: Points that no other beats in both AP and FPS.
+        cost: What the sweep used.
+        identical: Groups of trials that should differ and do not.
+        published: The paper's rows beside our points.
+        unfinished: Trials that are in no comparison.
     """
 
     results: SweepResults
@@ -322,7 +313,7 @@ class Analysis:
 
     @property
     def best_trial(self) -> Trial | None:
-        """The best of that point's trials."""
+        """The best trial of the best point."""
         if not self.best:
             return None
         sign, objective = direction(self.objective), self.objective
@@ -352,37 +343,39 @@ def analyse(results: SweepResults) -> Analysis:
     )
 
 
-def warnings_of(found: Analysis) -> list[str]:
-    """Return what a reader is to know before believing a figure, a sentence each."""
-    said = []
-    running = found.cost.states.get("running", 0)
+def warnings_of(analysis: Analysis) -> list[str]:
+    """Return what a reader has to know before believing a figure, one sentence each."""
+    warnings = []
+    running = analysis.cost.states.get("running", 0)
     if running:
-        said.append(f"{running} of the trials had not ended when this was written.")
-    if not found.points:
-        said.append("No trial has finished: nothing can be compared.")
-    elif max(len(point.seeds) for point in found.points) == 1:
-        said.append("Every point has one seed: differences may be chance; set sweep.seeds.")
-    elif found.best and len(found.best.seeds) == 1:
-        said.append("The best point has one seed.")
-    if found.points and not found.ranked:
-        said.append(f"No finished trial has the objective, {axis_name(found.objective)}.")
-    for group in found.identical:
+        warnings.append(f"{running} of the trials had not ended when this was written.")
+    if not analysis.points:
+        warnings.append("No trial has finished: nothing can be compared.")
+    elif max(len(point.seeds) for point in analysis.points) == 1:
+        warnings.append("Every point has one seed: differences may be chance; set sweep.seeds.")
+    elif analysis.best and len(analysis.best.seeds) == 1:
+        warnings.append("The best point has one seed.")
+    if analysis.points and not analysis.ranked:
+        warnings.append(f"No finished trial has the objective, {axis_name(analysis.objective)}.")
+    for group in analysis.identical:
         points = " and ".join(point_label(trial.point) for trial in group.trials[:3])
         more = f" and {len(group.trials) - 3} more" if len(group.trials) > 3 else ""
-        keys = ", ".join(group.keys)
-        said.append(
+        warnings.append(
             f"Trainings with seed {group.seed} are identical bit for bit at {points}{more}: "
-            f"has {keys} any effect?"
+            f"has {', '.join(group.keys)} any effect?"
         )
-    protocols = [trial.protocol for trial in found.results.trials if trial.protocol]
-    if differing := {each for other in protocols for each in differences(protocols[0], other)}:
-        said.append(f"FPS do not compare where protocols differ: {', '.join(sorted(differing))}.")
-    return said
+    protocols = [trial.protocol for trial in analysis.results.trials if trial.protocol]
+    changes = {
+        change for other in protocols for change in protocol.differences(protocols[0], other)
+    }
+    if changes:
+        warnings.append(f"FPS do not compare where protocols differ: {', '.join(sorted(changes))}.")
+    return warnings
 
 
-def cost_line(found: Analysis) -> str:
+def cost_line(analysis: Analysis) -> str:
     """Return what the sweep used, and what stopping early saved, in one line."""
-    cost, device = found.cost, found.results.device
+    cost, device = analysis.cost, analysis.results.device
     line = (
         f"{cost.device_hours:.3g} {device}-hours; the search trained {cost.epochs} of "
         f"{cost.full_epochs} epochs"
@@ -401,8 +394,8 @@ def figure_of(item: PointSummary | Trial, metric: str) -> str:
     """Return a figure of a point, mean ± sd, or of a trial; a dash if it has none."""
     if isinstance(item, Trial):
         return shown(metric, item.figures[metric]) if metric in item.figures else "-"
-    found = item.figures.get(metric)
-    if not found:
+    spread = item.figures.get(metric)
+    if not spread:
         return "-"
-    spread = f" ± {shown(metric, found.sd)}" if found.sd is not None else ""
-    return f"{shown(metric, found.mean)}{spread}"
+    deviation = f" ± {shown(metric, spread.sd)}" if spread.sd is not None else ""
+    return f"{shown(metric, spread.mean)}{deviation}"
