@@ -70,21 +70,27 @@ def rollback(job: "JobConfig", arguments: argparse.Namespace) -> None:
 
 
 def history(job: "JobConfig", arguments: argparse.Namespace) -> None:
-    """Print the trail of a model."""
+    """Print the promotion history of a model."""
     from gfl_platform.registry import history, models
     from gfl_platform.tracking.client import connect
 
-    models.list_versions(job, arguments.name)  # or there is no such model
-    client = connect(job)
-    history.settle(client, arguments.name)
+    models.list_versions(job, arguments.name)  # raises if there is no such model
+    past = history.settle(connect(job), arguments.name)
     table = Table("", "when", "decision", "champion", "why", "by", "commit", title=arguments.name)
-    for each in history.read_trail(client, arguments.name):
-        when = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(each.time_s))
-        action = f"{each.action} {each.version or ''}" + (" (void)" if each.void else "")
-        champion = "" if each.void else str(each.aliases.get("champion", ""))
-        why = "\n".join(each.reasons)
-        table.add_row(str(each.number), when, action, champion, why, each.user, each.commit[:8])
+    for decision in past.decisions:
+        when = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(decision.time_ms / 1000))
+        table.add_row(
+            str(decision.number),
+            when,
+            f"{decision.action} {decision.version}",
+            str(decision.aliases.get("champion", "")),
+            "\n".join(decision.reasons),
+            decision.user,
+            decision.commit[:8],
+        )
     console.print(table)
+    for sentence in past.moved_by_hand:
+        console.print(sentence)
 
 
 def alias(job: "JobConfig", arguments: argparse.Namespace) -> None:

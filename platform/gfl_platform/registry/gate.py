@@ -1,13 +1,14 @@
-"""The gate before `champion`: a version passes if AP and FPS both do, and leaves a trail.
+"""The gate before `champion`: a version is promoted if its AP and its FPS pass.
 
-Candidate and champion are measured on the same images under the same protocol. What was decided,
-on which figures and why, is written down first; then the aliases follow (`history`).
+Candidate and champion are measured on the same images under the same protocol (`gather_evidence`).
+`decide` weighs these measurements. `promote` and `rollback` record the decision, after which the
+aliases move (`history`).
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import PurePosixPath
-from typing import Any, Final
+from typing import Any, Literal
 
 from gfl.config.loader import config_hash, flatten
 from gfl.evaluation.bootstrap import Gain, measure_gain
@@ -17,8 +18,8 @@ from gfl_platform.cluster.launch import JobFailedError
 from gfl_platform.cluster.resources import ClusterError
 from gfl_platform.config import GateConfig, JobConfig
 from gfl_platform.evaluation.benchmark import recall_fps
-from gfl_platform.registry import models
-from gfl_platform.registry.history import Decision, OvertakenError, append, read_trail, settle
+from gfl_platform.registry import history, models
+from gfl_platform.registry.history import Decision
 from gfl_platform.registry.measurement import (
     Measurement,
     at_settings_of,
@@ -37,140 +38,284 @@ PICKLES = frozenset({".pkl", ".pickle", ".pt", ".pth", ".bin", ".joblib", ".ckpt
 
 @dataclass
 class Verdict:
-    """What speaks for and against a version."""
+    """Whether a version passes the gate, and what speaks for and against it.
+
+    Attributes:
+        reasons: One sentence for each requirement, with its measured value.
+        figures: The measurements and the settings of the gate, kept with the decision.
+        passes: Whether all requirements hold.
+    """
 
     reasons: list[str] = field(default_factory=list)
     figures: dict[str, Any] = field(default_factory=dict)
     passes: bool = True
 
     def require(self, holds: bool, reason: str) -> None:
-        """Note a reason; the version passes only if all of them hold."""
+        """Add the reason; the version passes only if every requirement holds."""
         self.reasons.append(reason)
         self.passes &= holds
 
 
-class Judge:
-    """Weighs a version against the gate and a champion; measures nothing twice."""
+Compared = tuple[Measurement, Gain]
+"""A measurement of the champion, and the AP of the candidate less that of the champion."""
+
+
+@dataclass
+class Rival:
+    """The champion on the images of the candidate.
+
+    Attributes:
+        version: Number of the champion's version.
+        alike: The champion at the settings of the candidate, None if it cannot be measured.
+        changes: The settings that differ from those of its training, "key before -> now".
+        own: The champion at its own settings, None if these are the same.
+        fault: Why it cannot be measured, empty if it can.
+    """
+
+    version: int
+    alike: Compared | None = None
+    changes: Sequence[str] = ()
+    own: Compared | None = None
+    fault: str = ""
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """All measurements that a decision about a candidate rests on.
+
+    Attributes:
+        version: Number of the candidate's version.
+        candidate: Its measurement on the images that decide.
+        logged_ap: Its AP as logged when it was registered, None if none was.
+        repeated_ap: Its AP measured again, on the images of its training.
+        benchmark_fps: FPS of its latest benchmark under the protocol of `candidate`, if any.
+        champion: Number of the champion's version, None if there is no champion.
+        rival: What was measured of the champion, None if it was not compared.
+    """
+
+    version: int
+    candidate: Measurement
+    logged_ap: float | None
+    repeated_ap: float
+    benchmark_fps: float | None = None
+    champion: int | None = None
+    rival: Rival | None = None
+
+
+def decide(gate: GateConfig, evidence: Evidence) -> Verdict:
+    """Return the gate's verdict on a candidate."""
+    verdict, candidate = Verdict(), evidence.candidate
+    verdict.figures = {
+        "gate": gate.model_dump(mode="json"),
+        "data": candidate.digest,
+        "protocol": protocol_hash(candidate.protocol),
+        "candidate": _figures(evidence.version, candidate),
+    }
+    _require_repeated_ap(verdict, evidence, gate)
+    if evidence.rival:
+        _require_gains(verdict, candidate, evidence.rival, gate)
+    elif evidence.champion is not None:
+        verdict.reasons.append(
+            f"Not compared with the champion (version {evidence.champion}), because "
+            "registry.gate.compare is false."
+        )
+    fps, source = candidate.fps, ""
+    if evidence.benchmark_fps is not None:
+        fps, source = evidence.benchmark_fps, " in its benchmark"
+        verdict.figures["candidate"]["benchmark_fps"] = fps
+    verdict.require(
+        fps >= gate.fps_floor, f"FPS {fps:.1f}{source}, the floor is {gate.fps_floor:g}."
+    )
+    return verdict
+
+
+def _require_repeated_ap(verdict: Verdict, evidence: Evidence, gate: GateConfig) -> None:
+    """Require that the AP logged at registration comes out again."""
+    repeated, logged = evidence.repeated_ap, evidence.logged_ap
+    if logged is None:
+        verdict.require(False, "No AP was logged when it was registered: nothing to reproduce.")
+        return
+    verdict.require(
+        abs(repeated - logged) <= gate.ap_tolerance,
+        f"AP {repeated:.4f} measured again, {logged:.4f} logged ({gate.ap_tolerance:g} allowed).",
+    )
+
+
+def _require_gains(
+    verdict: Verdict, candidate: Measurement, rival: Rival, gate: GateConfig
+) -> None:
+    """Require the margin over the champion at the candidate's settings and at its own."""
+    name = f"version {rival.version}"
+    if rival.alike:
+        measurement, gain = rival.alike
+        verdict.figures["champion"] = _figures(rival.version, measurement)
+        verdict.figures["gain"] = {"ap": gain.ap, "low": gain.low, "high": gain.high}
+        _require_margin(verdict, candidate, rival.alike, name, gate)
+        if measurement.key != candidate.key:
+            differing = ", ".join(differences(candidate.protocol, measurement.protocol))
+            verdict.reasons.append(f"The FPS of both do not compare: {differing}.")
+    if rival.changes:
+        verdict.reasons.append(
+            f"Version {rival.version} was measured with {', '.join(rival.changes)}."
+        )
+    if rival.own:
+        verdict.figures["champion at its own settings"] = _figures(rival.version, rival.own[0])
+        _require_margin(verdict, candidate, rival.own, f"{name}, at its own settings", gate)
+    if rival.fault:
+        verdict.require(
+            False,
+            f"The champion (version {rival.version}) cannot be measured: {rival.fault}. To promote "
+            "without a comparison: registry.gate.compare=false.",
+        )
+
+
+def _require_margin(
+    verdict: Verdict, candidate: Measurement, compared: Compared, champion: str, gate: GateConfig
+) -> None:
+    """Require the margin in AP, and add how certain the difference is."""
+    measurement, gain = compared
+    noise = ", within the noise" if gain.is_noise else ""
+    interval = f"{100 * gate.confidence:g} % interval {gain.low:+.4f} to {gain.high:+.4f}"
+    verdict.require(
+        gain.ap >= gate.ap_margin,
+        f"AP {candidate.metrics['AP']:.4f}, the champion ({champion}) "
+        f"{measurement.metrics['AP']:.4f}: {gain.ap:+.4f} ({interval}{noise}); "
+        f"required {gate.ap_margin:+g}.",
+    )
+
+
+def _figures(number: int, measurement: Measurement) -> dict[str, Any]:
+    return {"version": number, "AP": measurement.metrics["AP"], "fps": measurement.fps}
+
+
+def pickle_faults(paths: Iterable[str]) -> list[str]:
+    """Return one sentence for each artifact that may hold a pickle."""
+    return [
+        f"Artifact {path} may hold a pickle, which runs code when it is loaded."
+        for path in paths
+        if PurePosixPath(path).suffix in PICKLES
+    ]
+
+
+class Examiner:
+    """Measures a candidate and its champion, each way of measuring once."""
 
     def __init__(self, job: JobConfig, candidate: Version, watch: Watcher) -> None:
-        """Take the version, `job.registry.gate` as the gate, and whom to tell of progress."""
+        """Take the candidate, the job that says where to measure, and who watches progress."""
         self._job = job
         self._candidate = candidate
         self._watch = watch
-        self._measured: dict[tuple[int, str], Measurement] = {}
+        self._measurements: dict[tuple[int, str], Measurement] = {}
 
-    def weigh(self, champion: int | None) -> Verdict:
-        """Return the verdict; `champion` is the version to be replaced, if there is one.
+    def examine(self, champion: int | None) -> Verdict:
+        """Return the verdict on the candidate; nothing is measured if its files are unfit.
+
+        Args:
+            champion: The version that would be replaced, None if there is none.
 
         Raises:
             ValueError: a dataset or cluster that cannot be used.
             JobFailedError: a worker stopped.
         """
-        gate, candidate, verdict = self._job.registry.gate, self._candidate, Verdict()
-        for fault in _faults(self._job, candidate):
-            verdict.require(False, fault)
-        if not verdict.passes:
-            return verdict
-        own = own_job(self._job, candidate)
-        here = _with_images(own, gate)
-        mine = self._measure(here, candidate)
-        _require_reproduced(verdict, candidate, self._measure(own, candidate), gate)
-        verdict.figures = {
-            "gate": gate.model_dump(mode="json"),
-            "data": mine.digest,
-            "protocol": protocol_hash(mine.protocol),
-            "candidate": _figures(candidate.version, mine),
-        }
-        if champion is not None and gate.compare:
-            self._try_gains(verdict, here, mine, champion)
-        elif champion is not None:
-            verdict.reasons.append(f"Not compared with the champion (version {champion}), as told.")
-        self._require_fps(verdict, mine)
-        return verdict
+        if faults := self._file_faults():
+            return Verdict(faults, passes=False)
+        return decide(self._job.registry.gate, self.gather_evidence(champion))
 
-    def _try_gains(
-        self, verdict: Verdict, here: JobConfig, mine: Measurement, champion: int
-    ) -> None:
-        """Require the margin; a champion that cannot be measured on these images is a reason."""
+    def gather_evidence(self, champion: int | None) -> Evidence:
+        """Measure the candidate and, where the gate compares, the champion."""
+        gate, candidate = self._job.registry.gate, self._candidate
+        own = own_job(self._job, candidate)
+        job = _with_images(own, gate)
+        measurement = self._measure(job, candidate)
+        logged_ap = candidate.tags.get("AP")
+        rival = None
+        if champion is not None and gate.compare:
+            rival = self._measure_rival(job, measurement, champion)
+        return Evidence(
+            version=candidate.version,
+            candidate=measurement,
+            logged_ap=None if logged_ap is None else float(logged_ap),
+            repeated_ap=self._measure(own, candidate).metrics["AP"],
+            benchmark_fps=recall_fps(
+                self._job, candidate.run_id, protocol_hash(measurement.protocol)
+            ),
+            champion=champion,
+            rival=rival,
+        )
+
+    def _file_faults(self) -> list[str]:
+        """Return what makes the candidate's artifacts unfit to be loaded."""
+        name, number = self._candidate.name, self._candidate.version
+        faults = pickle_faults(_artifact_paths(self._job, self._candidate))
         try:
-            self._require_gains(verdict, here, mine, champion)
-        except ClusterError:  # which says nothing of the champion
+            models.load(f"models:/{name}/{number}", self._job, "cpu")
+        except ValueError as error:
+            faults.append(f"It cannot be loaded: {error}.")
+        return faults
+
+    def _measure_rival(self, job: JobConfig, candidate: Measurement, champion: int) -> Rival:
+        """Measure the champion as `job` measures the candidate, and at its own settings.
+
+        A champion that cannot be measured on these images, because it knows other classes or its
+        files are gone, is a result; an unusable cluster is an error.
+        """
+        rival, gate = Rival(champion), job.registry.gate
+        split = images_of(job, list(candidate.ap_by_class))
+
+        def compared(measurement: Measurement) -> Compared:
+            rows, draws = (candidate.rows, measurement.rows), gate.draws
+            gain = measure_gain(split, *rows, job, draws=draws, confidence=gate.confidence)
+            return measurement, gain
+
+        try:
+            version = models.find(self._job, self._candidate.name, str(champion))
+            own = own_job(self._job, version)
+            alike, itself = at_settings_of(own, job), on_images_of(own, job)
+            rival.alike = compared(self._measure(alike, version, candidate.key))
+            rival.changes = _changes(own, alike)
+            if itself != alike:
+                key = _expected_key(candidate, itself)
+                rival.own = compared(self._measure(itself, version, key))
+        except ClusterError:
             raise
         except (ValueError, JobFailedError) as error:
-            verdict.require(
-                False,
-                f"The champion (version {champion}) cannot be measured: {error}. To promote "
-                "without a comparison: registry.gate.compare=false.",
-            )
-
-    def _require_gains(
-        self, verdict: Verdict, here: JobConfig, mine: Measurement, champion: int
-    ) -> None:
-        """Require the margin over the champion run as the candidate, and as it is itself."""
-        rival = models.find(self._job, self._candidate.name, str(champion))
-        own = own_job(self._job, rival)
-        alike, itself = at_settings_of(own, here), on_images_of(own, here)
-        theirs = self._measure(alike, rival, mine.key)
-        verdict.figures["champion"] = _figures(champion, theirs)
-        gain = _require_gain(verdict, here, mine, theirs, f"version {champion}")
-        verdict.figures["gain"] = {"ap": gain.ap, "low": gain.low, "high": gain.high}
-        if theirs.key != mine.key:
-            differing = ", ".join(differences(mine.protocol, theirs.protocol))
-            verdict.reasons.append(f"The FPS of both do not compare: {differing}.")
-        _tell_differences(verdict, champion, own, alike)
-        if itself != alike:
-            theirs = self._measure(itself, rival, _expected_key(mine, itself))
-            verdict.figures["champion at its own settings"] = _figures(champion, theirs)
-            _require_gain(verdict, here, mine, theirs, f"version {champion}, at its own settings")
-
-    def _require_fps(self, verdict: Verdict, mine: Measurement) -> None:
-        """Require the floor, of the latest benchmark where there is one under this protocol."""
-        floor = self._job.registry.gate.fps_floor
-        fps, where = mine.fps, ""
-        benchmark = recall_fps(self._job, self._candidate.run_id, protocol_hash(mine.protocol))
-        if benchmark is not None:
-            fps, where = benchmark, " in its benchmark"
-            verdict.figures["candidate"]["benchmark_fps"] = benchmark
-        verdict.require(fps >= floor, f"FPS {fps:.1f}{where}, the floor is {floor:g}.")
+            rival.fault = str(error)
+        return rival
 
     def _measure(self, job: JobConfig, version: Version, key: str | None = None) -> Measurement:
-        """Return what is measured of a version; with `key`, what is kept of it will do."""
+        """Return the measurement of a version; one that is kept under `key` is used again."""
         way = (version.version, config_hash(job))
-        if way not in self._measured:
+        if way not in self._measurements:
             kept = recall(job, version, key) if key else None
-            self._measured[way] = kept or measure(job, version, self._watch)
-        return self._measured[way]
-
-
-def _expected_key(mine: Measurement, job: JobConfig) -> str:
-    """Return the key of a measurement on the images of `mine`, at the settings of `job`."""
-    settings = {
-        "short_side": job.data.short_side,
-        "long_side": job.data.long_side,
-        "postprocess": job.postprocess.model_dump(mode="json"),
-    }
-    return replace(mine, protocol=mine.protocol | settings).key
+            self._measurements[way] = kept or measure(job, version, self._watch)
+        return self._measurements[way]
 
 
 def _with_images(own: JobConfig, gate: GateConfig) -> JobConfig:
+    """Return `own` with the images that decide."""
     if gate.val is None:
         return own
     return own.model_copy(update={"data": own.data.model_copy(update={"val": gate.val})})
 
 
-def _faults(job: JobConfig, version: Version) -> Iterator[str]:
-    """Give what makes a version's artifacts unfit to be loaded."""
-    for path in _artifact_paths(job, version):
-        if PurePosixPath(path).suffix in PICKLES:
-            yield f"Artifact {path} may hold a pickle, which runs code when it is loaded."
-    try:
-        models.load(f"models:/{version.name}/{version.version}", job, "cpu")
-    except ValueError as error:
-        yield f"It cannot be loaded: {error}."
+def _expected_key(candidate: Measurement, job: JobConfig) -> str:
+    """Return the key of a measurement on the candidate's images at the settings of `job`."""
+    settings = {
+        "short_side": job.data.short_side,
+        "long_side": job.data.long_side,
+        "postprocess": job.postprocess.model_dump(mode="json"),
+    }
+    return replace(candidate, protocol=candidate.protocol | settings).key
+
+
+def _changes(own: JobConfig, job: JobConfig) -> list[str]:
+    """Return where `job` differs from the configuration that a version was trained with."""
+    before, now = (flatten(each.model_dump(mode="json")) for each in (own, job))
+    return [f"{k} {before.get(k)} -> {now[k]}" for k in now if before.get(k) != now[k]]
 
 
 def _artifact_paths(job: JobConfig, version: Version) -> Iterator[str]:
-    """Give the paths of all files that belong to a version."""
+    """Yield the paths of all files that belong to a version."""
     client = connect(job)
     import mlflow
 
@@ -186,158 +331,73 @@ def _artifact_paths(job: JobConfig, version: Version) -> Iterator[str]:
                 yield str(path)
 
 
-def _require_reproduced(
-    verdict: Verdict, version: Version, found: Measurement, gate: GateConfig
-) -> None:
-    ap, logged = found.metrics["AP"], version.tags.get("AP")
-    if logged is None:
-        verdict.require(False, "No AP was logged when it was registered: nothing to reproduce.")
-        return
-    verdict.require(
-        abs(ap - float(logged)) <= gate.ap_tolerance,
-        f"AP {ap:.4f} measured again, {float(logged):.4f} logged ({gate.ap_tolerance:g} allowed).",
-    )
-
-
-def _require_gain(
-    verdict: Verdict, job: JobConfig, mine: Measurement, theirs: Measurement, champion: str
-) -> Gain:
-    """Require the margin over the champion; say how sure the difference is, and return it."""
-    gate = job.registry.gate
-    split = images_of(job, list(mine.ap_by_class))
-    gain = measure_gain(
-        split, mine.rows, theirs.rows, job, draws=gate.draws, confidence=gate.confidence
-    )
-    verdict.require(
-        gain.ap >= gate.ap_margin,
-        f"AP {mine.metrics['AP']:.4f}, the champion ({champion}) "
-        f"{theirs.metrics['AP']:.4f}: {_said(gain, gate)}; required {gate.ap_margin:+g}.",
-    )
-    return gain
-
-
-def _said(gain: Gain, gate: GateConfig) -> str:
-    noise = ", within the noise" if gain.is_noise else ""
-    interval = f"{100 * gate.confidence:g} % interval {gain.low:+.4f} to {gain.high:+.4f}"
-    return f"{gain.ap:+.4f} ({interval}{noise})"
-
-
-def _tell_differences(
-    verdict: Verdict, champion: int, own: JobConfig, measured_as: JobConfig
-) -> None:
-    """Say where the champion was not measured as it was trained."""
-    before, now = (flatten(job.model_dump(mode="json")) for job in (own, measured_as))
-    changed = [f"{k} {before.get(k)} -> {now[k]}" for k in now if before.get(k) != now[k]]
-    if changed:
-        verdict.reasons.append(f"Version {champion} was measured with {', '.join(changed)}.")
-
-
-def _figures(number: int, measured: Measurement) -> dict[str, Any]:
-    return {"version": number, "AP": measured.metrics["AP"], "fps": measured.fps}
-
-
-ROLLED_BACK: Final = "rolled back"
-
-ATTEMPTS = 10
-"""How often a decision is made anew because another came first."""
-
-
 def promote(job: JobConfig, name: str, number: int, watch: Watcher) -> Decision:
-    """Make a version champion if it passes the gate; return what was decided, also a refusal.
+    """Make a version champion if it passes the gate; return the decision, also a refusal.
 
-    If it is the champion already, as after a crash, that is the decision that made it so.
+    If the version is champion already, as after a crash, the decision that made it champion is
+    returned. If another version becomes champion during the measurements, the candidate is compared
+    with that one.
 
     Args:
-        job: Says where to measure and which registry; `job.registry.gate` is the gate.
-        name: Of the model.
-        number: Of the version.
-        watch: Is told how far the measurements are.
+        job: Where to measure, and which registry; `job.registry.gate` is the gate.
+        name: Name of the model.
+        number: Number of the candidate's version.
+        watch: Called with the events of the measurements.
 
     Raises:
-        ValueError: no such version; a dataset or cluster that cannot be used. Nothing is decided
-            then.
+        ValueError: no such version, a dataset or cluster that cannot be used, or a version that
+            somebody made champion by hand. No decision is recorded then.
         JobFailedError: a worker stopped.
     """
-    candidate = models.find(job, name, str(number))
-    judge = Judge(job, candidate, watch)
-
-    def decide(last: Decision | None) -> Decision:
-        aliases = last.aliases if last else {}
-        champion = aliases.get("champion")
-        if last and champion == number:
-            return _crowning(job, name, last)
-        verdict = judge.weigh(champion)
-        if verdict.passes:
-            aliases = _crowned(number, champion)
-        return Decision(
-            "promoted" if verdict.passes else "refused",
-            number,
-            aliases,
-            last.number if last else 0,
-            verdict.reasons,
-            verdict.figures,
+    client = connect(job)
+    examiner = Examiner(job, models.find(job, name, str(number)), watch)
+    past = history.settle(client, name)
+    while (champion := past.champion) != number:
+        verdict = examiner.examine(champion)
+        past = history.settle(client, name)
+        if past.champion == champion:
+            action: Literal["promoted", "refused"] = "promoted" if verdict.passes else "refused"
+            decision = Decision(action, number, past.aliases, verdict.reasons, verdict.figures)
+            return history.record(client, name, decision)
+    move = past.latest_move
+    if move is None or move.version != number:
+        raise RegistryError(
+            f"{name} version {number}: is champion already, but by no decision; promote another "
+            "version, or take the alias away in MLflow first"
         )
-
-    return _decide(job, name, decide)
+    return move
 
 
 def rollback(job: JobConfig, name: str, why: str) -> Decision:
-    """Make the version champion that was so before the present one; return what was decided.
+    """Make the previous champion champion again; return the decision.
 
-    If another rollback has come first, or was interrupted, that is what it decided.
+    If this command finishes a rollback that a crash interrupted, or another rollback comes first,
+    the decision of that rollback is returned.
+
+    Args:
+        job: Says which registry.
+        name: Name of the model.
+        why: The reason, a sentence for the promotion history.
 
     Raises:
-        RegistryError: there is no previous one, or it cannot be loaded, or a promotion came first.
+        RegistryError: there is no previous champion, it cannot be loaded, or the champion changed
+            in the meantime.
     """
-    versions = models.list_versions(job, name)
-    unwanted = next((v.version for v in versions if "champion" in v.aliases), None)
-
-    def decide(last: Decision | None) -> Decision:
-        champion = last.aliases.get("champion") if last else None
-        if last and champion != unwanted:
-            if last.action == ROLLED_BACK:
-                return last
-            raise RegistryError(f"{name}: champion is version {champion} now; nothing rolled back")
-        if last is None or "previous" not in last.aliases:
-            raise RegistryError(f"{name}: no champion before this one, so nothing to go back to")
-        number = last.aliases["previous"]
-        models.load(f"models:/{name}/{number}", job, "cpu")
-        aliases = _crowned(number, champion)
-        return Decision(ROLLED_BACK, number, aliases, last.number, [why])
-
-    return _decide(job, name, decide)
-
-
-def _decide(job: JobConfig, name: str, decide: Callable[[Decision | None], Decision]) -> Decision:
-    """Write down what `decide` makes of the last decision, anew if another gets in between."""
     client = connect(job)
-    for _ in range(ATTEMPTS):
-        try:
-            decision = decide(settle(client, name))
-            if decision.number:  # it was made before
-                return decision
-            now = settle(client, name)
-            if decision.based_on != (now.number if now else 0):  # meanwhile; also by hand
-                continue
-            written = append(client, name, decision)
-        except OvertakenError:
-            continue
-        settle(client, name)
-        return written
-    raise RegistryError(f"{name}: others kept deciding in between; try again when they are done")
-
-
-def _crowning(job: JobConfig, name: str, last: Decision) -> Decision:
-    """Return the decision that made the champion of `last` champion."""
-    champion, crowning = last.aliases["champion"], last
-    for decision in reversed(read_trail(connect(job), name)):
-        if not decision.void and decision.number <= last.number:
-            if decision.aliases.get("champion") != champion:
-                break
-            crowning = decision
-    return crowning
-
-
-def _crowned(number: int, champion: int | None) -> dict[str, int]:
-    """Return the aliases after a version took the place of the champion."""
-    return {"champion": number} | ({} if champion is None else {"previous": champion})
+    models.list_versions(job, name)  # raises if there is no such model
+    champion = history.read_history(client, name).champion
+    past = history.settle(client, name)
+    if past.champion == champion:
+        number = past.aliases.get("previous")
+        if champion is None or number is None:
+            raise RegistryError(f"{name}: no champion before this one, so nothing to go back to")
+        models.load(f"models:/{name}/{number}", job, "cpu")
+        past = history.settle(client, name)
+        if past.champion == champion:
+            return history.record(
+                client, name, Decision("rolled back", number, past.aliases, [why])
+            )
+    move = past.latest_move
+    if move and move.action == "rolled back" and move.version == past.champion:
+        return move
+    raise RegistryError(f"{name}: champion is version {past.champion} now; nothing rolled back")

@@ -1,17 +1,16 @@
-"""The trail of a model: which version became champion, when, by whom, on what figures, and why.
+"""The promotion history of a model: which version became champion, when, by whom, and why.
 
-A decision is a version of a second registered model, NAME-decisions. The store itself numbers them,
-on SQLite, on PostgreSQL and behind a server alike, so that they have one order without any lock.
-Each names the decision that it is based on: if another got in between, it is void.
-
-The aliases `champion` and `previous` follow the trail. Whoever comes next finishes what a crash has
-interrupted, and writes down what somebody has moved by hand.
+Each decision is kept as JSON in a tag of the version that it is about. A decision is written before
+the aliases `champion` and `previous` move, and the next command finishes what a crash interrupted.
+An alias that somebody moved without a decision, in MLflow's pages for instance, stays where it is;
+the promotion history says so.
 """
 
 import json
 import logging
 import time
-from collections.abc import Callable, Iterable, Mapping
+import uuid
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
@@ -24,237 +23,209 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-FOLLOWED = ("previous", "champion")
-"""The aliases that the trail decides on, in the order in which they are moved."""
+GATED_ALIASES = ("previous", "champion")
+"""The aliases that decisions move, in the order in which they are moved."""
 
-OF_MODEL = "gfl.decisions_of"
-"""Tag of a registered model that is the trail of another."""
+DECISION = "gfl.decision."
+"""Start of the key of every tag that holds a decision."""
 
-DECISION, APPLIED = "decision", "applied"
+MOST_REASONS, LONGEST_REASON = 16, 1000
+"""Bounds on what one tag holds: MLflow takes 100 000 characters, MySQL 65 535 bytes."""
 
-SECOND_LOOK_S = 1.0
-"""What has been moved by hand stays moved; another's promotion is through by then."""
-
-LATE_S = 30.0
-"""For so long what a slow promoter wrote over a later decision is taken back, not noted."""
-
-Action = Literal["promoted", "refused", "rolled back", "moved by hand"]
+RETRY_DELAYS_S = (0.05, 0.2, 1.0)
+"""Delays before a write is tried again, in seconds."""
 
 
-class TrailError(ValueError):
-    """A trail that cannot be written."""
-
-
-class OvertakenError(Exception):
-    """Another decision came first; this one is void."""
+class HistoryError(ValueError):
+    """A promotion history or alias that cannot be written."""
 
 
 @dataclass(frozen=True)
 class Decision:
-    """One entry of the trail.
+    """One entry of a promotion history.
 
     Attributes:
         action: What was decided.
-        version: Of the model, that it was decided about; None where a hand took an alias away.
-        aliases: Where `champion` and `previous` point afterwards.
-        based_on: Number of the decision that was the last when this one was made; 0 of the first.
-        reasons: Why, a sentence each.
-        figures: What was measured of the candidate and the champion.
-        user: Who decided; of a hand, who noticed.
-        commit: Of the code that decided.
-        time_s: When, in seconds since 1970.
-        number: Its place in the trail, from 1.
+        version: The version that the decision is about.
+        before: The versions that `champion` and `previous` pointed at before the decision.
+        reasons: The reasons, one sentence each.
+        figures: Measurements of the candidate and the champion, and the settings of the gate.
+        user: Name of the person who decided.
+        commit: Commit of the code that decided.
+        time_ms: Time of the decision in milliseconds since 1970, later than that of every decision
+            that was known when this one was written.
+        id: Random text that orders decisions of the same millisecond.
         applied: Whether the aliases have been moved.
-        void: Whether another decision came between it and the one that it is based on.
+        number: Place in the promotion history, from 1.
     """
 
-    action: Action
-    version: int | None
-    aliases: dict[str, int]
-    based_on: int
+    action: Literal["promoted", "refused", "rolled back"]
+    version: int
+    before: dict[str, int]
     reasons: list[str]
     figures: dict[str, Any] = field(default_factory=dict)
     user: str = field(default_factory=acting_user)
     commit: str = field(default_factory=lambda: git_state()[0])
-    time_s: float = field(default_factory=time.time)
-    number: int = 0
+    time_ms: int = field(default_factory=lambda: time.time_ns() // 1_000_000)
+    id: str = field(default_factory=lambda: uuid.uuid4().hex[:12])
     applied: bool = False
-    void: bool = False
+    number: int = 0
+
+    @property
+    def aliases(self) -> dict[str, int]:
+        """The versions that `champion` and `previous` point at after the decision."""
+        if self.action == "refused":
+            return self.before
+        champion = self.before.get("champion")
+        previous = {} if champion is None else {"previous": champion}
+        return self.before | previous | {"champion": self.version}
 
 
-def trail_of(model: str) -> str:
-    """Return the name of the registered model that holds the decisions on `model`."""
-    return f"{model}-decisions"
+@dataclass(frozen=True)
+class History:
+    """All decisions on a model, and where its aliases are.
 
-
-def read_trail(client: "MlflowClient", model: str) -> list[Decision]:
-    """Return all decisions on `model`, the first first, also those that are void.
-
-    A version that is no decision is passed over; one may have been, before somebody changed its
-    tags, so that the next may be based on it.
+    Attributes:
+        decisions: All decisions, also refusals, the oldest first.
+        aliases: The versions that `champion` and `previous` point at now.
     """
-    found = client.search_model_versions(f"name = '{trail_of(model)}'", max_results=10_000)
-    decisions: list[Decision] = []
-    bases = {0}
-    for entry in sorted(found, key=lambda entry: int(entry.version)):
-        number = int(entry.version)
-        try:
-            decision = Decision(**json.loads(entry.tags[DECISION]), number=number)
-        except (KeyError, ValueError, TypeError):
-            logger.warning("%s version %d: is no decision; passed over", trail_of(model), number)
-            bases.add(number)
-            continue
-        void = decision.based_on not in bases
-        bases = bases if void else {number}
-        decisions.append(replace(decision, applied=APPLIED in entry.tags, void=void))
-    return decisions
+
+    decisions: list[Decision]
+    aliases: dict[str, int]
+
+    @property
+    def champion(self) -> int | None:
+        """The version that is champion now, if there is one."""
+        return self.aliases.get("champion")
+
+    @property
+    def latest_move(self) -> Decision | None:
+        """The latest decision that moves aliases, if there is one."""
+        moves = [decision for decision in self.decisions if decision.action != "refused"]
+        return moves[-1] if moves else None
+
+    @property
+    def moved_by_hand(self) -> list[str]:
+        """One sentence for each alias that no decision has put where it is."""
+        known = [self.latest_move.aliases if self.latest_move else {}]
+        known += [decision.aliases for decision in self.decisions[-1:]]
+        if self.aliases in known:
+            return []
+        return [
+            f"{alias} was {_target(known[0], alias)} and is {_target(self.aliases, alias)}, "
+            "by no decision."
+            for alias in reversed(GATED_ALIASES)
+            if self.aliases.get(alias) != known[0].get(alias)
+        ]
 
 
-def append(client: "MlflowClient", model: str, decision: Decision) -> Decision:
-    """Write a decision down, and return it with its number; the aliases are `settle`'s business.
-
-    Raises:
-        OvertakenError: another came first.
-        TrailError: the trail cannot be written.
-    """
-    from mlflow.exceptions import MlflowException
-
-    told = {k: v for k, v in asdict(decision).items() if k not in ("number", "applied", "void")}
-    why = " ".join(decision.reasons)
-    try:
-        _open(client, model)
-        entry = client.create_model_version(
-            trail_of(model),
-            f"decision:/{model}/{decision.version}",  # there is nothing to load
-            tags={DECISION: json.dumps(told)},
-            description=f"{decision.action} {decision.version}: {why}"[:5000],
-            await_creation_for=0,
-        )
-    except MlflowException as error:
-        raise TrailError(f"{trail_of(model)}: {reason_of(error)}; try again") from error
-    written = read_trail(client, model)
-    if next(each for each in written if each.number == int(entry.version)).void:
-        raise OvertakenError
-    return replace(decision, number=int(entry.version))
-
-
-def settle(client: "MlflowClient", model: str) -> Decision | None:
-    """Make trail and aliases agree, and return the decision that holds, None before the first."""
-    moved_to = 0
-    seen: dict[str, int] | None = None
-    while True:
-        valid = _valid(client, model)
-        last = valid[max(valid)] if valid else None
-        actual = _followed(client, model)
-        wanted = last.aliases if last else {}
-        if actual == wanted:
-            if last and not last.applied:
-                entry = (trail_of(model), str(last.number))
-                _firmly(partial(client.set_model_version_tag, *entry, APPLIED, "yes"))
-            return replace(last, applied=True) if last else None
-        before = valid[last.based_on].aliases if last and last.based_on in valid else {}
-        left_behind = 0 < moved_to != (last.number if last else 0)
-        if last and (
-            left_behind or _is_between(actual, before, last) or _is_late(actual, valid.values())
-        ):
-            _move(client, model, actual, last)  # what a crash, or a slower promoter, left behind
-            moved_to = last.number
-        elif seen != actual:
-            seen = actual
-            time.sleep(SECOND_LOOK_S)
-        else:
-            _note_hand(client, model, last, actual)
-
-
-def _valid(client: "MlflowClient", model: str) -> dict[int, Decision]:
-    """Return the decisions that are not void, by number."""
-    return {each.number: each for each in read_trail(client, model) if not each.void}
-
-
-def _is_late(actual: Mapping[str, int], valid: Iterable[Decision]) -> bool:
-    """Whether aliases are as a decision of just now wanted them, which another has replaced."""
-    since = time.time() - LATE_S
-    return any(each.time_s > since and actual == each.aliases for each in valid)
-
-
-def _is_between(actual: Mapping[str, int], before: Mapping[str, int], last: Decision) -> bool:
-    """Whether aliases are on their way from the last decision but one to the last."""
-    return not last.applied and all(
-        actual.get(alias) in (before.get(alias), last.aliases.get(alias)) for alias in FOLLOWED
+def read_history(client: "MlflowClient", model: str) -> History:
+    """Return the promotion history of `model`; tags that hold no decision are passed over."""
+    decisions = []
+    for entry in client.search_model_versions(f"name = '{model}'"):
+        for key, text in entry.tags.items():
+            if not key.startswith(DECISION):
+                continue
+            try:
+                decisions.append(Decision(**json.loads(text)))
+            except (ValueError, TypeError):
+                logger.warning("%s version %s: tag %s is no decision", model, entry.version, key)
+    decisions.sort(key=lambda decision: (decision.time_ms, decision.id))
+    aliases = client.get_registered_model(model).aliases
+    return History(
+        [replace(decision, number=n) for n, decision in enumerate(decisions, start=1)],
+        {alias: int(aliases[alias]) for alias in GATED_ALIASES if alias in aliases},
     )
 
 
-def _move(
-    client: "MlflowClient", model: str, actual: Mapping[str, int], decision: Decision
-) -> None:
-    """Point the aliases as decided, unless another decision comes first."""
-    for alias in FOLLOWED:
-        wanted = decision.aliases.get(alias)
-        if actual.get(alias) == wanted:
-            continue
-        if max(_valid(client, model)) != decision.number:
+def settle(client: "MlflowClient", model: str) -> History:
+    """Finish the latest decision if a crash came before its aliases moved; return the history.
+
+    Raises:
+        HistoryError: an alias cannot be moved.
+    """
+    history = read_history(client, model)
+    move = history.latest_move
+    if move is None or move.applied:
+        return history
+    if all(
+        history.aliases.get(alias) in (move.before.get(alias), move.aliases.get(alias))
+        for alias in GATED_ALIASES
+    ):
+        _apply(client, model, move)
+    else:  # somebody has moved an alias since the crash
+        _write(client, model, replace(move, applied=True))
+    return read_history(client, model)
+
+
+def record(client: "MlflowClient", model: str, decision: Decision) -> Decision:
+    """Write a decision down, then move the aliases; return the decision with its number.
+
+    Raises:
+        HistoryError: the decision cannot be written, or an alias cannot be moved.
+    """
+    earlier = read_history(client, model)
+    decision = replace(
+        decision,
+        reasons=[
+            reason[:LONGEST_REASON]
+            for reason in [*earlier.moved_by_hand, *decision.reasons][:MOST_REASONS]
+        ],
+        time_ms=max([decision.time_ms, *(1 + known.time_ms for known in earlier.decisions)]),
+        applied=decision.action == "refused",
+    )
+    _write(client, model, decision)
+    if not decision.applied:
+        _apply(client, model, decision)
+    decisions = read_history(client, model).decisions
+    return next((known for known in decisions if known.id == decision.id), decision)
+
+
+def _apply(client: "MlflowClient", model: str, decision: Decision) -> None:
+    """Point the aliases where a decision, or one that came after it, puts them.
+
+    Of several processes that do so at once, the last one to move an alias looks at the history
+    after that, so that the latest decision holds in the end.
+    """
+    while True:
+        for alias in GATED_ALIASES:
+            if version := decision.aliases.get(alias):
+                _retry(
+                    model, partial(client.set_registered_model_alias, model, alias, str(version))
+                )
+        _write(client, model, replace(decision, applied=True))
+        latest = read_history(client, model).latest_move
+        if latest is None or latest.id == decision.id:
             return
-        if wanted is None:
-            _firmly(partial(client.delete_registered_model_alias, model, alias))
-        else:
-            _firmly(partial(client.set_registered_model_alias, model, alias, str(wanted)))
+        decision = latest
 
 
-def _firmly(write: Callable[[], None]) -> None:
-    """Write; again where another process wrote the same at the same moment, which stores refuse."""
+def _write(client: "MlflowClient", model: str, decision: Decision) -> None:
+    """Keep a decision as a tag of its version."""
+    content = asdict(decision)
+    del content["number"]
+    key = f"{DECISION}{decision.time_ms}-{decision.id}"
+    value = json.dumps(content)
+    _retry(model, partial(client.set_model_version_tag, model, str(decision.version), key, value))
+
+
+def _retry(model: str, write: Callable[[], None]) -> None:
+    """Write, and again if another process writes at the same moment, which databases refuse."""
     from mlflow.exceptions import MlflowException
 
-    for wait in (0.05, 0.2, 1.0):
+    delays = iter(RETRY_DELAYS_S)
+    while True:
         try:
             return write()
-        except MlflowException:
-            time.sleep(wait)
-    return write()
+        except MlflowException as error:
+            delay = next(delays, None)
+            if delay is None:
+                raise HistoryError(
+                    f"{model}: the decision cannot be kept ({reason_of(error)}); try again"
+                ) from error
+            time.sleep(delay)
 
 
-def _note_hand(
-    client: "MlflowClient", model: str, last: Decision | None, actual: dict[str, int]
-) -> None:
-    """Write down aliases that no decision explains."""
-    was = last.aliases if last else {}
-    reasons = [
-        f"{alias} was {_said(was.get(alias))} and is {_said(actual.get(alias))}, by no decision."
-        for alias in reversed(FOLLOWED)
-        if was.get(alias) != actual.get(alias)
-    ]
-    based_on = last.number if last else 0
-    user = f"unknown, noticed by {acting_user()}"
-    noted = Decision("moved by hand", actual.get("champion"), actual, based_on, reasons, user=user)
-    try:
-        append(client, model, noted)
-    except OvertakenError:
-        return
-
-
-def _said(version: int | None) -> str:
-    return f"version {version}" if version else "nothing"
-
-
-def _followed(client: "MlflowClient", model: str) -> dict[str, int]:
-    aliases = client.get_registered_model(model).aliases
-    return {alias: int(aliases[alias]) for alias in FOLLOWED if alias in aliases}
-
-
-def _open(client: "MlflowClient", model: str) -> None:
-    """Make the registered model that holds the trail, unless there is one."""
-    from mlflow.exceptions import MlflowException
-
-    name = trail_of(model)
-    try:
-        client.create_registered_model(
-            name,
-            tags={OF_MODEL: model},
-            description=f"Decisions on {model}, a version each; see `jobs.registry history`.",
-        )
-    except MlflowException as error:
-        if error.error_code != "RESOURCE_ALREADY_EXISTS":
-            raise
-        if client.get_registered_model(name).tags.get(OF_MODEL) != model:
-            raise TrailError(
-                f"{name}: is a model of its own, so {model} can have no trail; rename one"
-            ) from error
+def _target(aliases: dict[str, int], alias: str) -> str:
+    """Return what an alias points at, in words."""
+    return f"version {aliases[alias]}" if alias in aliases else "nothing"

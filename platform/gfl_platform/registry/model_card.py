@@ -17,7 +17,7 @@ from gfl_platform.cluster.resources import Workers
 from gfl_platform.config import JobConfig, load_job
 from gfl_platform.provenance import COMMIT, git_state
 from gfl_platform.registry import models
-from gfl_platform.registry.history import read_trail
+from gfl_platform.registry.history import read_history
 from gfl_platform.registry.models import RegistryError, Version
 from gfl_platform.tracking.client import connect
 from gfl_platform.tracking.metadata import CONFIG_FILE, DIFF_FILE, PACKAGES_FILE, PROTOCOL
@@ -66,8 +66,8 @@ def describe(job: JobConfig, version: Version) -> dict[str, str]:
     about["packages"] = ", ".join(packages)
     decided = [
         f"{decision.number}: {decision.action}"
-        for decision in read_trail(client, version.name)
-        if decision.version == version.version and not decision.void
+        for decision in read_history(client, version.name).decisions
+        if decision.version == version.version
     ]
     return about | {"decisions": ", ".join(decided)} | facts
 

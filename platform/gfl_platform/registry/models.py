@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import gfl
 import gfl_platform
 from gfl_platform.config import JobConfig, require_alias
-from gfl_platform.registry.history import FOLLOWED, OF_MODEL
+from gfl_platform.registry.history import DECISION, GATED_ALIASES
 from gfl_platform.storage.storage import Storage, is_there
 from gfl_platform.tracking.client import connect, on_all_pages, reason_of
 
@@ -36,7 +36,7 @@ class RegistryError(ValueError):
 
 @dataclass(frozen=True)
 class Version:
-    """A registered version and what its tags say of it."""
+    """A registered version and its tags, without the decisions on it (see `history`)."""
 
     name: str
     version: int
@@ -54,7 +54,7 @@ def set_alias(job: JobConfig, name: str, version: int, alias: str) -> int | None
             version that does not exist or whose checkpoint does not load.
     """
     require_alias(alias)
-    if alias in FOLLOWED:
+    if alias in GATED_ALIASES:
         raise RegistryError(f"alias '{alias}': only `jobs.registry promote` and `rollback` move it")
     client = connect(job)
     wanted = _version(client, name, version)
@@ -194,9 +194,9 @@ def _checkpoint_of_run(job: JobConfig, run_id: str) -> Path:
 
 
 def _names(client: "MlflowClient") -> list[str]:
-    """Return the names of all models, without those that hold decisions."""
+    """Return the names of all models."""
     found = on_all_pages(lambda page: client.search_registered_models(page_token=page))
-    return sorted(model.name for model in found if OF_MODEL not in model.tags)
+    return sorted(model.name for model in found)
 
 
 def _versions(client: "MlflowClient", name: str) -> list[Version]:
@@ -229,7 +229,7 @@ def _as_version(found: Any, aliases: Mapping[str, str]) -> Version:
         aliases=sorted(alias for alias, target in aliases.items() if int(target) == number),
         run_id=found.run_id or "",
         created_ms=found.creation_timestamp,
-        tags=dict(found.tags),
+        tags={key: text for key, text in found.tags.items() if not key.startswith(DECISION)},
     )
 
 

@@ -1,39 +1,34 @@
-"""The trail of decisions on real stores: two who decide at once, crashes, hands."""
+"""The promotion history on real databases: two who decide at once, crashes, aliases moved by hand.
 
+The command that follows a crash finishes it; a process is killed in earnest in
+`test_what_a_kill_interrupted_is_finished`.
+"""
+
+import json
 import subprocess
 import sys
 import time
-from itertools import pairwise
 
 import pytest
 
-from gfl_platform.provenance import acting_user
+from gfl_platform.provenance import acting_user, git_state
 from gfl_platform.registry import history
-from gfl_platform.registry.history import Decision, OvertakenError, append, read_trail, settle
+from gfl_platform.registry.history import Decision, HistoryError, read_history, record, settle
 
 PROMOTER = """
 import sys
 from mlflow import MlflowClient
-from gfl_platform.trail import Decision, OvertakenError, append, settle
+from gfl_platform.registry.history import Decision, record, settle
 uri, *versions = sys.argv[1:]
 client = MlflowClient(uri, uri)
 for version in map(int, versions):
-    while True:
-        last = settle(client, "m")
-        aliases = {"champion": version} | ({"previous": last.aliases["champion"]} if last else {})
-        number = last.number if last else 0
-        try:
-            append(client, "m", Decision("promoted", version, aliases, number, ["a test"]))
-            break
-        except OvertakenError:
-            pass
-    settle(client, "m")
+    record(client, "m", Decision("promoted", version, settle(client, "m").aliases, ["a test"]))
 """
 
 
 @pytest.fixture(params=["sqlite", pytest.param("postgresql", marks=pytest.mark.chaos)])
-def store(request, tmp_path):
-    """The URI of a store that holds a model `m` of four versions."""
+def database(request, tmp_path):
+    """The URI of a database that holds a model `m` of four versions."""
     from mlflow import MlflowClient
 
     sqlite = f"sqlite:///{tmp_path}/mlflow.db"
@@ -48,131 +43,184 @@ def store(request, tmp_path):
 
 
 @pytest.fixture
-def client(store):
+def client(database):
     from mlflow import MlflowClient
 
-    return MlflowClient(store, store)
+    return MlflowClient(database, database)
 
 
-def promoted(version, last, **aliases):
-    return Decision("promoted", version, {"champion": version, **aliases}, last, ["a test"])
+def promotion(version, **before):
+    return Decision("promoted", version, before, ["a test"])
 
 
-def aliases_of(client):
-    found = client.get_registered_model("m").aliases
-    return {alias: int(version) for alias, version in found.items()}
+def interrupt(client, monkeypatch, decision, moved=()):
+    """Record a decision as a process does that dies once the aliases `moved` have moved."""
+
+    def crash(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(history, "_apply", crash)
+        with pytest.raises(KeyboardInterrupt):
+            record(client, "m", decision)
+    for alias in moved:
+        client.set_registered_model_alias("m", alias, str(decision.aliases[alias]))
 
 
-def test_two_who_promote_at_once_leave_one_order(store, client):
+def test_a_decision_says_what_who_when_and_on_which_code(client):
+    before = time.time_ns() // 1_000_000
+    figures = {"candidate": {"AP": 0.5}}
+    recorded = record(client, "m", Decision("promoted", 1, {}, ["AP 0.5."], figures))
+    assert recorded.number == 1
+    assert recorded.applied
+    assert recorded.aliases == {"champion": 1}
+    assert recorded.user == acting_user()
+    assert recorded.commit == git_state()[0]
+    assert before <= recorded.time_ms <= time.time_ns() // 1_000_000
+    past = read_history(client, "m")
+    assert (past.decisions, past.aliases) == ([recorded], {"champion": 1})
+    (tag,) = client.get_model_version("m", "1").tags.values()
+    assert json.loads(tag)["figures"] == figures
+
+
+def test_a_refusal_is_kept_and_moves_nothing(client):
+    record(client, "m", promotion(1))
+    refused = record(client, "m", Decision("refused", 2, {"champion": 1}, ["slow"]))
+    past = settle(client, "m")
+    assert past.aliases == {"champion": 1}
+    assert [decision.action for decision in past.decisions] == ["promoted", "refused"]
+    assert past.decisions[-1] == refused
+    assert past.latest_move.version == 1
+    assert past.moved_by_hand == []
+
+
+def test_the_order_is_that_of_writing_even_when_a_clock_lags(client, monkeypatch):
+    monkeypatch.setattr(history, "time", FrozenTime)
+    for version in (3, 1, 2):
+        record(client, "m", promotion(version, **settle(client, "m").aliases))
+    decisions = settle(client, "m").decisions
+    assert [decision.version for decision in decisions] == [3, 1, 2]
+    assert [decision.number for decision in decisions] == [1, 2, 3]
+    assert decisions[-1].aliases == {"champion": 2, "previous": 1}
+
+
+class FrozenTime:
+    """A clock that stands still."""
+
+    sleep = time.sleep
+
+    @staticmethod
+    def time_ns():
+        return 1_700_000_000_000_000_000
+
+
+def test_of_two_who_promote_at_once_the_history_shows_both(database, client):
     both = [
         subprocess.Popen(
-            [sys.executable, "-c", PROMOTER, store, *"1212"[start:], *"34"],
-            stderr=subprocess.PIPE, text=True,
+            [sys.executable, "-c", PROMOTER, database, *versions], stderr=subprocess.PIPE, text=True
         )
-        for start in (0, 1)
-    ]  # fmt: skip
+        for versions in ("1212", "3434")
+    ]
     for process in both:
         _, error = process.communicate(timeout=120)
         assert process.returncode == 0, error
-    decisions = read_trail(client, "m")
-    valid = [decision for decision in decisions if not decision.void]
-    assert len(valid) == 11
-    assert [d.based_on for d in valid] == [0, *(d.number for d in valid[:-1])]
-    for before, after in pairwise(valid):
-        assert after.aliases["previous"] == before.aliases["champion"]
-    assert aliases_of(client) == valid[-1].aliases
-    assert {decision.action for decision in valid} == {"promoted"}
+    past = settle(client, "m")
+    versions = [decision.version for decision in past.decisions]
+    assert len(versions) == 8
+    assert [version for version in versions if version in (1, 2)] == [1, 2, 1, 2]
+    assert [version for version in versions if version in (3, 4)] == [3, 4, 3, 4]
+    assert all(decision.applied for decision in past.decisions)
+    assert past.aliases == past.latest_move.aliases
+    assert past.moved_by_hand == []
 
 
-def test_what_a_crash_interrupted_is_finished(client):
-    assert settle(client, "m") is None
-    first = append(client, "m", promoted(1, 0))  # and a crash before any alias
-    assert aliases_of(client) == {}
-    assert settle(client, "m").number == first.number
-    assert aliases_of(client) == {"champion": 1}
-    append(client, "m", promoted(2, first.number, previous=1))
-    client.set_registered_model_alias("m", "previous", "1")  # and a crash before the other
-    assert settle(client, "m").action == "promoted"
-    assert aliases_of(client) == {"champion": 2, "previous": 1}
-    assert all(decision.applied for decision in read_trail(client, "m")[1:])
-    assert len(read_trail(client, "m")) == 2
+def test_of_two_promotions_in_one_instant_the_later_holds(client, monkeypatch):
+    record(client, "m", promotion(1))
+    interrupt(client, monkeypatch, promotion(2, champion=1))  # a process that goes on below
+    (slow,) = (decision for decision in read_history(client, "m").decisions if not decision.applied)
+    record(client, "m", promotion(3, champion=1))
+    history._apply(client, "m", slow)
+    past = settle(client, "m")
+    assert past.aliases == {"champion": 3, "previous": 1}
+    assert [decision.version for decision in past.decisions] == [1, 2, 3]
 
 
-def test_what_a_kill_interrupted_is_finished(store, client):
-    process = subprocess.Popen([sys.executable, "-c", PROMOTER, store, *"1234" * 100])
-    while len(read_trail(client, "m")) < 5:
+def test_what_a_crash_interrupted_is_finished(client, monkeypatch):
+    interrupt(client, monkeypatch, promotion(1))
+    assert read_history(client, "m").aliases == {}
+    past = settle(client, "m")
+    assert past.aliases == {"champion": 1}
+    assert past.moved_by_hand == []
+    interrupt(client, monkeypatch, promotion(2, champion=1), moved=["previous"])
+    past = settle(client, "m")
+    assert past.aliases == {"champion": 2, "previous": 1}
+    assert all(decision.applied for decision in past.decisions)
+    assert len(past.decisions) == 2
+
+
+def test_what_a_kill_interrupted_is_finished(database, client):
+    process = subprocess.Popen([sys.executable, "-c", PROMOTER, database, *"1234" * 100])
+    while len(read_history(client, "m").decisions) < 5:
         assert process.poll() is None
         time.sleep(0.05)
     process.kill()  # wherever it is
     process.wait()
-    last = settle(client, "m")
-    assert last.applied
-    assert aliases_of(client) == last.aliases
-    decisions = read_trail(client, "m")
-    assert decisions[-1] == last
-    assert {decision.action for decision in decisions} == {"promoted"}
+    past = settle(client, "m")
+    assert past.latest_move.applied
+    assert past.aliases == past.latest_move.aliases
+    assert past.decisions[-1] == past.latest_move
 
 
-def test_a_decision_that_another_got_ahead_of_is_void(client):
-    append(client, "m", promoted(1, 0))
-    with pytest.raises(OvertakenError):
-        append(client, "m", promoted(2, 0))
-    assert [decision.void for decision in read_trail(client, "m")] == [False, True]
-    assert settle(client, "m").version == 1
-    append(client, "m", promoted(3, 1, previous=1))  # a void one is nobody's base
-    assert settle(client, "m").version == 3
-
-
-def test_what_a_hand_moves_is_written_down(client, monkeypatch):
-    monkeypatch.setattr(history, "SECOND_LOOK_S", 0.01)
-    append(client, "m", promoted(1, 0))
-    settle(client, "m")
+def test_an_alias_moved_by_hand_is_respected_and_shown(client):
+    record(client, "m", promotion(1))
     client.set_registered_model_alias("m", "champion", "4")
-    noted = settle(client, "m")
-    assert (noted.action, noted.version, noted.aliases) == ("moved by hand", 4, {"champion": 4})
-    assert noted.user == f"unknown, noticed by {acting_user()}"
-    assert noted.reasons == ["champion was version 1 and is version 4, by no decision."]
+    for _ in range(2):
+        past = settle(client, "m")
+        assert past.champion == 4
+        assert past.moved_by_hand == ["champion was version 1 and is version 4, by no decision."]
+    refused = record(client, "m", Decision("refused", 2, past.aliases, ["slow"]))
+    assert refused.reasons == [*past.moved_by_hand, "slow"]
+    assert settle(client, "m").moved_by_hand == []  # the refusal says it
     client.delete_registered_model_alias("m", "champion")
-    noted = settle(client, "m")
-    assert (noted.version, noted.aliases) == (None, {})
-    assert aliases_of(client) == {}
-    assert settle(client, "m") == noted
-    assert len(read_trail(client, "m")) == 3
+    past = settle(client, "m")
+    assert past.aliases == {}
+    assert past.moved_by_hand == ["champion was version 1 and is nothing, by no decision."]
 
 
-def test_a_slow_promoter_does_not_undo_a_later_promotion(client, monkeypatch):
-    """One is overtaken before its first write, another between its look and its writes."""
-    first = append(client, "m", promoted(1, 0))
-    settle(client, "m")
-    append(client, "m", promoted(2, 1, previous=1))
-    settle(client, "m")
-    history._move(client, "m", {}, first)
-    assert aliases_of(client) == {"champion": 2, "previous": 1}
-    client.delete_registered_model_alias("m", "previous")
-    client.set_registered_model_alias("m", "champion", "1")
-    assert settle(client, "m").number == 2
-    assert aliases_of(client) == {"champion": 2, "previous": 1}
-    assert len(read_trail(client, "m")) == 2
-    monkeypatch.setattr(history, "LATE_S", 0)  # later it is somebody's will
-    monkeypatch.setattr(history, "SECOND_LOOK_S", 0.01)
-    client.delete_registered_model_alias("m", "previous")
-    client.set_registered_model_alias("m", "champion", "1")
-    assert settle(client, "m").action == "moved by hand"
+def test_an_alias_moved_by_hand_after_a_crash_is_respected(client, monkeypatch):
+    record(client, "m", promotion(1))
+    interrupt(client, monkeypatch, promotion(2, champion=1))
+    client.set_registered_model_alias("m", "champion", "4")
+    for champion in (4, 1):  # the second is where it was before the crash
+        client.set_registered_model_alias("m", "champion", str(champion))
+        past = settle(client, "m")
+        assert past.champion == champion
+        assert past.moved_by_hand[0] == f"champion was version 2 and is version {champion}, by " + (
+            "no decision."
+        )
 
 
-def test_what_is_no_decision_is_passed_over(client, caplog):
-    for number in (1, 2):
-        append(client, "m", promoted(number, number - 1))
-        settle(client, "m")
-    client.create_model_version("m-decisions", "file:///somebody's")
-    client.delete_model_version_tag("m-decisions", "2", "decision")
-    append(client, "m", promoted(3, 2))
-    assert [(d.number, d.void) for d in read_trail(client, "m")] == [(1, False), (4, False)]
-    assert "m-decisions version 2: is no decision; passed over" in caplog.text
-    assert "m-decisions version 3: is no decision; passed over" in caplog.text
+def test_a_tag_that_is_no_decision_is_passed_over(client, caplog):
+    record(client, "m", promotion(1))
+    for name, text in (("a", "{}"), ("b", "no JSON")):
+        client.set_model_version_tag("m", "2", f"{history.DECISION}{name}", text)
+    client.set_model_version_tag("m", "2", "mine", "no JSON")
+    record(client, "m", promotion(3, champion=1))
+    assert [decision.version for decision in settle(client, "m").decisions] == [1, 3]
+    assert "m version 2: tag gfl.decision.a is no decision" in caplog.text
+    assert "gfl.decision.b" in caplog.text
+    assert "mine" not in caplog.text
 
 
-def test_a_model_that_has_the_trails_name_is_left_alone(client):
-    client.create_registered_model("m-decisions")
-    with pytest.raises(history.TrailError, match="m-decisions: is a model of its own"):
-        append(client, "m", promoted(1, 0))
+def test_the_longest_decision_fits_into_a_tag(client):
+    reasons = [f"{number} " + "\N{SNOWMAN}" * 5000 for number in range(1000)]
+    recorded = record(client, "m", Decision("refused", 1, {}, reasons))
+    assert recorded.reasons == [reason[:1000] for reason in reasons[:16]]
+    assert settle(client, "m").decisions == [recorded]
+
+
+def test_a_database_that_takes_no_decision_is_an_error(client, monkeypatch):
+    monkeypatch.setattr(history, "RETRY_DELAYS_S", (0.0,))
+    with pytest.raises(HistoryError, match=r"m: the decision cannot be kept \(.*9.*; try again"):
+        record(client, "m", promotion(9))
+    assert settle(client, "m").decisions == []

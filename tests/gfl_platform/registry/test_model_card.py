@@ -1,4 +1,4 @@
-"""Training a model again: from its run's configuration, here, with what differs told."""
+"""The model card, and training a model again from its run's configuration."""
 
 import subprocess
 
@@ -6,8 +6,8 @@ import pytest
 
 from gfl.config.loader import derive
 from gfl_platform.config import JobConfig
-from gfl_platform.provenance import git_state_of
-from gfl_platform.registry import model_card
+from gfl_platform.provenance import git_state, git_state_of
+from gfl_platform.registry import model_card, models
 from gfl_platform.tracking import metadata
 from gfl_platform.tracking.run import RunTracker
 from jobs.console.progress import Progress
@@ -78,3 +78,35 @@ def test_new_code_is_part_of_the_diff(tmp_path):
     assert [line for line in diff.splitlines() if line[:2] in ("+a", "+b", "+c")] == [
         "+a = 2", "+b = 3"
     ]  # fmt: skip
+
+
+@pytest.mark.ray
+def test_the_card_tells_what_a_model_was_made_of(trained):
+    job, result, _ = trained
+    described = model_card.describe(job, models.find(job, "shapes", "1"))
+    assert described["run"] == result.run_id
+    assert described["git.commit"] == git_state()[0]
+    assert described["workers"] == "2 (CPU)"
+    assert described["restarts"] == "0"
+    assert "torch==" in described["packages"]
+    assert "1: promoted" in described["decisions"]
+    assert not [key for key in described if key.startswith("gfl.decision")]
+    assert described["APl"] == "-"  # on images of 64 px no object is large
+    assert described["AP50"] != "-"
+    assert described["config"] == f"runs:/{result.run_id}/config.yaml"
+
+
+@pytest.mark.ray
+def test_a_training_is_done_again_from_its_card(trained):
+    job, result, _ = trained
+    where = JobConfig(storage=job.storage)
+    again = model_card.recipe(where, "models:/shapes@champion", ["schedule.epochs=2"])
+    assert again.job.schedule.epochs == 2
+    assert again.job.data == job.data
+    assert again.job.registry.name is None
+    assert again.digests.keys() == {"data.train.digest", "data.val.digest"}
+    # The tree that the tests run in may change meanwhile; the installed packages do not.
+    assert [line for line in again.differences if not line.startswith("git.")] == []
+    assert model_card.recipe(where, f"runs:/{result.run_id}", []).job.schedule == job.schedule
+    with pytest.raises(ValueError, match=r"config\.yaml; is it one of ours"):
+        model_card.recipe(where, "runs:/0123", [])

@@ -1,4 +1,6 @@
-"""The registry with more in it than MLflow gives at once."""
+"""Lookup with more in the registry than MLflow gives at once, and interrupted registrations."""
+
+from pathlib import Path
 
 from gfl_platform.config import JobConfig
 from gfl_platform.registry import models
@@ -26,3 +28,17 @@ def test_models_and_checkpoints_beyond_the_first_page_are_found(tmp_path, monkey
     for way in (f"runs:/{run_id}", run_id):
         assert models.fetch_checkpoint(job, way, tmp_path) == best
         assert models.run_of(job, way) == run_id
+
+
+def test_a_registration_that_was_interrupted_before_its_tags_is_finished(tmp_path, monkeypatch):
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    job = JobConfig(storage={"root": str(tmp_path)})
+    client = connect(job)
+    experiment = client.create_experiment("e", artifact_location=f"file://{tmp_path}/artifacts")
+    run_id = client.create_run(experiment).info.run_id
+    client.create_registered_model("m")
+    client.create_model_version("m", "file:///absent", run_id)
+    facts = {"AP": 1.0, "fps": 30.0}
+    for _ in range(2):
+        assert models.register_once(job, "m", Path("unread"), run_id, facts) == 1
+    assert models.find(job, "m", "1").tags == {"AP": "1", "fps": "30"}
