@@ -113,6 +113,8 @@ def fit(overrides: list[str], root: Path) -> dict[str, list[float]]:
     from gfl_platform.cluster.events import pumped
     from gfl_platform.config import load_job
     from gfl_platform.storage.storage import Storage
+    from gfl_platform.tracking.client import Store
+    from gfl_platform.tracking.metadata import describe
     from gfl_platform.tracking.run import RunTracker
     from gfl_platform.training.fit import run
     from gfl_platform.training.sources import fetch_sources
@@ -124,13 +126,16 @@ def fit(overrides: list[str], root: Path) -> dict[str, list[float]]:
     job, job_down = (
         load_job(CONFIG, [f"tracking.uri={each.uri}", *where]) for each in (server, nobody)
     )
+    storage = Storage(job.storage)
     folder, folder_down = (
-        Storage(job.storage).open_run_folder(name, resume=False)
-        for name in ("reached", "unreached")
-        for name in ("reached", "unreached")
+        storage.open_run_folder(name, resume=False) for name in ("reached", "unreached")
     )
+    store, store_down = Store(job.tracking, storage), Store(job_down.tracking, storage)
     try:
-        with RunTracker(job, "on", folder) as on, RunTracker(job_down, "down", folder_down) as down:
+        with (
+            RunTracker(store, folder, describe(job, "on")) as on,
+            RunTracker(store_down, folder_down, describe(job_down, "down")) as down,
+        ):
             turns = Turns({"checkpoint": on, "off": None, "on": on, "down": down})
             with pumped(turns.handle) as events:
                 run(job, fetch_sources(job), resources.allot(job), folder, events)

@@ -26,8 +26,7 @@ def demo(arguments: argparse.Namespace) -> None:
     from gfl_platform.registry import models
     from gfl_platform.storage.files import write_atomically
     from gfl_platform.storage.storage import Storage
-    from gfl_platform.tracking.client import tracking_uri
-    from gfl_platform.tracking.run import log_file
+    from gfl_platform.tracking.client import Store
     from gfl_platform.training import train
     from jobs.console.progress import Progress
 
@@ -35,6 +34,7 @@ def demo(arguments: argparse.Namespace) -> None:
     registered = f"registry={{name: {MODEL}, alias: champion}}"
     job = load_job("configs/demo.yaml", [*arguments.overrides, registered])
     storage = Storage(job.storage)
+    store = Store(job.tracking, storage)
     out = storage.root / "demo"
     out.mkdir(parents=True, exist_ok=True)
     with Progress() as progress:
@@ -47,7 +47,7 @@ def demo(arguments: argparse.Namespace) -> None:
     picture = out / "predictions.png"
     draw_predictions(images, predictions, model.about.classes, picture)
     assert result.run_id  # `registry.name` needs a store
-    log_file(job, result.run_id, picture)
+    store.client.log_artifact(result.run_id, str(picture))
     summary = {
         "ap": result.metrics["AP"], "ap50": result.metrics["AP50"], "fps": result.fps,
         "run_id": result.run_id, "model_name": MODEL, "model_version": result.version,
@@ -58,7 +58,7 @@ def demo(arguments: argparse.Namespace) -> None:
     show_table("demo", {**summary, "gate": gate, "picture": picture})
     console.print(
         "next, after `. .venv/bin/activate`:\n"
-        f"  mlflow ui --backend-store-uri {tracking_uri(job)}\n"
+        f"  mlflow ui --backend-store-uri {store.uri}\n"
         "  python -m jobs.registry list\n"
         f"  python -m jobs.predict models:/{MODEL}@champion {job.data.val.images}",
         soft_wrap=True,

@@ -27,12 +27,14 @@ def status(arguments: argparse.Namespace) -> None:
     from gfl_platform.tracking.status import read_status
 
     job = job_of(arguments.overrides)
-    folder = Storage(job.storage).open_run_folder(arguments.name, resume=True)
+    storage = Storage(job.storage)
+    folder = storage.open_run_folder(arguments.name, resume=True)
     if arguments.deliver:
+        from gfl_platform.tracking.client import Store
         from gfl_platform.tracking.run import settle
 
         with held(folder):
-            settle(job, folder)
+            settle(Store(job.tracking, storage), folder)
     show_table(arguments.name, read_status(folder))
 
 

@@ -23,8 +23,8 @@ from gfl_platform.config import JobConfig, load_job
 from gfl_platform.storage.files import StorageError, write_atomically
 from gfl_platform.storage.s3 import S3Error
 from gfl_platform.storage.storage import Storage
-from gfl_platform.tracking.client import tracking_uri
 from gfl_platform.training.sources import fetch_sources, fetch_weights
+from tests.support.tracking import store_of
 
 ROOT = Path(__file__).parents[2]
 
@@ -108,11 +108,11 @@ def test_workers_are_a_number_or_the_least_and_the_most():
 def test_the_tracking_store_is_chosen_by_configuration_environment_and_default(monkeypatch):
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     plain = load_job("configs/demo.yaml", ["storage.root=/somewhere"])
-    assert tracking_uri(plain) == "sqlite:////somewhere/mlflow.db"
+    assert store_of(plain).uri == "sqlite:////somewhere/mlflow.db"
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://tracking")
-    assert tracking_uri(plain) == "http://tracking"
+    assert store_of(plain).uri == "http://tracking"
     chosen = load_job("configs/demo.yaml", ["tracking.uri=http://chosen"])
-    assert tracking_uri(chosen) == "http://chosen"
+    assert store_of(chosen).uri == "http://chosen"
 
 
 def test_run_folders_are_new_or_resumed(tmp_path):

@@ -1,5 +1,13 @@
 """What MLflow holds of a run, fetched so that a test cannot compare nothing with nothing."""
 
+from gfl_platform.storage.storage import Storage
+from gfl_platform.tracking.client import Store
+
+
+def store_of(job):
+    """Return the store of a job's configuration."""
+    return Store(job.tracking, Storage(job.storage))
+
 
 def history(client, run_id, metric):
     """Return all points of a metric of a run, MLflow's `Metric` entities, never an empty list.

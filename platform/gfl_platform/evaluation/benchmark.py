@@ -39,7 +39,8 @@ from gfl_platform.cluster.events import Watcher, pumped
 from gfl_platform.config import JobConfig
 from gfl_platform.storage.files import read_json
 from gfl_platform.storage.storage import Storage
-from gfl_platform.tracking.client import connect
+from gfl_platform.tracking.client import Store, connect
+from gfl_platform.tracking.metadata import describe
 from gfl_platform.tracking.run import RunTracker
 
 PERCENTILES = (50, 90, 99)
@@ -211,7 +212,8 @@ def _run_of_benchmarks(job: JobConfig, model: str, folder: Path) -> str:
             if run.data.tags.get("model") == model:
                 return str(run.info.run_id)
     tags = {"kind": "benchmark", "model": model}
-    with RunTracker(job, "benchmark", folder, tags) as tracker:
+    store = Store(job.tracking, Storage(job.storage))
+    with RunTracker(store, folder, describe(job, "benchmark", tags)) as tracker:
         return tracker.require_run()
 
 

@@ -14,10 +14,11 @@ from gfl_platform.cluster.events import Event, Events
 from gfl_platform.config import JobConfig
 from gfl_platform.storage.files import read_json
 from gfl_platform.storage.s3 import S3Error
-from gfl_platform.storage.storage import Storage
 from gfl_platform.sweeps.formatting import point_label
 from gfl_platform.sweeps.space import trial_job
 from gfl_platform.sweeps.trials import Planned, State, Trial, read_trial, write_trial
+from gfl_platform.tracking.client import Store
+from gfl_platform.tracking.metadata import describe
 from gfl_platform.tracking.run import RunTracker, settle
 from gfl_platform.tracking.spool import RUN_FILE, backlog
 from gfl_platform.training.fit import RAY_FOLDER
@@ -38,6 +39,7 @@ class Recorder:
     def __init__(
         self,
         job: JobConfig,
+        store: Store,
         name: str,
         folder: Path,
         parent: str,
@@ -48,6 +50,7 @@ class Recorder:
 
         Args:
             job: The sweep's configuration.
+            store: Where trials are logged.
             name: The sweep's.
             folder: Of the trials.
             parent: The sweep's MLflow run.
@@ -55,7 +58,7 @@ class Recorder:
             watch: Is told of a trial and what happened to it.
         """
         self._job, self._name, self._folder = job, name, folder
-        self._storage = Storage(job.storage)
+        self._store = store
         self._parent, self._devices, self._watch = parent, devices, watch
         found = [read_trial(path) for path in sorted(folder.glob("*"))]
         self.trials = {trial.id: trial for trial in found if trial}
@@ -63,7 +66,7 @@ class Recorder:
         self._since: dict[str, float] = {}
         for trial in self.trials.values():
             if trial.state != "running" and backlog(folder / trial.id):  # the store was away
-                settle(job, folder / trial.id)
+                settle(store, folder / trial.id)
                 trial.run_id = read_json(folder / trial.id / RUN_FILE).get("run_id")
         self._watched = job.sweep.objectives[0] if job.sweep else "AP"
 
@@ -122,7 +125,7 @@ class Recorder:
         for trial in self.trials.values():
             if trial.state in DISCARDED and trial.checkpoint:
                 with suppress(S3Error):  # they only take room
-                    self._storage.discard(self._folder / trial.id / RAY_FOLDER)
+                    self._store.storage.discard(self._folder / trial.id / RAY_FOLDER)
                 trial.checkpoint = None
                 self._write(trial)
 
@@ -143,7 +146,9 @@ class Recorder:
             called = f"{self._name}-{name} {point_label(trial.point)} seed={trial.seed}"
             folder.mkdir(parents=True, exist_ok=True)
             # The sweep's own run was opened: a store that is away by now will be back.
-            self._trackers[name] = RunTracker(job, called, folder, tags, patient=True)
+            self._trackers[name] = RunTracker(
+                self._store, folder, describe(job, called, tags), may_be_away=True
+            )
         trial.run_id = self._trackers[name].run_id
         self._write(trial)
 
@@ -177,7 +182,7 @@ class Recorder:
         folder = self._folder / trial.id
         write_trial(folder, trial)
         try:
-            self._storage.share_state(folder)
+            self._store.storage.share_state(folder)
         except S3Error as error:  # the next time it is noted, S3 may be back
             logger.warning("%s", error)
 

@@ -44,9 +44,9 @@ from gfl_platform.sweeps.trials import (
     finalist_name,
     trial_name,
 )
-from gfl_platform.tracking import client, run
-from gfl_platform.tracking.client import TrackingError
-from gfl_platform.tracking.metadata import require_same
+from gfl_platform.tracking.client import Store, TrackingError
+from gfl_platform.tracking.metadata import describe, require_same
+from gfl_platform.tracking.run import RunTracker
 from gfl_platform.training.sources import fetch_sources
 
 CHALLENGER = "challenger"
@@ -127,10 +127,11 @@ def run_sweep(
     """
     check_sweep(job)
     storage = Storage(job.storage)
-    folder, workers = _prepare(job, storage, name, resume=resume)
-    with held(folder), run.RunTracker(job, name, folder) as tracker:
+    store = Store(job.tracking, storage)
+    folder, workers = _prepare(job, store, name, resume=resume)
+    with held(folder), RunTracker(store, folder, describe(job, name)) as tracker:
         parent, devices = tracker.require_run(), _devices(workers)
-        recorder = Recorder(job, name, folder / "trials", parent, devices, watch)
+        recorder = Recorder(job, store, name, folder / "trials", parent, devices, watch)
         sweep = _Sweep(job, storage, folder / "trials", workers, recorder, train)
         storage.share_state(folder)
         try:
@@ -148,20 +149,20 @@ def run_sweep(
     return results
 
 
-def _prepare(job: JobConfig, storage: Storage, name: str, *, resume: bool) -> tuple[Path, Workers]:
+def _prepare(job: JobConfig, store: Store, name: str, *, resume: bool) -> tuple[Path, Workers]:
     """Return the sweep's folder and what a trial runs on; nothing is written if that fails."""
     asked, first = comparable(job), trial_job(job, {}, job.seed)
-    folder = storage.find_run_folder(name, resume=resume, kind="sweeps")
+    folder = store.storage.find_run_folder(name, resume=resume, kind="sweeps")
     if resume:
         require_same(folder / CONFIG_FILE, asked, "sweep", MAY_CHANGE)
     resources.connect()
     workers = replace(resources.allot(first), stoppable=_stops_trials(sweep_of(job)))
     if not resources.in_cluster():  # here workers see the same files: say at once what is wrong
         check_data(first, workers.count, sweep_of(job).objectives)
-    client.connect(job)
+    store.require_answer()
     fetch_sources(first)
     if not resume:
-        storage.open_run_folder(name, resume=False, kind="sweeps")
+        store.storage.open_run_folder(name, resume=False, kind="sweeps")
         require_same(folder / CONFIG_FILE, asked, "sweep")
     return folder, workers
 

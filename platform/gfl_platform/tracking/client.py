@@ -1,6 +1,10 @@
-"""The MLflow store that a job writes to: which one, and whether it answers.
+"""The MLflow store of a job: which one it is, whether it answers, and its client.
 
-Importing MLflow costs seconds, so it is imported where it is used.
+A `Store` is made once per command and handed down. Importing MLflow takes seconds, so it is
+imported when the client is used for the first time:
+
+    store = Store(job.tracking, Storage(job.storage))
+    store.client.get_run(run_id)
 """
 
 import logging
@@ -9,107 +13,167 @@ import re
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from gfl_platform.config import JobConfig
+from gfl_platform.config import JobConfig, TrackingConfig
 from gfl_platform.storage.storage import Storage
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
 
-# A dead server would otherwise hold up a call for minutes, and every small file show a bar.
 MLFLOW_SETTINGS = {
+    # A dead server would otherwise block a call for minutes.
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",
+    # Every small file would otherwise show a progress bar.
     "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
     "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
 }
+"""Environment variables of MLflow; those that the user has set stay."""
 
-DATABASES = ("postgresql", "mysql")
-"""Whose drivers know `connect_timeout`."""
+SERVERS_OF_DATABASES = ("postgresql", "mysql")
+"""Schemes of databases that may be down, and whose drivers know `connect_timeout`."""
+
+DATABASES = ("sqlite", "mssql", *SERVERS_OF_DATABASES)
+"""Schemes of stores that are used without a server of MLflow."""
 
 
 class TrackingError(ValueError):
-    """A tracking store that cannot be used."""
+    """A tracking store cannot be used."""
 
 
-def chosen_uri(job: JobConfig) -> str | None:
-    """Return the URI configured, or MLFLOW_TRACKING_URI, if there is one."""
-    return job.tracking.uri or os.environ.get("MLFLOW_TRACKING_URI")
+class Store:
+    """MLflow's tracking store and model registry, as one job uses them.
+
+    Attributes:
+        storage: Where the job's files lie; without another URI, the embedded store lies there, too.
+        chosen_uri: URI in the configuration or in MLFLOW_TRACKING_URI, if there is one.
+        uri: URI of the store: the chosen one, else a SQLite file below the storage's root.
+        experiment: Name of the experiment of new runs.
+        may_be_away: Whether a training may start while the store does not answer.
+    """
+
+    def __init__(self, config: TrackingConfig, storage: Storage) -> None:
+        self.storage = storage
+        self.chosen_uri = config.uri or os.environ.get("MLFLOW_TRACKING_URI")
+        self.uri = self.chosen_uri or f"sqlite:///{storage.root / 'mlflow.db'}"
+        self.experiment = config.experiment
+        self.may_be_away = config.unreachable == "spool"
+        self._client: MlflowClient | None = None
+
+    @property
+    def shown_uri(self) -> str:
+        """URI of the store without its password."""
+        return without_password(self.uri)
+
+    @property
+    def client(self) -> "MlflowClient":
+        """MLflow's client; the store becomes the one of MLflow's functions without a client.
+
+        Raises:
+            TrackingError: the store does not answer, when the client is used for the first time.
+        """
+        if self._client is None:
+            self.require_answer()
+        assert self._client
+        _make_current(self.uri)
+        return self._client
+
+    def require_answer(self) -> None:
+        """Check that the store answers.
+
+        Raises:
+            TrackingError: it does not.
+        """
+        from mlflow.exceptions import MlflowException
+
+        try:
+            client = self._client or self._open()
+            client.search_experiments(max_results=1)
+        except (MlflowException, OSError) as error:
+            reason = reason_of(error).partition(" failed with ")[0]
+            raise TrackingError(
+                f"{self.shown_uri}: no MLflow store answers ({reason}); start it, set tracking.uri "
+                "or MLFLOW_TRACKING_URI, or let a training keep its figures until one does with "
+                "tracking.unreachable=spool"
+            ) from error
+        self._client = client
+
+    def find_experiment(self) -> str:
+        """Return the identifier of the experiment, which is created if it does not exist."""
+        experiment = self.client.get_experiment_by_name(self.experiment)
+        if experiment:
+            return str(experiment.experiment_id)
+        # A database without a server has no place for artifacts: MLflow would use ./mlruns.
+        embedded = self.uri.startswith(DATABASES)
+        location = (self.storage.root / "artifacts").as_uri() if embedded else None
+        return str(self.client.create_experiment(self.experiment, location))
+
+    def _open(self) -> "MlflowClient":
+        """Return a client; whether a server answers is not checked yet.
+
+        Raises:
+            ConnectionError: a database does not answer.
+        """
+        for name, value in MLFLOW_SETTINGS.items():
+            os.environ.setdefault(name, value)
+        import mlflow
+
+        if self.uri.startswith(SERVERS_OF_DATABASES):
+            _require_database(self.uri)
+        self.storage.root.mkdir(parents=True, exist_ok=True)
+        for package in ("alembic", "mlflow"):  # They report every migration and registration.
+            logging.getLogger(package).setLevel(logging.WARNING)
+        logging.getLogger("urllib3").setLevel(logging.ERROR)  # It reports every attempt.
+        _make_current(self.uri)
+        return mlflow.MlflowClient()
 
 
-def tracking_uri(job: JobConfig) -> str:
-    """Return the URI chosen, else that of a SQLite file under storage.root."""
-    return chosen_uri(job) or f"sqlite:///{Storage(job.storage).root / 'mlflow.db'}"
+def connect(job: JobConfig) -> "MlflowClient":
+    """Return the client of a job's store."""
+    return Store(job.tracking, Storage(job.storage)).client
 
 
 def without_password(text: str) -> str:
-    """Return a text that may be shown: a URI, or an error that holds some."""
+    """Return a URI, or an error message with URIs in it, without passwords."""
     return re.sub(r"(://[^/:@\s]*:)[^/@\s]*@", r"\1***@", text)
 
 
 def reason_of(error: Exception) -> str:
-    """Return the first line of an error that may be shown; MLflow's hold the store's URI."""
+    """Return the first line of an error without the password of the store's URI."""
     return without_password(next(iter(str(error).splitlines()), type(error).__name__))
 
 
-def connect(job: JobConfig) -> "MlflowClient":
-    """Return a client of the job's tracking store and registry; make them MLflow's current ones.
-
-    Raises:
-        TrackingError: a store that does not answer.
-    """
-    from mlflow.exceptions import MlflowException
-
-    try:
-        client = client_of(job)
-        client.search_experiments(max_results=1)
-    except (MlflowException, OSError) as error:
-        reason = reason_of(error).partition(" failed with ")[0]
-        raise TrackingError(
-            f"{without_password(tracking_uri(job))}: no MLflow store answers ({reason}); start it, "
-            "set tracking.uri or MLFLOW_TRACKING_URI, or let a training keep its figures until one "
-            "does with tracking.unreachable=spool"
-        ) from error
-    return client
-
-
 def on_all_pages(search: Callable[[str | None], Any]) -> list[Any]:
-    """Return all that MLflow finds; `search` takes the token of the page."""
-    found: list[Any] = list(page := search(None))
-    while page.token:
-        found += (page := search(page.token))
-    return found
+    """Return the results of all pages of a search.
 
-
-def client_of(job: JobConfig) -> "MlflowClient":
-    """Return the client; of a server, whether it answers or not.
-
-    Raises:
-        ConnectionError: of a database, if that does not answer.
+    Args:
+        search: Function of the page's token that returns the page.
     """
-    for name, value in MLFLOW_SETTINGS.items():
-        os.environ.setdefault(name, value)
+    page = search(None)
+    results = list(page)
+    while page.token:
+        page = search(page.token)
+        results += page
+    return results
+
+
+def _make_current(uri: str) -> None:
+    """Let MLflow's functions without a client use the store at `uri`."""
     import mlflow
 
-    uri = tracking_uri(job)
-    if uri.startswith(DATABASES):
-        _require_database(uri)
-    Storage(job.storage).root.mkdir(parents=True, exist_ok=True)
-    for chatty in ("alembic", "mlflow"):  # tell of every migration and registration
-        logging.getLogger(chatty).setLevel(logging.WARNING)
+    if mlflow.get_tracking_uri() == uri and mlflow.get_registry_uri() == uri:
+        return
     chosen_by_user = os.environ.get("MLFLOW_TRACKING_URI")
     mlflow.set_tracking_uri(uri)
     mlflow.set_registry_uri(uri)
-    # MLflow puts its URI into the environment, where the next job would find it.
+    # MLflow puts the URI into the environment, where the next job would find it.
     if chosen_by_user is None:
         os.environ.pop("MLFLOW_TRACKING_URI", None)
     else:
         os.environ["MLFLOW_TRACKING_URI"] = chosen_by_user
-    logging.getLogger("urllib3").setLevel(logging.ERROR)  # tells of every attempt
-    return mlflow.MlflowClient()
 
 
 def _require_database(uri: str) -> None:
-    """Connect once: MLflow would try for two minutes."""
+    """Connect once, because MLflow would try for two minutes."""
     import sqlalchemy
 
     engine = sqlalchemy.create_engine(uri, connect_args={"connect_timeout": 10})

@@ -26,8 +26,8 @@ IDENTITY = "identity"
 PACKAGES = ("torch", "torchvision", "ray", "mlflow", "hotcoco", "numpy", "safetensors")
 
 
-def describe(job: JobConfig, name: str, tags: Mapping[str, str]) -> Event:
-    """Return what a new run holds: the configuration, the code's state, the packages."""
+def describe(job: JobConfig, name: str, tags: Mapping[str, str] | None = None) -> Event:
+    """Return the event that opens a run: its configuration, the code's state, the packages."""
     values = job.model_dump(mode="json")
     if job.tracking.uri:
         values["tracking"]["uri"] = without_password(job.tracking.uri)
@@ -39,8 +39,9 @@ def describe(job: JobConfig, name: str, tags: Mapping[str, str]) -> Event:
         texts[DIFF_FILE] = diff
     state = {COMMIT: commit, "git.changed": changed or "nothing", IDENTITY: uuid.uuid4().hex}
     return {
+        "kind": "opened",
         "name": name,
-        "tags": {**tags, **state},
+        "tags": {**(tags or {}), **state},
         "params": {key: str(value) for key, value in flatten(values).items()},
         "texts": texts,
     }

@@ -9,21 +9,13 @@ import logging
 import sqlite3
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from queue import SimpleQueue
 
 from gfl_platform.cluster.events import Event
-from gfl_platform.config import JobConfig
-from gfl_platform.tracking.client import (
-    chosen_uri,
-    connect,
-    reason_of,
-    tracking_uri,
-    without_password,
-)
-from gfl_platform.tracking.metadata import describe
+from gfl_platform.tracking.client import Store, reason_of
 from gfl_platform.tracking.spool import (
     RESTARTS,
     SPOOL_FILE,
@@ -47,36 +39,29 @@ class RunTracker:
     """One MLflow run from its opening to its end, through a spool: a dead server loses nothing."""
 
     def __init__(
-        self,
-        job: JobConfig,
-        name: str,
-        folder: Path,
-        tags: Mapping[str, str] | None = None,
-        *,
-        patient: bool = False,
+        self, store: Store, folder: Path, opened: Event, *, may_be_away: bool | None = None
     ) -> None:
-        """Open a run called `name`, or go on in the one that `folder` belongs to.
+        """Open a run, or continue the one that `folder` belongs to.
 
         Args:
-            job: Logged as parameters and as a file.
-            name: Of a new run.
-            folder: The run's folder; remembers the MLflow run and what waits for it.
-            tags: Of a new run.
-            patient: Whether a store may answer later, as with `tracking.unreachable: spool`.
+            store: Where to log.
+            folder: The run's folder, in which the MLflow run and the events that wait are noted.
+            opened: Description of a new run; see `metadata.describe`.
+            may_be_away: Whether the store may answer later; by default as the store says.
 
         Raises:
-            TrackingError: no store answers, and none may later.
+            TrackingError: the store does not answer, and has to.
         """
-        self._folder, self._job = folder, job
-        require_store(job, folder)
-        if job.tracking.unreachable == "fail" and not patient:
-            connect(job)
+        self._folder, self._store = folder, store
+        require_store(store, folder)
+        if not (store.may_be_away if may_be_away is None else may_be_away):
+            store.require_answer()
         self._spool = Spool(folder / SPOOL_FILE)
-        self._delivery = Delivery(job, folder)
-        if self.run_id is None and (uri := chosen_uri(job)):
-            note(folder, store=without_password(uri))
+        self._delivery = Delivery(store, folder)
+        if self.run_id is None and store.chosen_uri:
+            note(folder, store=store.shown_uri)
         if self.run_id is None and not self._spool:
-            self._add({"kind": "opened", **describe(job, name, tags or {})})
+            self._add(opened)
         else:
             if self._spool.is_new:
                 self._learn_what_is_logged()
@@ -173,8 +158,8 @@ class RunTracker:
                     left,
                     self._spool.path,
                     self._folder.name,
-                    self._job.storage.root,
-                    without_password(tracking_uri(self._job)),
+                    self._store.storage.location,
+                    self._store.shown_uri,
                 )
             self._delivery.spool.close()
             self._spool.close()
@@ -192,24 +177,19 @@ class RunTracker:
         self._spool.add({"time_ms": int(time.time() * 1000)} | event)
 
 
-def settle(job: JobConfig, folder: Path) -> None:
+def settle(store: Store, folder: Path) -> None:
     """Log what waits of a run that has no driver any more; what was killed is then KILLED.
 
     Args:
-        job: Says which store.
+        store: Where to log.
         folder: The run's, held by the caller.
 
     Raises:
         TrackingError: no store answers, or it is not the run's.
     """
-    require_store(job, folder)
-    connect(job)
-    delivery = Delivery(job, folder)
+    require_store(store, folder)
+    store.require_answer()
+    delivery = Delivery(store, folder)
     if note_killed(folder):
         delivery.spool.add({"kind": "end", "status": "KILLED", "time_ms": int(time.time() * 1000)})
     delivery.deliver_all()
-
-
-def log_file(job: JobConfig, run_id: str, path: Path) -> None:
-    """Store a file among the artifacts of a run, which may have ended."""
-    connect(job).log_artifact(run_id, str(path))

@@ -6,23 +6,18 @@ import sqlite3
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from functools import cached_property
 from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 from gfl_platform.cluster.events import Event
-from gfl_platform.config import JobConfig
 from gfl_platform.storage.files import read_json, write_atomically
-from gfl_platform.storage.storage import Storage, is_there
+from gfl_platform.storage.storage import is_there
 from gfl_platform.tracking.client import (
+    Store,
     TrackingError,
-    chosen_uri,
-    client_of,
     on_all_pages,
     reason_of,
-    tracking_uri,
-    without_password,
 )
 from gfl_platform.tracking.metadata import IDENTITY, PROTOCOL
 
@@ -137,9 +132,6 @@ RUN_FILE = "run.json"
 RESTARTS = "restarts"
 """Tag: how often a run went on after it had lost a worker, a node or its driver."""
 
-DATABASES = ("sqlite", "postgresql", "mysql", "mssql")
-"""Schemes of stores that are reached without a server of MLflow's."""
-
 BATCH, METRICS_PER_CALL = 100, 1000
 """Events taken from the spool at once; MLflow's limit."""
 
@@ -153,22 +145,22 @@ REFUSALS = ("INVALID_PARAMETER_VALUE", "RESOURCE_DOES_NOT_EXIST", "BAD_REQUEST")
 class Delivery:
     """Takes events from the spool of the run in a folder and logs them."""
 
-    def __init__(self, job: JobConfig, folder: Path) -> None:
+    def __init__(self, store: Store, folder: Path) -> None:
         """Open the spool; nothing is sent yet.
 
         Args:
-            job: Says which store and which experiment.
-            folder: The run's.
+            store: Where to log.
+            folder: The run's folder.
         """
-        self._job, self._folder = job, folder
+        self._store, self._folder = store, folder
         self.spool = Spool(folder / SPOOL_FILE)
         self.run_id: str | None = read_json(folder / RUN_FILE).get("run_id")
         self._delay, self._try_at = 0.0, 0.0
 
-    @cached_property
+    @property
     def client(self) -> Any:
-        """MLflow's; made when it is needed first, for that takes a database that answers."""
-        return client_of(self._job)
+        """Client of the store, which has to answer when this is used for the first time."""
+        return self._store.client
 
     def deliver(self) -> None:
         """Log all that waits; after a failure not at once, and less and less often."""
@@ -196,16 +188,14 @@ class Delivery:
             TrackingError: no store has answered yet, so there is none.
         """
         if self.run_id is None:
-            raise TrackingError(
-                f"{without_password(tracking_uri(self._job))}: no MLflow store answers"
-            )
+            raise TrackingError(f"{self._store.shown_uri}: no MLflow store answers")
         return self.run_id
 
     def last_step(self, metric: str) -> int:
         """Return the last step at which a metric of the run is logged; 0 if none is.
 
         Raises:
-            MlflowException: no store answers.
+            TrackingError: the store does not answer, or there is no run yet.
         """
         history = self.client.get_metric_history(self.require_run(), metric)
         return max((each.step for each in history), default=0)
@@ -251,13 +241,13 @@ class Delivery:
 
     def _open(self, event: Event) -> None:
         """Create the run that `event` describes, once: an interruption may have been in between."""
-        experiment = self._find_experiment()
+        experiment = self._store.find_experiment()
         same = f"tags.`{IDENTITY}` = '{event['tags'][IDENTITY]}'"
         found = self.client.search_runs([experiment], filter_string=same, max_results=1)
         run = found[0] if found else self._create(experiment, event)
         self.run_id = run.info.run_id
         note(self._folder, run_id=self.run_id)
-        Storage(self._job.storage).share_state(self._folder)
+        self._store.storage.share_state(self._folder)
         from mlflow.entities import Param
 
         params = [Param(key, value) for key, value in event["params"].items()]
@@ -269,16 +259,6 @@ class Delivery:
         return self.client.create_run(
             experiment, start_time=event["time_ms"], run_name=event["name"], tags=event["tags"]
         )
-
-    def _find_experiment(self) -> str:
-        called = self._job.tracking.experiment
-        found = self.client.get_experiment_by_name(called)
-        if found:
-            return str(found.experiment_id)
-        # A database without a server has no place for artifacts: MLflow would take ./mlruns.
-        embedded = tracking_uri(self._job).startswith(DATABASES)
-        location = (Storage(self._job.storage).root / "artifacts").as_uri() if embedded else None
-        return str(self.client.create_experiment(called, location))
 
     def _log(self, events: list[Event]) -> None:
         """Log one event, or reports of steps that follow each other."""
@@ -369,16 +349,17 @@ def note(folder: Path, **facts: str) -> None:
     write_atomically(folder / RUN_FILE, json.dumps(known | facts) + "\n")
 
 
-def require_store(job: JobConfig, folder: Path) -> None:
+def require_store(store: Store, folder: Path) -> None:
     """Check that a run whose store was chosen once does not end up in the default one.
 
     Raises:
         TrackingError: no store is chosen now.
     """
-    store = read_json(folder / RUN_FILE).get("store")
-    if store and not chosen_uri(job):
+    chosen_before = read_json(folder / RUN_FILE).get("store")
+    if chosen_before and not store.chosen_uri:
         raise TrackingError(
-            f"run '{folder.name}' is kept in {store}: set tracking.uri or MLFLOW_TRACKING_URI to it"
+            f"run '{folder.name}' is kept in {chosen_before}: set tracking.uri or "
+            "MLFLOW_TRACKING_URI to it"
         )
 
 

@@ -21,7 +21,8 @@ from gfl_platform.registry.model_card import lineage
 from gfl_platform.storage.files import held
 from gfl_platform.storage.storage import Storage
 from gfl_platform.tracking import client
-from gfl_platform.tracking.metadata import CONFIG_FILE, require_same
+from gfl_platform.tracking.client import Store
+from gfl_platform.tracking.metadata import CONFIG_FILE, describe, require_same
 from gfl_platform.tracking.run import RunTracker
 from gfl_platform.tracking.status import StatusFile
 from gfl_platform.training.fit import run
@@ -62,20 +63,21 @@ def train(job: JobConfig, name: str, *, resume: bool, watch: Watcher) -> Trainin
     """
     started = time.perf_counter()
     config, storage = reproducible(job), Storage(job.storage)
+    store = Store(job.tracking, storage)
     if not resources.in_cluster():
         load_splits(storage.cache.localized(config))  # workers see the same: say what is wrong
     resources.connect()
     workers = resources.allot(job)
     share_of_batch(config, workers.count)
-    if job.tracking.unreachable == "fail":
-        client.connect(job)  # before anything is written
+    if not store.may_be_away:
+        store.require_answer()  # before anything is written
     sources = fetch_sources(job)
     logger.info("learning rate %g for %d images a step", scaled_lr(config), config.data.batch)
     folder = storage.open_run_folder(name, resume=resume)
     require_same(folder / CONFIG_FILE, config, "run")
     with (
         held(folder),
-        RunTracker(job, name, folder) as tracker,
+        RunTracker(store, folder, describe(job, name)) as tracker,
         StatusFile(folder, workers.count, resources.node_count()) as status,
     ):
 

@@ -11,6 +11,7 @@ from gfl_platform.registry import model_card, models
 from gfl_platform.tracking import metadata
 from gfl_platform.tracking.run import RunTracker
 from jobs.console.progress import Progress
+from tests.support.tracking import store_of
 
 
 @pytest.fixture
@@ -30,7 +31,7 @@ def test_a_training_is_done_again_where_it_is_asked_for(tiny, tmp_path, monkeypa
     then = derive(JobConfig, tiny, [f"storage.root={tmp_path}/then", f"tracking.uri={uri}"])
     code("a.py", "+1\n")
     (folder := tmp_path / "run").mkdir()
-    tracker = RunTracker(then, "first", folder)
+    tracker = RunTracker(store_of(then), folder, metadata.describe(then, "first"))
     tracker.handle({"kind": "tags", "tags": {"weights.pretrained": "w (sha256 123)"}})
     tracker.close("FINISHED")
     where = JobConfig(storage={"root": f"{tmp_path}/now"}, tracking={"experiment": "again"})

@@ -18,7 +18,8 @@ import pytest
 from PIL import Image
 
 from gfl_platform.registry import models
-from gfl_platform.tracking.client import connect, tracking_uri
+from gfl_platform.tracking.client import connect
+from tests.support.tracking import store_of
 
 pytestmark = [pytest.mark.ray]
 
@@ -34,7 +35,7 @@ def server(trained, tmp_path_factory):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    uri = tracking_uri(trained[0])
+    uri = store_of(trained[0]).uri
     environment = os.environ | {
         "MLFLOW_TRACKING_URI": uri, "MLFLOW_ALLOW_PICKLE_DESERIALIZATION": "false",
         "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",

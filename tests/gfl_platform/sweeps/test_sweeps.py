@@ -23,6 +23,7 @@ from gfl_platform.training import fit
 from gfl_platform.training.worker import WorkerListener
 from tests.support import dry_sweep
 from tests.support.dry_sweep import dry_training
+from tests.support.tracking import store_of
 
 BETA, BINS = "loss.qfl.beta", "model.reg_max"
 GRID = f"sweep.space={{{BETA}: {{grid: [0.5, 2, 3]}}, {BINS}: {{choice: [4, 8]}}}}"
@@ -422,7 +423,7 @@ def test_two_hundred_trials_are_little_to_their_driver(tiny_file, tmp_path):
 def test_a_trial_may_begin_while_the_store_is_away(tmp_path):
     away = "tracking.uri=http://127.0.0.1:9"
     job = job_of(GRID, f"storage.root={tmp_path}", away)
-    recorder = Recorder(job, "s", tmp_path / "trials", "0" * 32, 1, lambda *_: None)
+    recorder = Recorder(job, store_of(job), "s", tmp_path / "trials", "0" * 32, 1, lambda *_: None)
     planned = {"id": "000", "point": {BETA: 2, BINS: 4}, "seed": 0, "stage": "search"}
     recorder.handle({"kind": "started", "trial": "000", "planned": planned})
     outcome = {"state": "finished", "figures": {"AP": 0.5, "fps": 9.0}, "protocol": {}}
@@ -434,7 +435,7 @@ def test_a_trial_may_begin_while_the_store_is_away(tmp_path):
 
 def test_what_a_stopped_training_still_says_is_not_noted(tmp_path):
     job = job_of(GRID, f"storage.root={tmp_path}")
-    recorder = Recorder(job, "s", tmp_path / "trials", "0" * 32, 1, lambda *_: None)
+    recorder = Recorder(job, store_of(job), "s", tmp_path / "trials", "0" * 32, 1, lambda *_: None)
     planned = {"id": "000", "point": {BETA: 2, BINS: 4}, "seed": 0, "stage": "search"}
     recorder.handle({"kind": "started", "trial": "000", "planned": planned})
     ended = {"kind": "ended", "trial": "000", "planned": planned, "state": "stopped early"}

@@ -11,13 +11,14 @@ import pytest
 
 from gfl_platform.config import load_job
 from gfl_platform.registry import models
-from gfl_platform.tracking.client import TrackingError, client_of, connect, without_password
+from gfl_platform.tracking.client import TrackingError, without_password
+from gfl_platform.tracking.metadata import describe
 from gfl_platform.tracking.run import RunTracker, settle
 from gfl_platform.tracking.spool import BATCH, RUN_FILE, Delivery, backlog
 from gfl_platform.tracking.status import StatusFile, read_status
 from gfl_platform.training import train
 from tests.support import servers
-from tests.support.tracking import history
+from tests.support.tracking import history, store_of
 
 
 @pytest.fixture(scope="module")
@@ -45,8 +46,8 @@ def test_the_password_of_a_store_that_does_not_answer_is_told_to_nobody(tmp_path
     uri = "tracking.uri=http://u:secret@127.0.0.1:9"
     job = load_job("configs/demo.yaml", [uri, f"storage.root={tmp_path}"])
     with pytest.raises(TrackingError, match=r"u:\*\*\*@127\.0\.0\.1:9") as told:
-        connect(job)
-    tracker = RunTracker(job, "dead", tmp_path, patient=True)
+        store_of(job).require_answer()
+    tracker = RunTracker(store_of(job), tmp_path, describe(job, "dead"), may_be_away=True)
     assert "u:***@127.0.0.1:9" in caplog.text
     with pytest.raises(TrackingError) as unregistered:
         train._register(job, "m", tmp_path, tracker, {})
@@ -70,7 +71,7 @@ def test_what_is_shown_of_a_uri_holds_no_password(text):
 def test_a_report_that_was_not_noted_counts_as_new(tiny_file, tmp_path, monkeypatch):
     """What ended the driver between number and event must leave neither."""
     job = load_job(tiny_file, [f"storage.root={tmp_path}"])
-    tracker = RunTracker(job, "cut", tmp_path)
+    tracker = RunTracker(store_of(job), tmp_path, describe(job, "cut"))
 
     def die(*_):
         raise SystemExit
@@ -84,28 +85,28 @@ def test_a_report_that_was_not_noted_counts_as_new(tiny_file, tmp_path, monkeypa
     tracker.handle(steps(1))
     tracker.handle({"kind": "failure", "final": False})
     tracker.close("FINISHED")
-    points = history(client_of(job), tracker.run_id, "loss")
+    points = history(store_of(job).client, tracker.run_id, "loss")
     assert [metric.step for metric in points] == [1]
-    assert client_of(job).get_run(tracker.run_id).data.tags["restarts"] == "1"
+    assert store_of(job).client.get_run(tracker.run_id).data.tags["restarts"] == "1"
 
 
 def test_a_backlog_is_delivered_at_the_end(tiny_file, tmp_path):
     job = load_job(tiny_file, [f"storage.root={tmp_path}"])
-    tracker = RunTracker(job, "behind", tmp_path)
+    tracker = RunTracker(store_of(job), tmp_path, describe(job, "behind"))
     for number in range(1, 3 * BATCH):
         tracker._add(steps(number))
     tracker.close("FINISHED")
     assert backlog(tmp_path) == 0
-    points = history(client_of(job), tracker.run_id, "loss")
+    points = history(store_of(job).client, tracker.run_id, "loss")
     assert len(points) == 3 * BATCH - 1
 
 
 def test_a_history_that_nobody_logged_is_not_taken_for_one(tiny_file, tmp_path):
     job = load_job(tiny_file, [f"storage.root={tmp_path}"])
-    with RunTracker(job, "one", tmp_path) as tracker:
+    with RunTracker(store_of(job), tmp_path, describe(job, "one")) as tracker:
         tracker.handle(steps(1))
     with pytest.raises(AssertionError, match=r"no metric 'loss_dfl'; logged: epoch, loss"):
-        history(client_of(job), tracker.run_id, "loss_dfl")
+        history(store_of(job).client, tracker.run_id, "loss_dfl")
 
 
 def test_a_run_that_goes_on_elsewhere_is_logged_once(tiny_file, tmp_path):
@@ -115,11 +116,11 @@ def test_a_run_that_goes_on_elsewhere_is_logged_once(tiny_file, tmp_path):
         folder.mkdir()
         if folder is folders[1]:
             shutil.copy(folders[0] / RUN_FILE, folder)
-        with RunTracker(job, "moving", folder) as tracker:
+        with RunTracker(store_of(job), folder, describe(job, "moving")) as tracker:
             for number in numbers:
                 tracker.handle(steps(number))
             run_id = tracker.require_run()
-    points = history(connect(job), run_id, "loss")
+    points = history(store_of(job).client, run_id, "loss")
     assert sorted(each.step for each in points) == [1, 2, 3, 4]
 
 
@@ -130,32 +131,32 @@ def test_a_run_stays_in_the_store_that_was_chosen_for_it(tiny_file, tmp_path, ca
     folder = tmp_path / "runs" / "chosen"
     folder.mkdir(parents=True)
     chosen = job_in(f"tracking.uri=sqlite:///{tmp_path}/chosen.db")
-    with RunTracker(chosen, "chosen", folder) as tracker:
+    with RunTracker(store_of(chosen), folder, describe(chosen, "chosen")) as tracker:
         tracker.handle(steps(1))
         run_id = tracker.require_run()
     with pytest.raises(TrackingError, match=r"'chosen' is kept in sqlite:.*set tracking\.uri"):
-        settle(job_in(), folder)
+        settle(store_of(job_in()), folder)
     with pytest.raises(TrackingError, match="'chosen' is kept in"):
-        RunTracker(job_in(), "chosen", folder, patient=True)
+        RunTracker(store_of(job_in()), folder, describe(job_in(), "chosen"), may_be_away=True)
     assert not (tmp_path / "mlflow.db").exists()
     other = job_in(f"tracking.uri=sqlite:///{tmp_path}/other.db")
-    with RunTracker(other, "chosen", folder) as lost:
+    with RunTracker(store_of(other), folder, describe(other, "chosen")) as lost:
         lost.handle(steps(2))
     assert "tracking.uri=sqlite" in caplog.text
     assert backlog(folder) == 3  # that it goes on, a report, its end
-    settle(chosen, folder)
+    settle(store_of(chosen), folder)
     assert backlog(folder) == 0
-    points = history(connect(chosen), run_id, "loss")
+    points = history(store_of(chosen).client, run_id, "loss")
     assert [each.step for each in points] == [1, 2]
 
 
 def test_a_checkpoint_of_an_epoch_trained_again_takes_the_place_of_the_first(tiny_file, tmp_path):
     job = load_job(tiny_file, [f"storage.root={tmp_path}"])
     event = {"kind": "checkpoint", "step": 4, "epoch": 1, "metrics": {"AP": 0.1}}
-    with RunTracker(job, "again", tmp_path) as tracker:
+    with RunTracker(store_of(job), tmp_path, describe(job, "again")) as tracker:
         for uri in ("damaged", "whole"):
             tracker.handle(event | {"uri": str(tmp_path / uri)})
-    client = connect(job)
+    client = store_of(job).client
     experiment = client.get_run(tracker.run_id).info.experiment_id
     (model,) = client.search_logged_models([experiment])
     assert model.tags["uri"] == str(tmp_path / "whole")
@@ -163,12 +164,12 @@ def test_a_checkpoint_of_an_epoch_trained_again_takes_the_place_of_the_first(tin
 
 def test_an_epoch_that_a_worker_repeats_is_noted_once(tiny_file, tmp_path):
     job = load_job(tiny_file, [f"storage.root={tmp_path}"])
-    tracker = RunTracker(job, "repeated", tmp_path)
+    tracker = RunTracker(store_of(job), tmp_path, describe(job, "repeated"))
     for step, epoch, told in ((4, 1, {}), (4, 1, {"repeated": True}), (8, 2, {"repeated": True})):
         event = {"kind": "checkpoint", "step": step, "epoch": epoch, "uri": str(tmp_path), **told}
         tracker.handle(event | {"metrics": {"AP": 0.1 * epoch}})
     tracker.close("FINISHED")
-    points = history(client_of(job), tracker.run_id, "AP")
+    points = history(store_of(job).client, tracker.run_id, "AP")
     assert [metric.value for metric in points] == [0.1, 0.2]
 
 
@@ -181,7 +182,7 @@ def test_a_store_that_hangs_holds_up_nobody_and_loses_nothing(tmp_path, monkeypa
         uri = f"tracking.uri=http://127.0.0.1:{silent.getsockname()[1]}"
         job = load_job("configs/demo.yaml", [uri, f"storage.root={tmp_path}"])
         monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "1")
-        tracker = RunTracker(job, "hanging", tmp_path, patient=True)
+        tracker = RunTracker(store_of(job), tmp_path, describe(job, "hanging"), may_be_away=True)
         monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "60")
         started = time.monotonic()
         time.sleep(1)  # after a failure
@@ -206,7 +207,7 @@ def test_a_server_that_dies_loses_nothing_and_doubles_nothing(server, tmp_path):
     job = job_for(server, tmp_path)
     folder = tmp_path / "run"
     folder.mkdir()
-    tracker = RunTracker(job, "lasting", folder)
+    tracker = RunTracker(store_of(job), folder, describe(job, "lasting"))
     tracker.handle(steps(1))
     server.stop()
     started = time.monotonic()
@@ -216,15 +217,15 @@ def test_a_server_that_dies_loses_nothing_and_doubles_nothing(server, tmp_path):
     tracker.close("KILLED")
     assert backlog(folder) >= 399
     with pytest.raises(TrackingError):
-        RunTracker(job, "lasting", folder)
+        RunTracker(store_of(job), folder, describe(job, "lasting"))
     server.start()
-    again = RunTracker(job, "lasting", folder)
+    again = RunTracker(store_of(job), folder, describe(job, "lasting"))
     for number in range(350, 450):  # steps since the checkpoint are trained again
         again.handle(steps(number))
     again.close("FINISHED")
     assert backlog(folder) == 0
-    (run,) = client_of(job).search_runs([experiment_of(job)])
-    points = history(client_of(job), run.info.run_id, "loss")
+    (run,) = store_of(job).client.search_runs([experiment_of(job)])
+    points = history(store_of(job).client, run.info.run_id, "loss")
     assert sorted(metric.step for metric in points) == list(range(1, 450))
     assert all(metric.value == 1 / metric.step for metric in points)
     assert run.info.status == "FINISHED"
@@ -238,40 +239,40 @@ def test_a_run_may_begin_without_a_server(server, tmp_path):
     job = job_for(server, tmp_path, "tracking.unreachable=spool", "tracking.experiment=spooled")
     folder = tmp_path / "run"
     folder.mkdir()
-    tracker = RunTracker(job, "early", folder)
+    tracker = RunTracker(store_of(job), folder, describe(job, "early"))
     tracker.handle(steps(1))
     assert tracker.run_id is None
     tracker.close("FAILED")
-    again = RunTracker(job, "early", folder)
+    again = RunTracker(store_of(job), folder, describe(job, "early"))
     again.handle(steps(1))
     again.handle(steps(2))
     again.close("FINISHED")
     server.start()
     for _ in range(2):  # once more changes nothing
-        Delivery(job, folder).deliver_all()
-    (run,) = client_of(job).search_runs([experiment_of(job)])
+        Delivery(store_of(job), folder).deliver_all()
+    (run,) = store_of(job).client.search_runs([experiment_of(job)])
     assert (run.info.status, run.info.run_name) == ("FINISHED", "early")
     assert run.data.tags["restarts"] == "1"
-    points = history(client_of(job), run.info.run_id, "loss")
+    points = history(store_of(job).client, run.info.run_id, "loss")
     assert [metric.step for metric in points] == [1, 2]
 
 
 def test_a_run_whose_driver_was_killed_is_closed_later(tmp_path):
     job = load_job("configs/demo.yaml", [f"storage.root={tmp_path}"])
-    tracker = RunTracker(job, "killed", tmp_path)
+    tracker = RunTracker(store_of(job), tmp_path, describe(job, "killed"))
     status = StatusFile(tmp_path, workers=1, nodes=1)
     tracker.handle(steps(1))
     tracker.flush()  # and here it is killed
     for _ in range(2):
-        settle(job, tmp_path)
-        assert client_of(job).get_run(tracker.run_id).info.status == "KILLED"
+        settle(store_of(job), tmp_path)
+        assert store_of(job).client.get_run(tracker.run_id).info.status == "KILLED"
         assert read_status(tmp_path)["state"] == "stopped"
     with status:  # as with --resume
-        again = RunTracker(job, "killed", tmp_path)
-        assert client_of(job).get_run(tracker.run_id).info.status == "RUNNING"
+        again = RunTracker(store_of(job), tmp_path, describe(job, "killed"))
+        assert store_of(job).client.get_run(tracker.run_id).info.status == "RUNNING"
         again.close("FINISHED")
-    settle(job, tmp_path)
-    run = client_of(job).get_run(tracker.run_id)
+    settle(store_of(job), tmp_path)
+    run = store_of(job).client.get_run(tracker.run_id)
     assert run.info.status == "FINISHED"
     assert run.data.tags["restarts"] == "1"
 
@@ -283,7 +284,7 @@ def test_what_a_store_will_never_take_holds_up_nothing(server, tmp_path, caplog)
     job = job_for(server, tmp_path, "tracking.experiment=refused")
     folder = tmp_path / "run"
     folder.mkdir()
-    tracker = RunTracker(job, "refused", folder)
+    tracker = RunTracker(store_of(job), folder, describe(job, "refused"))
     tracker.handle({"kind": "tags", "tags": {"a\tb": "no name of a tag"}})
     tracker.handle(steps(1))
     tracker.flush()
@@ -305,9 +306,9 @@ def test_a_database_that_dies_loses_nothing_and_stops_nothing(tmp_path, caplog):
     database.stop()
     started = time.monotonic()
     with pytest.raises(TrackingError, match=r"postgres:\*\*\*@.* refused") as told:
-        RunTracker(job, "database", tmp_path)
+        RunTracker(store_of(job), tmp_path, describe(job, "database"))
     assert "tracking.unreachable=spool" in str(told.value)
-    tracker = RunTracker(spooling, "database", tmp_path)
+    tracker = RunTracker(store_of(spooling), tmp_path, describe(spooling, "database"))
     for number in range(1, 100):
         tracker.handle(steps(number))
     assert time.monotonic() - started < 15
@@ -326,8 +327,8 @@ def test_a_database_that_dies_loses_nothing_and_stops_nothing(tmp_path, caplog):
     try:
         assert backlog(tmp_path) == 0
         assert "not logged" not in caplog.text
-        (run,) = client_of(job).search_runs([experiment_of(job)])
-        points = history(client_of(job), run.info.run_id, "loss")
+        (run,) = store_of(job).client.search_runs([experiment_of(job)])
+        points = history(store_of(job).client, run.info.run_id, "loss")
         assert sorted(metric.step for metric in points) == list(range(1, 200))
         assert "secret" not in str(run.data.params)
     finally:
@@ -347,17 +348,17 @@ def test_artifacts_wait_for_their_storage(s3, server, tmp_path, tmp_path_factory
         made.mkdir()
     (report / "index.html").write_text("figures")
     s3.busy(True)
-    tracker = RunTracker(job, "artifacts", folder)
+    tracker = RunTracker(store_of(job), folder, describe(job, "artifacts"))
     tracker.handle({"kind": "folder", "path": str(report)})
     tracker.handle({"kind": "folder", "path": f"{tmp_path}/gone"})
     assert backlog(folder) == 3
     s3.busy(False)
     tracker.close("FINISHED")
-    Delivery(job, folder).deliver_all()  # the server may have cut the connection
+    Delivery(store_of(job), folder).deliver_all()  # the server may have cut the connection
     try:
         assert backlog(folder) == 0
-        (run,) = client_of(job).search_runs([experiment_of(job)])
-        client = client_of(job)
+        (run,) = store_of(job).client.search_runs([experiment_of(job)])
+        client = store_of(job).client
         listed = {file.path for file in client.list_artifacts(run.info.run_id)}
         assert {"config.yaml", "packages.txt", "report"} <= listed
         (figures,) = client.list_artifacts(run.info.run_id, "report")
@@ -386,11 +387,11 @@ def test_a_model_that_could_not_be_registered_is_by_resuming(server, tiny_file, 
     assert result.version == 1
     again = models.register_once(job, "late", result.checkpoint, result.run_id, {})
     assert again == 1  # and nothing more
-    (run,) = client_of(job).search_runs([experiment_of(job)])
+    (run,) = store_of(job).client.search_runs([experiment_of(job)])
     assert run.info.status == "FINISHED"
-    points = history(client_of(job), run.info.run_id, "AP")
+    points = history(store_of(job).client, run.info.run_id, "AP")
     assert len(points) == 1
 
 
 def experiment_of(job):
-    return client_of(job).get_experiment_by_name(job.tracking.experiment).experiment_id
+    return store_of(job).client.get_experiment_by_name(job.tracking.experiment).experiment_id

@@ -26,7 +26,7 @@ from gfl_platform.tracking import metadata
 from gfl_platform.tracking.client import TrackingError, connect
 from gfl_platform.training import train
 from tests.support.detections import as_rows
-from tests.support.tracking import history
+from tests.support.tracking import history, store_of
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_cluster")]
 
@@ -356,7 +356,7 @@ def test_a_tracking_store_that_dies_does_not_hide_why_a_job_ends(tiny_file, tmp_
     from gfl_platform.tracking.run import RunTracker
 
     job = job_of(tiny_file, tmp_path)
-    tracker = RunTracker(job, "dying", tmp_path)
+    tracker = RunTracker(store_of(job), tmp_path, metadata.describe(job, "dying"))
 
     def fail(*_args, **_options):
         raise MlflowException("server gone")
@@ -388,7 +388,7 @@ def test_an_evaluation_that_was_logged_in_part_is_completed(tiny_file, tmp_path,
         refused.append({metric.key: metric.value for metric in metrics})
         raise MlflowException("server gone")
 
-    with RunTracker(job, "partial", tmp_path) as tracker:
+    with RunTracker(store_of(job), tmp_path, metadata.describe(job, "partial")) as tracker:
         experiment = client.get_run(tracker.run_id).info.experiment_id
         with monkeypatch.context() as patch:
             patch.setattr("mlflow.MlflowClient.log_batch", fail)
