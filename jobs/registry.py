@@ -27,13 +27,13 @@ def show_versions(job: "JobConfig", arguments: argparse.Namespace) -> None:
 
     versions = models.list_versions(job, arguments.name)
     table = Table("model", "version", "aliases", "AP", "FPS", "protocol", "data", "run", "age")
-    for found in versions:
-        figures = (found.tags.get(key, "") for key in ("AP", "fps", "protocol", "data"))
-        age = _age(time.time() - found.created_ms / 1000)
-        aliases = ", ".join(found.aliases)
-        table.add_row(found.name, str(found.version), aliases, *figures, found.run_id, age)
+    for version in versions:
+        figures = (version.tags.get(key, "") for key in ("AP", "fps", "protocol", "data"))
+        age = _age(time.time() - version.created_ms / 1000)
+        aliases = ", ".join(version.aliases)
+        table.add_row(version.name, str(version.version), aliases, *figures, version.run_id, age)
     console.print(table)
-    if len({found.tags.get("protocol") for found in versions} - {None}) > 1:
+    if len({version.tags.get("protocol") for version in versions} - {None}) > 1:
         console.print("FPS with different protocols do not compare.")
 
 
@@ -41,8 +41,8 @@ def show(job: "JobConfig", arguments: argparse.Namespace) -> None:
     """Print the card of a version."""
     from gfl_platform.registry import model_card, models
 
-    found = models.find(job, arguments.name, arguments.version)
-    show_table(f"{found.name} version {found.version}", model_card.describe(job, found))
+    version = models.find(job, arguments.name, arguments.version)
+    show_table(f"{version.name} version {version.version}", model_card.describe(job, version))
 
 
 def promote(job: "JobConfig", arguments: argparse.Namespace) -> None:
@@ -54,12 +54,14 @@ def promote(job: "JobConfig", arguments: argparse.Namespace) -> None:
     from gfl_platform.registry import gate, models
     from jobs.console.progress import Progress
 
-    found = models.find(job, arguments.name, arguments.version)
+    version = models.find(job, arguments.name, arguments.version)
     with Progress() as progress:
-        decision = gate.promote(job, found.name, found.version, progress.show)
-    show_decision(found.name, decision)
+        decision = gate.promote(job, version.name, version.version, progress.show)
+    show_decision(version.name, decision)
     if decision.action == "refused":
-        raise ValueError(f"{found.name} version {found.version}: refused by the gate, see above")
+        raise ValueError(
+            f"{version.name} version {version.version}: refused by the gate, see above"
+        )
 
 
 def rollback(job: "JobConfig", arguments: argparse.Namespace) -> None:
@@ -97,10 +99,10 @@ def alias(job: "JobConfig", arguments: argparse.Namespace) -> None:
     """Point an alias, but `champion` and `previous`, at a version."""
     from gfl_platform.registry import models
 
-    found = models.find(job, arguments.name, arguments.version)
-    before = models.set_alias(job, found.name, found.version, arguments.alias)
+    version = models.find(job, arguments.name, arguments.version)
+    before = models.set_alias(job, version.name, version.version, arguments.alias)
     was = f" (was version {before})" if before else ""
-    console.print(f"{found.name}@{arguments.alias} is version {found.version}{was}")
+    console.print(f"{version.name}@{arguments.alias} is version {version.version}{was}")
 
 
 def compare(job: "JobConfig", arguments: argparse.Namespace) -> None:
@@ -117,25 +119,25 @@ def compare(job: "JobConfig", arguments: argparse.Namespace) -> None:
         raise ValueError(f"--out {arguments.out}: expected a file that ends in .png")
     a, b = (models.find(job, arguments.name, v) for v in (arguments.version, arguments.other))
     with Progress() as progress:
-        found = compare.compare(job, a, b, arguments.out, progress.show)
-    gain = found.gain
+        comparison = compare.compare(job, a, b, arguments.out, progress.show)
+    gain = comparison.gain
     noise = ", within the noise" if gain.is_noise else ""
     show_table(
         f"{a.name}: version {a.version} -> version {b.version}",
         {
-            "AP": f"{found.a.metrics['AP']:.4f} -> {found.b.metrics['AP']:.4f}: {gain.ap:+.4f} "
-            f"(95 % interval {gain.low:+.4f} to {gain.high:+.4f}{noise})",
-            "FPS": f"{found.a.fps:.1f} -> {found.b.fps:.1f}",
-            "protocols": ", ".join(found.protocols) or "the same",
-            "configuration": "\n".join(found.settings) or "the same",
+            "AP": f"{comparison.a.metrics['AP']:.4f} -> {comparison.b.metrics['AP']:.4f}: "
+            f"{gain.ap:+.4f} (95 % interval {gain.low:+.4f} to {gain.high:+.4f}{noise})",
+            "FPS": f"{comparison.a.fps:.1f} -> {comparison.b.fps:.1f}",
+            "protocols": ", ".join(comparison.protocols) or "the same",
+            "configuration": "\n".join(comparison.settings) or "the same",
             "pictures": arguments.out,
         },
     )
-    most = sorted(gain.by_class.items(), key=lambda item: -abs(item[1]))[:CLASSES_SHOWN]
+    largest = sorted(gain.by_class.items(), key=lambda item: -abs(item[1]))[:CLASSES_SHOWN]
     table = Table("class", f"AP of {a.version}", f"AP of {b.version}", "difference")
-    for name, difference in most:
-        each = (format_statistic(side.ap_by_class[name]) for side in (found.a, found.b))
-        table.add_row(name, *each, f"{difference:+.4f}")
+    for name, difference in largest:
+        aps = (format_statistic(side.ap_by_class[name]) for side in (comparison.a, comparison.b))
+        table.add_row(name, *aps, f"{difference:+.4f}")
     console.print(table)
 
 

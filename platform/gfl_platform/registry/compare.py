@@ -25,18 +25,19 @@ from gfl_platform.registry.measurement import (
 from gfl_platform.registry.models import Version
 
 PICTURED = 6
+"""Number of images in the picture."""
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """What distinguishes version `b` from `a`.
+    """The differences between version `b` and version `a`.
 
     Attributes:
-        settings: "key: a's value -> b's value", where their configurations differ.
-        a: What was measured of one.
-        b: What was measured of the other, on the same images.
+        settings: The keys whose values differ, "key: value of a -> value of b".
+        a: The measurement of version a.
+        b: The measurement of version b on the same images.
         gain: AP of b less that of a.
-        protocols: Where the protocols of their FPS differ; empty if they compare.
+        protocols: Where the protocols of both FPS differ, empty if the FPS are comparable.
     """
 
     settings: list[str]
@@ -50,40 +51,48 @@ def compare(job: JobConfig, a: Version, b: Version, picture: Path, watch: Watche
     """Compare two versions on the images of `a`; draw those on which they disagree most.
 
     Args:
-        job: Says where to measure and which registry.
+        job: Where to measure, and which registry.
         a: One version.
-        b: The other.
-        picture: The PNG file.
-        watch: Is told how far the measurements are.
+        b: The other version.
+        picture: The PNG file to write.
+        watch: Called with the events of the measurements.
 
     Raises:
-        ValueError: a checkpoint, dataset or cluster that cannot be used.
+        ValueError: a checkpoint, the dataset or the cluster cannot be used.
         JobFailedError: a worker stopped.
     """
-    one, other = own_job(job, a), own_job(job, b)
-    before, now = (flatten(reproducible(each).model_dump(mode="json")) for each in (one, other))
-    keys = sorted(before.keys() | now.keys())
-    settings = [
-        f"{key}: {before.get(key)} -> {now.get(key)}"
-        for key in keys
-        if before.get(key) != now.get(key)
-    ]
-    logged = f"{a.tags.get('data')}-{a.tags.get('protocol')}"
-    of_a = recall(job, a, logged) or measure(one, a, watch)
-    of_b = recall(job, b, of_a.key) or measure(at_settings_of(other, one), b, watch)
-    split = images_of(one, list(of_a.ap_by_class))
-    gain = measure_gain(split, of_b.rows, of_a.rows, one)
-    scores = [score_images(split, each.rows, one) for each in (of_a, of_b)]
-    most = np.argsort(-np.abs(scores[0] - scores[1]), kind="stable")[:PICTURED]
+    job_a, job_b = own_job(job, a), own_job(job, b)
+    kept_key = f"{a.tags.get('data')}-{a.tags.get('protocol')}"
+    of_a = recall(job, a, kept_key) or measure(job_a, a, watch)
+    of_b = recall(job, b, of_a.key) or measure(at_settings_of(job_b, job_a), b, watch)
+    split = images_of(job_a, list(of_a.ap_by_class))
+    gain = measure_gain(split, of_b.rows, of_a.rows, job_a)
+    score_a, score_b = (score_images(split, rows, job_a) for rows in (of_a.rows, of_b.rows))
+    largest = np.argsort(-np.abs(score_a - score_b), kind="stable")[:PICTURED]
+    records = [split.records[image] for image in largest]
     draw_pairs(
-        [read_image(split.records[image].path) for image in most],
-        [[_of_image(each, split.records[i].image_id) for i in most] for each in (of_a, of_b)],
+        [read_image(record.path) for record in records],
+        [
+            [_rows_of_image(rows, record.image_id) for record in records]
+            for rows in (of_a.rows, of_b.rows)
+        ],
         dict(zip(split.category_ids, split.classes, strict=True)),
         [f"version {version.version}" for version in (a, b)],
         picture,
     )
-    return Comparison(settings, of_a, of_b, gain, differences(of_a.protocol, of_b.protocol))
+    protocols = differences(of_a.protocol, of_b.protocol)
+    return Comparison(_differing_settings(job_a, job_b), of_a, of_b, gain, protocols)
 
 
-def _of_image(measured: Measurement, image_id: int) -> Rows:
-    return measured.rows[measured.rows[:, 0] == image_id]
+def _differing_settings(a: JobConfig, b: JobConfig) -> list[str]:
+    """Return "key: value in a -> value in b" for every key that changes what is computed."""
+    before, after = (flatten(reproducible(job).model_dump(mode="json")) for job in (a, b))
+    return [
+        f"{key}: {before.get(key)} -> {after.get(key)}"
+        for key in sorted(before.keys() | after.keys())
+        if before.get(key) != after.get(key)
+    ]
+
+
+def _rows_of_image(rows: Rows, image_id: int) -> Rows:
+    return rows[rows[:, 0] == image_id]

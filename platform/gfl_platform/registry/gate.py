@@ -310,7 +310,7 @@ def _expected_key(candidate: Measurement, job: JobConfig) -> str:
 
 def _changes(own: JobConfig, job: JobConfig) -> list[str]:
     """Return where `job` differs from the configuration that a version was trained with."""
-    before, now = (flatten(each.model_dump(mode="json")) for each in (own, job))
+    before, now = (flatten(config.model_dump(mode="json")) for config in (own, job))
     return [f"{k} {before.get(k)} -> {now[k]}" for k in now if before.get(k) != now[k]]
 
 

@@ -26,26 +26,26 @@ from gfl_platform.storage.storage import Storage
 from gfl_platform.tracking.client import connect
 
 FOLDER = "evaluations"
-"""Among the artifacts of a run: what was measured of its model, by images and protocol."""
+"""Folder for measurements among the artifacts of a run, one file for each version and key."""
 
-OF_IMAGES = ("format", "classes", "val", "shapes")
-"""Of the section `data`: which images are evaluated."""
+IMAGE_KEYS = ("format", "classes", "val", "shapes")
+"""Keys of the section `data` that say which images are evaluated."""
 
-OF_SCALING = ("short_side", "long_side", "val_batch")
-"""Of the section `data`: how they are scaled."""
+SCALING_KEYS = ("short_side", "long_side", "val_batch")
+"""Keys of the section `data` that say how images are scaled."""
 
 
 @dataclass(frozen=True)
 class Measurement:
-    """What was measured of a version.
+    """AP, FPS and the detections of one version on one set of images.
 
     Attributes:
-        metrics: COCO's statistics.
+        metrics: COCO's statistics, by name.
         ap_by_class: AP of each class, by name, in the order of labels.
         fps: Frames per second.
-        protocol: How they were measured.
-        digest: Of the images and their annotations.
-        rows: The detections, (N, 7), as `gfl.structures.Rows` says.
+        protocol: The protocol of the FPS (`gfl.evaluation.protocol`).
+        digest: Digest of the images and their annotations.
+        rows: The detections, (N, 7), with the columns of `gfl.structures.Rows`.
     """
 
     metrics: dict[str, float]
@@ -57,15 +57,15 @@ class Measurement:
 
     @property
     def key(self) -> str:
-        """Names the images and the protocol: measurements with the same key are comparable."""
+        """Name of the images and the protocol; measurements with the same key are comparable."""
         return f"{self.digest[:12]}-{protocol_hash(self.protocol)}"
 
 
 def own_job(where: JobConfig, version: Version) -> JobConfig:
-    """Return the configuration that a version was trained with, to be run as `where` says.
+    """Return the configuration that a version was trained with, with the other sections of `where`.
 
     Raises:
-        ValueError: its checkpoint cannot be read.
+        ValueError: the checkpoint of the version cannot be read.
     """
     with tempfile.TemporaryDirectory(prefix="gfl-model-") as scratch:
         config = read_config(models.fetch_checkpoint(where, _uri(version), Path(scratch)))
@@ -76,8 +76,8 @@ def own_job(where: JobConfig, version: Version) -> JobConfig:
 
 
 def on_images_of(job: JobConfig, other: JobConfig) -> JobConfig:
-    """Return `job` with the images of `other`, and its way to count detections."""
-    data = {key: getattr(other.data, key) for key in OF_IMAGES}
+    """Return `job` with the images and the section `evaluation` of `other`."""
+    data = {key: getattr(other.data, key) for key in IMAGE_KEYS}
     changed = {"data": job.data.model_copy(update=data), "evaluation": other.evaluation}
     return job.model_copy(update=changed)
 
@@ -85,16 +85,16 @@ def on_images_of(job: JobConfig, other: JobConfig) -> JobConfig:
 def at_settings_of(job: JobConfig, other: JobConfig) -> JobConfig:
     """Return `job` with the images, their scaling and the post-processing of `other`."""
     job = on_images_of(job, other)
-    data = {key: getattr(other.data, key) for key in OF_SCALING}
+    data = {key: getattr(other.data, key) for key in SCALING_KEYS}
     changed = {"data": job.data.model_copy(update=data), "postprocess": other.postprocess}
     return job.model_copy(update=changed)
 
 
 def images_of(job: JobConfig, classes: Sequence[str]) -> Split:
-    """Return the images that `job` evaluates a model with `classes` on, to be read in this process.
+    """Return the images on which `job` evaluates a model with `classes`, as local files.
 
     Raises:
-        ValueError: a dataset that cannot be used.
+        ValueError: the dataset cannot be used.
     """
     render_shapes(job)
     cache = Storage(job.storage).cache
@@ -104,29 +104,29 @@ def images_of(job: JobConfig, classes: Sequence[str]) -> Split:
 
 
 def measure(job: JobConfig, version: Version, watch: Watcher) -> Measurement:
-    """Evaluate a version as `job` says, and keep what was measured with its run.
+    """Evaluate a version as `job` says, and keep the measurement among the artifacts of its run.
 
     Raises:
-        ValueError: a checkpoint, dataset or cluster that cannot be used.
+        ValueError: the checkpoint, dataset or cluster cannot be used.
         JobFailedError: a worker stopped.
     """
     with Storage(job.storage).scratch_folder() as scratch:
         checkpoint = models.fetch_checkpoint(job, _uri(version), scratch)
-        found = evaluate_checkpoint(checkpoint, job, watch)
-    measured = Measurement(
-        metrics=found["metrics"],
-        ap_by_class=found["ap_by_class"],
-        fps=found["fps"],
-        protocol=found["protocol"],
-        digest=found["digest"],
-        rows=found["detections"],
+        result = evaluate_checkpoint(checkpoint, job, watch)
+    measurement = Measurement(
+        metrics=result["metrics"],
+        ap_by_class=result["ap_by_class"],
+        fps=result["fps"],
+        protocol=result["protocol"],
+        digest=result["digest"],
+        rows=result["detections"],
     )
-    _keep(job, version, measured)
-    return measured
+    _keep(job, version, measurement)
+    return measurement
 
 
 def recall(job: JobConfig, version: Version, key: str) -> Measurement | None:
-    """Return what is kept of a version's measurement under `key`, if there is any."""
+    """Return the measurement of a version that is kept under `key`, if there is one."""
     client = connect(job)
     from mlflow.exceptions import MlflowException
 
@@ -140,12 +140,12 @@ def recall(job: JobConfig, version: Version, key: str) -> Measurement | None:
             return Measurement(**json.loads(str(kept["figures"])), rows=kept["rows"])
 
 
-def _keep(job: JobConfig, version: Version, measured: Measurement) -> None:
-    figures = {name: value for name, value in vars(measured).items() if name != "rows"}
+def _keep(job: JobConfig, version: Version, measurement: Measurement) -> None:
+    figures = {name: value for name, value in vars(measurement).items() if name != "rows"}
     content = io.BytesIO()
-    np.savez_compressed(content, figures=json.dumps(figures), rows=measured.rows)
+    np.savez_compressed(content, figures=json.dumps(figures), rows=measurement.rows)
     with tempfile.TemporaryDirectory(prefix="gfl-measured-") as scratch:
-        path = Path(scratch) / f"{version.name}-{version.version}-{measured.key}.npz"
+        path = Path(scratch) / f"{version.name}-{version.version}-{measurement.key}.npz"
         path.write_bytes(content.getvalue())
         connect(job).log_artifact(version.run_id, str(path), FOLDER)
 

@@ -1,4 +1,4 @@
-"""The lineage of a model: what it was made of, and how to make it again."""
+"""The model card: what a model was trained with, and how to train it again."""
 
 import hashlib
 import importlib.metadata
@@ -22,23 +22,23 @@ from gfl_platform.registry.models import RegistryError, Version
 from gfl_platform.tracking.client import connect
 from gfl_platform.tracking.metadata import CONFIG_FILE, DIFF_FILE, PACKAGES_FILE, PROTOCOL
 
-DIGESTS = ("data.train.digest", "data.val.digest", "weights.pretrained", "weights.teacher")
+DIGEST_TAGS = ("data.train.digest", "data.val.digest", "weights.pretrained", "weights.teacher")
 
 FIRST = (
     "AP", "fps", "protocol", "data", "git.commit", "git.changed", "config_hash", "workers",
     "restarts", "weights.pretrained", "weights.teacher",
 )  # fmt: skip
-"""What the card shows first, where it is known."""
+"""Keys that the card shows first, where they are known."""
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """A training to be done again.
+    """How to do a training again.
 
     Attributes:
-        job: Its configuration.
-        digests: Of the annotations and weights that it read, by the names of its run's tags.
-        differences: Where the code or the packages are not what they were.
+        job: Configuration of the training.
+        digests: Digests of the annotations and weights that it read, by the tags of its run.
+        differences: Where the code or the packages differ from those of the training.
     """
 
     job: JobConfig
@@ -47,7 +47,7 @@ class Recipe:
 
 
 def describe(job: JobConfig, version: Version) -> dict[str, str]:
-    """Return what is known of a version: where it comes from, what it can, what was decided."""
+    """Return the card of a version: origin, measurements and decisions, by key."""
     client = connect(job)
     facts: dict[str, str] = {}
     packages = []
@@ -78,7 +78,13 @@ def _shown(metric: str, value: float) -> str:
 
 
 def lineage(config: Config, workers: Workers, sources: dict[str, Path | None]) -> dict[str, str]:
-    """Return what a run's model comes from, beside its data and code."""
+    """Return the tags of a run for what its model depends on besides data and code.
+
+    Args:
+        config: Configuration of the training.
+        workers: Number and kind of its workers.
+        sources: Local files of the weights it starts from (`weights`) and of its `teacher`.
+    """
     device = "GPU" if workers.use_gpu else "CPU"
     number = f"{workers.least} to {workers.count}" if workers.elastic else workers.count
     tags = {"config_hash": config_hash(config), "workers": f"{number} ({device})"}
@@ -95,15 +101,15 @@ def lineage(config: Config, workers: Workers, sources: dict[str, Path | None]) -
 
 
 def recipe(where: JobConfig, model: str, overrides: Sequence[str]) -> Recipe:
-    """Return how the model `models:/NAME@ALIAS`, `models:/NAME/VERSION` or `runs:/ID` was trained.
+    """Return how a model was trained.
 
     Args:
-        where: Says which registry, and where to keep what is trained.
-        model: The model.
-        overrides: Change the configuration.
+        where: The registry, and the sections `storage` and `tracking` of the new training.
+        model: `models:/NAME@ALIAS`, `models:/NAME/VERSION` or `runs:/RUN_ID`.
+        overrides: Changes to the configuration, "key=value" each.
 
     Raises:
-        ValueError: no such model, or one whose configuration is not there any more.
+        ValueError: there is no such model, or its run holds no configuration.
     """
     run_id = models.run_of(where, model)
     if not run_id:
@@ -119,15 +125,15 @@ def recipe(where: JobConfig, model: str, overrides: Sequence[str]) -> Recipe:
     job = job.model_copy(update={"storage": where.storage, "tracking": where.tracking})
     tags = connect(where).get_run(run_id).data.tags
     commit, changed, diff = git_state()
-    now = {COMMIT: commit, "git.changed": changed or "nothing"}
-    differing = [f"{k} {tags.get(k)} -> {v}" for k, v in now.items() if tags.get(k) != v]
+    state = {COMMIT: commit, "git.changed": changed or "nothing"}
+    differing = [f"{k} {tags.get(k)} -> {v}" for k, v in state.items() if tags.get(k) != v]
     if _artifact(where, run_id, DIFF_FILE).splitlines() != diff.splitlines():
         differing.append(f"{DIFF_FILE}: what is not committed is not what runs:/{run_id} had")
     for line in _artifact(where, run_id, PACKAGES_FILE).split():
         package, _, version = line.partition("==")
         if (present := _installed(package)) != version:
             differing.append(f"{package} {version} -> {present}")
-    return Recipe(job, {key: tags[key] for key in DIGESTS if key in tags}, differing)
+    return Recipe(job, {key: tags[key] for key in DIGEST_TAGS if key in tags}, differing)
 
 
 def _installed(package: str) -> str:
@@ -138,15 +144,15 @@ def _installed(package: str) -> str:
 
 
 def protocol_of(job: JobConfig, model: str) -> dict[str, Any]:
-    """Return how the FPS of a model was measured in its training; empty where that is unknown."""
+    """Return the protocol of a model's FPS in its training, empty if it is not known."""
     run_id = models.run_of(job, model)
     tags = connect(job).get_run(run_id).data.tags if run_id else {}
-    found: dict[str, Any] = json.loads(tags.get(PROTOCOL, "{}"))
-    return found
+    protocol: dict[str, Any] = json.loads(tags.get(PROTOCOL, "{}"))
+    return protocol
 
 
 def _artifact(job: JobConfig, run_id: str, name: str) -> str:
-    """Return the text of a run's artifact; empty if there is none."""
+    """Return the text of a run's artifact, empty if there is no such artifact."""
     client: Any = connect(job)
     from mlflow.exceptions import MlflowException
 

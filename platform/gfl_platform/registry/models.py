@@ -1,15 +1,19 @@
-"""MLflow's model registry: point aliases at versions, look up, load."""
+"""MLflow's model registry: register a checkpoint, look up versions, set aliases, load a model."""
 
 import difflib
 import re
+import shutil
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
+from importlib.metadata import version as installed_version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import gfl
 import gfl_platform
+from gfl.checkpoint.files import TRAINING
+from gfl.evaluation.protocol import data_digest, protocol_hash
 from gfl_platform.config import JobConfig, require_alias
 from gfl_platform.registry.history import DECISION, GATED_ALIASES
 from gfl_platform.storage.storage import Storage, is_there
@@ -19,7 +23,6 @@ if TYPE_CHECKING:
     from mlflow import MlflowClient
 
     from gfl.inference.predictor import Model
-import shutil
 
 CHECKPOINT = "checkpoint"
 """Name of the checkpoint among a model's artifacts."""
@@ -27,16 +30,25 @@ CHECKPOINT = "checkpoint"
 SCHEMES = "a checkpoint folder, models:/NAME@ALIAS, models:/NAME/VERSION or runs:/RUN_ID"
 
 RUN_ID = re.compile("[0-9a-f]{32}")
-"""As MLflow makes them; one alone stands for `runs:/RUN_ID`."""
+"""Form of MLflow's run ids; an id alone means `runs:/RUN_ID`."""
 
 
 class RegistryError(ValueError):
-    """A model, version, alias or run that does not exist."""
+    """A model, version, alias or run that does not exist or cannot be used."""
 
 
 @dataclass(frozen=True)
 class Version:
-    """A registered version and its tags, without the decisions on it (see `history`)."""
+    """A registered version of a model.
+
+    Attributes:
+        name: Name of the model.
+        version: Number of the version.
+        aliases: The aliases that point at it.
+        run_id: The run that trained it, empty if it is not known.
+        created_ms: Time of its registration, in milliseconds since 1970.
+        tags: Its tags, without the decisions about it (`gfl_platform.registry.history`).
+    """
 
     name: str
     version: int
@@ -50,17 +62,17 @@ def set_alias(job: JobConfig, name: str, version: int, alias: str) -> int | None
     """Point `alias` at a version that can be loaded; return the version it pointed at before.
 
     Raises:
-        ValueError: an alias that MLflow does not take, or that only the gate moves; a model or
-            version that does not exist or whose checkpoint does not load.
+        ValueError: MLflow does not take the alias, or only the gate moves it; the version does not
+            exist, or its checkpoint cannot be loaded.
     """
     require_alias(alias)
     if alias in GATED_ALIASES:
         raise RegistryError(f"alias '{alias}': only `jobs.registry promote` and `rollback` move it")
     client = connect(job)
-    wanted = _version(client, name, version)
+    _version(client, name, version)  # raises if there is no such version
     load(f"models:/{name}/{version}", job, "cpu")
     before = next((v.version for v in _versions(client, name) if alias in v.aliases), None)
-    client.set_registered_model_alias(name, alias, str(wanted.version))
+    client.set_registered_model_alias(name, alias, str(version))
     return before
 
 
@@ -68,18 +80,18 @@ def list_versions(job: JobConfig, name: str | None = None) -> list[Version]:
     """Return the versions of the model `name`, or of all models, newest first.
 
     Raises:
-        RegistryError: a model that does not exist.
+        RegistryError: the model does not exist.
     """
     client = connect(job)
     names = [name] if name else _names(client)
-    return [version for each in names for version in _versions(client, each)]
+    return [version for model in names for version in _versions(client, model)]
 
 
 def find(job: JobConfig, name: str, reference: str) -> Version:
     """Return the version of the model `name` with the number or alias `reference`.
 
     Raises:
-        RegistryError: there is none; suggests one.
+        RegistryError: there is no such model or version; the message suggests one.
     """
     client = connect(job)
     if reference.isdigit():
@@ -97,19 +109,29 @@ def load(model: str, job: JobConfig | None = None, device: str | None = None) ->
 
     Args:
         model: A checkpoint folder, `models:/NAME@ALIAS`, `models:/NAME/VERSION` or `runs:/RUN_ID`.
-        job: Says which registry; by default MLFLOW_TRACKING_URI does, else it is in `outputs`.
-        device: Where it predicts, by default the first GPU if there is one.
+        job: Configuration that names the registry, by default that of MLFLOW_TRACKING_URI, or
+            without that variable the one in `outputs`.
+        device: Device of the model, by default the first GPU if there is one.
 
     Raises:
-        ValueError: no such model, or a damaged one.
+        ValueError: there is no such model, or it is damaged.
     """
     with tempfile.TemporaryDirectory(prefix="gfl-model-") as scratch:
         return gfl.load(fetch_checkpoint(job or JobConfig(), model, Path(scratch)), device=device)
 
 
 def fetch_checkpoint(job: JobConfig, model: str, scratch: Path) -> Path:
-    """Return a local folder with the checkpoint of `model` (see `load`), maybe below `scratch`."""
-    model = _spelt_out(model)
+    """Return a local folder with the checkpoint of a model.
+
+    Args:
+        job: Configuration that names the registry.
+        model: A checkpoint folder or any other form that `load` takes.
+        scratch: Folder for the checkpoint if it has to be fetched.
+
+    Raises:
+        ValueError: there is no such model, or its files cannot be read.
+    """
+    model = _complete(model)
     if model.startswith("models:/"):
         return _fetch_registered(job, model.removeprefix("models:/").strip("/"), scratch)
     if model.startswith("runs:/"):
@@ -123,22 +145,23 @@ def fetch_checkpoint(job: JobConfig, model: str, scratch: Path) -> Path:
 
 
 def run_of(job: JobConfig, model: str) -> str | None:
-    """Return the run that trained `models:/...` or `runs:/...`; None of anything else."""
-    model = _spelt_out(model)
+    """Return the run that trained `models:/...` or `runs:/...`, None for a checkpoint folder."""
+    model = _complete(model)
     if model.startswith("models:/"):
         return find(job, *_split(model.removeprefix("models:/").strip("/"))).run_id
     return model.removeprefix("runs:/").strip("/") if model.startswith("runs:/") else None
 
 
 def resolve(job: JobConfig, model: str) -> str:
-    """Return `models:/NAME/VERSION` of a registered `model`; any other as it is."""
+    """Return `models:/NAME/VERSION` for a registered model, any other form unchanged."""
     if not model.startswith("models:/"):
         return model
     version = find(job, *_split(model.removeprefix("models:/").strip("/")))
     return f"models:/{version.name}/{version.version}"
 
 
-def _spelt_out(model: str) -> str:
+def _complete(model: str) -> str:
+    """Return `runs:/RUN_ID` for the id of a run, any other form unchanged."""
     return f"runs:/{model}" if RUN_ID.fullmatch(model) and not Path(model).exists() else model
 
 
@@ -153,26 +176,26 @@ def _split(reference: str) -> tuple[str, str]:
 
 
 def _fetch_registered(job: JobConfig, reference: str, scratch: Path) -> Path:
+    """Return a folder below `scratch` with the checkpoint of NAME@ALIAS or NAME/VERSION."""
     version = find(job, *_split(reference))
-    name = version.name
     import mlflow
     from mlflow.exceptions import MlflowException
 
     try:
         folder = mlflow.artifacts.download_artifacts(
-            artifact_uri=f"models:/{name}/{version.version}/artifacts/{CHECKPOINT}",
+            artifact_uri=f"models:/{version.name}/{version.version}/artifacts/{CHECKPOINT}",
             dst_path=str(scratch),
         )
     except (MlflowException, OSError) as error:
         raise RegistryError(
-            f"{name} version {version.version}: its artifacts cannot be read "
+            f"{version.name} version {version.version}: its artifacts cannot be read "
             f"({reason_of(error)}); register it again"
         ) from error
     return Path(folder)
 
 
 def _checkpoint_of_run(job: JobConfig, run_id: str) -> Path:
-    """Return the run's checkpoint with the best AP."""
+    """Return the checkpoint of a run with the best AP, among those that still exist."""
     client = connect(job)
     from mlflow.exceptions import MlflowException
 
@@ -180,23 +203,25 @@ def _checkpoint_of_run(job: JobConfig, run_id: str) -> Path:
         run = client.get_run(run_id)
     except MlflowException as error:
         raise RegistryError(f"runs:/{run_id}: no such run in the tracking store") from error
-    within, of_run = [run.info.experiment_id], f"source_run_id = '{run_id}'"
-    models = on_all_pages(lambda page: client.search_logged_models(within, of_run, page_token=page))
-    found = [
+    experiments, of_run = [run.info.experiment_id], f"source_run_id = '{run_id}'"
+    models = on_all_pages(
+        lambda page: client.search_logged_models(experiments, of_run, page_token=page)
+    )
+    checkpoints = [
         (metric.value, model.tags["uri"])
         for model in models
         for metric in model.metrics or []
         if metric.key == "AP" and is_there(model.tags.get("uri", ""))
     ]
-    if not found:
+    if not checkpoints:
         raise RegistryError(f"runs:/{run_id}: no checkpoint of this run is there any more")
-    return Storage(job.storage).cache.local(max(found)[1])
+    return Storage(job.storage).cache.local(max(checkpoints)[1])
 
 
 def _names(client: "MlflowClient") -> list[str]:
     """Return the names of all models."""
-    found = on_all_pages(lambda page: client.search_registered_models(page_token=page))
-    return sorted(model.name for model in found)
+    models = on_all_pages(lambda page: client.search_registered_models(page_token=page))
+    return sorted(model.name for model in models)
 
 
 def _versions(client: "MlflowClient", name: str) -> list[Version]:
@@ -207,34 +232,36 @@ def _versions(client: "MlflowClient", name: str) -> list[Version]:
         model = client.get_registered_model(name)
     except MlflowException as error:
         raise RegistryError(f"{name}: no such model; {_suggest(name, _names(client))}") from error
-    found = client.search_model_versions(f"name = '{name}'")
-    versions = [_as_version(version, model.aliases) for version in found]
+    entries = client.search_model_versions(f"name = '{name}'")
+    versions = [_as_version(entry, model.aliases) for entry in entries]
     return sorted(versions, key=lambda version: -version.version)
 
 
 def _version(client: "MlflowClient", name: str, number: int) -> Version:
-    versions = _versions(client, name)
-    for version in versions:
-        if version.version == number:
-            return version
-    known = [str(version.version) for version in versions]
-    raise RegistryError(f"{name} version {number}: no such version; {_suggest(str(number), known)}")
+    """Return the version `number` of the model `name`; if there is none, raise RegistryError."""
+    versions = {version.version: version for version in _versions(client, name)}
+    if number in versions:
+        return versions[number]
+    suggestion = _suggest(str(number), [str(known) for known in versions])
+    raise RegistryError(f"{name} version {number}: no such version; {suggestion}")
 
 
-def _as_version(found: Any, aliases: Mapping[str, str]) -> Version:
-    number = int(found.version)
+def _as_version(entry: Any, aliases: Mapping[str, str]) -> Version:
+    """Return MLflow's entry for a version as ours; `aliases` are those of the whole model."""
+    number = int(entry.version)
     return Version(
-        name=found.name,
+        name=entry.name,
         version=number,
         aliases=sorted(alias for alias, target in aliases.items() if int(target) == number),
-        run_id=found.run_id or "",
-        created_ms=found.creation_timestamp,
-        tags={key: text for key, text in found.tags.items() if not key.startswith(DECISION)},
+        run_id=entry.run_id or "",
+        created_ms=entry.creation_timestamp,
+        tags={key: text for key, text in entry.tags.items() if not key.startswith(DECISION)},
     )
 
 
-def _suggest(wanted: str, known: list[str]) -> str:
-    near = difflib.get_close_matches(wanted, known, n=1)
+def _suggest(text: str, known: list[str]) -> str:
+    """Return advice for a name that does not exist: a similar one, or all that exist."""
+    near = difflib.get_close_matches(text, known, n=1)
     if near:
         return f"did you mean '{near[0]}'?"
     return f"there are: {', '.join(known)}" if known else "there is none yet"
@@ -245,19 +272,17 @@ def register(
 ) -> int:
     """Register a checkpoint as a new version of the model `name`, and return the version.
 
-    The model carries its weights without any pickle, and the code that reads them.
+    The registered model holds its weights without a pickle, and the code that reads them.
 
     Args:
-        job: Says which registry.
-        name: Of the model, made if it is new.
-        checkpoint: Folder.
+        job: Configuration that names the registry.
+        name: Name of the model, which is created if it does not exist.
+        checkpoint: Folder of the checkpoint.
         run_id: The run that trained it.
-        facts: To keep with the version: AP, fps, `protocol` (its hash) and `data` (a digest).
+        facts: Tags of the version: AP, fps, `protocol` (its hash) and `data` (a digest).
     """
     client = connect(job)
     import mlflow
-
-    from gfl.checkpoint.files import TRAINING
 
     package = Path(gfl_platform.__file__).parent
     status = client.get_run(run_id).info.status
@@ -277,45 +302,41 @@ def register(
                 registered_model_name=name,
                 metadata=dict(facts),
             )
-        client.update_run(run_id, status=status)  # `start_run` ends the run, whoever opened it
+        client.update_run(run_id, status=status)  # `start_run` has ended the run
     version = int(logged.registered_model_version)
     tag(job, name, version, facts)
     return version
 
 
 def tag(job: JobConfig, name: str, version: int, facts: Mapping[str, float | str]) -> None:
-    """Keep `facts` (see `register`) with a version."""
+    """Set the tags `facts` (see `register`) of a version."""
     client = connect(job)
     for key, value in facts.items():
-        shown = value if isinstance(value, str) else f"{value:.6g}"
-        client.set_model_version_tag(name, str(version), key, shown)
+        text = value if isinstance(value, str) else f"{value:.6g}"
+        client.set_model_version_tag(name, str(version), key, text)
 
 
 def register_once(
     job: JobConfig, name: str, checkpoint: Path, run_id: str, facts: dict[str, float | str]
 ) -> int:
-    """Return the version of `name` that a run has, as `register` makes it where it has none."""
+    """Return the latest version of `name` that a run trained; register one if there is none."""
     of_this_run = f"name = '{name}' and run_id = '{run_id}'"
-    known = connect(job).search_model_versions(of_this_run)
-    if not known:
+    versions = connect(job).search_model_versions(of_this_run)
+    if not versions:
         return register(job, name, checkpoint, run_id, facts)
-    latest = max(known, key=lambda version: int(version.version))
-    if facts.keys() - latest.tags.keys():  # an interruption came before them
+    latest = max(versions, key=lambda version: int(version.version))
+    if facts.keys() - latest.tags.keys():  # its registration was interrupted before its tags
         tag(job, name, int(latest.version), facts)
     return int(latest.version)
 
 
 def figures_of_version(ap: float, fps: float, protocol: dict[str, Any]) -> dict[str, Any]:
-    """Return what a registered version is listed with."""
-    from gfl.evaluation.protocol import data_digest, protocol_hash
-
+    """Return the tags of a registered version (see `register`)."""
     data = data_digest(protocol)[:12]
     return {"AP": ap, "fps": fps, "protocol": protocol_hash(protocol), "data": data}
 
 
 def _requirements() -> list[str]:
-    """Return what a model needs to be loaded, at the versions it was trained with."""
-    from importlib.metadata import version
-
+    """Return the packages that a model needs to be loaded, at the versions installed here."""
     packages = ("torch", "torchvision", "pydantic", "pyyaml", "safetensors", "pillow", "mlflow")
-    return [f"{package}=={version(package)}" for package in packages]
+    return [f"{package}=={installed_version(package)}" for package in packages]

@@ -5,8 +5,8 @@ In a process, with MLflow's API alone:
     model = mlflow.pyfunc.load_model("models:/gfl-demo@champion")
     model.predict(["street.jpg"])
 
-Over HTTP, from `mlflow models serve`: {"inputs": ["<base64 of an image file>"]}. A server reads no
-paths, which would be those of its own machine, unless GFL_SERVE_PATHS=1 allows it.
+Over HTTP, `mlflow models serve` takes {"inputs": ["<base64 of an image file>"]}. A server does not
+read paths, because they would name files of its own machine, unless GFL_SERVE_PATHS is 1.
 """
 
 import base64
@@ -25,21 +25,22 @@ from pydantic import BaseModel
 import gfl
 
 SERVED = "__pyfunc_model_path__"
-"""In the environment of MLflow's scoring server, and of nothing else."""
+"""Variable that MLflow sets in the environment of its scoring server, and nowhere else."""
 
 LONGEST_PATH = 4096
+"""Characters of the longest path that Linux opens; a longer text is meant as base64."""
 
 
-def _is_news(record: logging.LogRecord) -> bool:
-    """Return whether MLflow says more than that it leaves it to us to check an input."""
+def _is_useful(record: logging.LogRecord) -> bool:
+    """Return whether MLflow logs something else than that the model checks its own input."""
     return "is inferred as AnyType" not in record.getMessage()
 
 
-logging.getLogger("mlflow.types.type_hints").addFilter(_is_news)
+logging.getLogger("mlflow.types.type_hints").addFilter(_is_useful)
 
 
 class Detections(BaseModel):
-    """The detections of one image, best first: boxes `xyxy` and edge_std in px."""
+    """The detections in one image, best first; boxes are `xyxy` in px, like `edge_std`."""
 
     boxes: list[list[float]]
     scores: list[float]
@@ -48,7 +49,7 @@ class Detections(BaseModel):
 
 
 class InputError(MlflowException):
-    """An input that is no image; an answer of status 400."""
+    """An input that is not an image; a server answers with status 400."""
 
     def __init__(self, reason: str) -> None:
         self._reason = reason
@@ -56,7 +57,7 @@ class InputError(MlflowException):
 
     @property
     def message(self) -> str:
-        """The reason alone: MLflow's server would put the whole request before it."""
+        """The reason alone, because MLflow's server would put the whole request before it."""
         return self._reason
 
     @message.setter
@@ -65,7 +66,7 @@ class InputError(MlflowException):
 
 
 class DetectorModel(PythonModel):
-    """Detections in images, each a file's content as bytes or base64, a data URL, or a path."""
+    """Detects objects in images: bytes or base64 of an image file, a data URL, or a path."""
 
     def load_context(self, context: Any) -> None:
         """Read the checkpoint that was logged with the model."""
@@ -75,35 +76,37 @@ class DetectorModel(PythonModel):
         """Return the detections in every image.
 
         Raises:
-            InputError: one of them is no image, or there is none.
+            InputError: an input is not an image, or there are no inputs.
         """
         if len(model_input) == 0:
             raise InputError("inputs: empty; expected a list of images")
         images = [_content(image, number) for number, image in enumerate(model_input)]
-        answers = []
-        for number, image in enumerate(images):
-            try:
-                (found,) = self._model.predict(image)
-            except (ValueError, OSError) as error:
-                raise InputError(f"image {number}: {error}") from error
-            answers.append(
-                Detections(
-                    boxes=found.boxes.tolist(),
-                    scores=found.scores.tolist(),
-                    classes=found.names,
-                    edge_std=found.edge_std.tolist(),
-                )
-            )
-        return answers
+        return [self._detect(image, number) for number, image in enumerate(images)]
+
+    def _detect(self, image: bytes | Path, number: int) -> Detections:
+        try:
+            (detections,) = self._model.predict(image)
+        except (ValueError, OSError) as error:
+            raise InputError(f"image {number}: {error}") from error
+        return Detections(
+            boxes=detections.boxes.tolist(),
+            scores=detections.scores.tolist(),
+            classes=detections.names,
+            edge_std=detections.edge_std.tolist(),
+        )
 
 
 def _content(image: Any, number: int) -> bytes | Path:
-    """Return the content of an image file, or its path."""
+    """Return the content of image file `number` of a request, or its path.
+
+    Raises:
+        InputError: neither bytes, base64, a data URL nor a path that may be read.
+    """
     if isinstance(image, bytes):
         return image
     if not isinstance(image, str) or not image:
-        given = "an empty string" if image == "" else type(image).__name__
-        raise InputError(f"image {number}: got {given}; expected base64 or bytes of an image file")
+        kind = "an empty string" if image == "" else type(image).__name__
+        raise InputError(f"image {number}: got {kind}; expected base64 or bytes of an image file")
     text = image.partition(";base64,")[2] if image.startswith("data:") else image
     try:
         return base64.b64decode(text, validate=True)
@@ -111,7 +114,7 @@ def _content(image: Any, number: int) -> bytes | Path:
         if len(image) > LONGEST_PATH or image.startswith("data:"):
             raise InputError(f"image {number}: damaged base64 ({error})") from error
     if SERVED in os.environ and os.environ.get("GFL_SERVE_PATHS") != "1":
-        raise InputError(f"image {number}: is no base64; paths are not read by a server")
+        raise InputError(f"image {number}: is not base64; paths are not read by a server")
     return Path(image)
 
 
