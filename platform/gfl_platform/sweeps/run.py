@@ -20,7 +20,6 @@ from gfl_platform.config import BudgetConfig, JobConfig, SweepConfig
 from gfl_platform.registry import models
 from gfl_platform.storage.files import held
 from gfl_platform.storage.storage import Storage
-from gfl_platform.sweeps.analysis.statistics import direction
 from gfl_platform.sweeps.analysis.verdicts import analyse
 from gfl_platform.sweeps.formatting import identity
 from gfl_platform.sweeps.recorder import EndOfTrials, Recorder
@@ -41,6 +40,7 @@ from gfl_platform.sweeps.trials import (
     Point,
     SweepResults,
     Trial,
+    direction,
     finalist_name,
     trial_name,
 )
@@ -193,7 +193,7 @@ def _search(sweep: _Sweep) -> None:
     seconds = sum(trial.seconds for trial in known) / at_once
     last = inf if EPOCHS_KEY in asked.space else job.schedule.epochs
     budget = BudgetStopper(asked.budget, epochs, seconds, last)
-    noted = (sweep.recorder.plan, budget.used_up)
+    plan = sweep.recorder.plan
     searcher: ListedTrials | DrawnTrials
     if asked.search.name == "grid":
         points = grid_points(asked)
@@ -203,13 +203,10 @@ def _search(sweep: _Sweep) -> None:
             Planned(trial_name(number), point, seed, "search")
             for number, (point, seed) in enumerate(order)
         ]
-        searcher = ListedTrials([p for p in planned if not _has_ended(sweep, p.id)], *noted)
+        remaining = [trial for trial in planned if not _has_ended(sweep, trial.id)]
+        searcher = ListedTrials(remaining, plan, budget.used_up)
     else:
-
-        def check(point: Point) -> None:
-            trial_job(job, point, job.seed)
-
-        searcher = DrawnTrials(asked, default_point(job), job.seed, known, check, *noted)
+        searcher = DrawnTrials(job, known, plan, budget.used_up)
     scheduler = (
         None if asked.scheduler.name == "none" else EarlyStopping(asked, job.schedule.epochs, known)
     )

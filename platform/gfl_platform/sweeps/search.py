@@ -1,49 +1,52 @@
-"""Which trials a sweep runs: those of a list, or points that Optuna draws.
+"""Which trials a sweep runs, and which it stops early.
 
-Ray Tune asks for one trial after the other. The identity of a trial is ours, so that after any
-interruption the same trial goes on in the same folder and the same MLflow run, whatever Tune
-remembers: all that a sweep knows is in its trials' own files (`results.py`).
+Ray Tune asks a searcher for one trial after the other. A trial has an id of ours, so that after any
+interruption the same trial goes on in the same folder and the same MLflow run. Ray Tune's own state
+is never read again: all that a sweep knows is in the records of its trials (`trials.py`).
 """
 
-import json
 import logging
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from math import inf
 from typing import Any
 
-from ray.tune import Stopper
-from ray.tune.schedulers import (
-    ASHAScheduler,
-    FIFOScheduler,
-    MedianStoppingRule,
-    TrialScheduler,
+import optuna
+from optuna.distributions import (
+    BaseDistribution,
+    CategoricalDistribution,
+    FloatDistribution,
+    IntDistribution,
 )
+from optuna.trial import TrialState
+from ray.tune import Stopper
+from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, MedianStoppingRule, TrialScheduler
 from ray.tune.search import Searcher
 
 from gfl.config.loader import ConfigError
-from gfl_platform.config import BudgetConfig, RangeConfig, SweepConfig
-from gfl_platform.sweeps.trials import ENDED, Planned, Point, Trial, trial_name
+from gfl_platform.config import BudgetConfig, JobConfig, RangeConfig, SweepConfig
+from gfl_platform.sweeps.formatting import identity
+from gfl_platform.sweeps.space import default_point, sweep_of, trial_job
+from gfl_platform.sweeps.trials import ENDED, Planned, Point, Trial, direction, trial_name
 
 logger = logging.getLogger(__name__)
 
-MINIMISED = ("latency_ms",)
-
 REFUSALS = 1000
-"""Points in a row that may be drawn and not be allowed by the schema."""
+"""Points drawn in a row that the schema may refuse before the search gives up."""
 
 
 class Trials(Searcher):
-    """Gives Tune trials until there are no more, or no budget for them; tells of each one first."""
+    """Gives Ray Tune one trial after the other, until none or no budget is left."""
 
     def __init__(
         self, plan: Callable[[Planned], None], used_up: Callable[[], bool] = lambda: False
     ) -> None:
-        """Give trials.
+        """Create a searcher.
 
         Args:
-            plan: Notes a trial before any of its processes starts: its identity is taken then.
-            used_up: Whether the budget is.
+            plan: Records a trial before any of its processes starts, so that its id is taken.
+            used_up: Returns whether the budget is used up.
         """
         super().__init__()
         self._plan, self._used_up = plan, used_up
@@ -57,159 +60,155 @@ class Trials(Searcher):
         return vars(planned)
 
     def next_trial(self, trial_id: str) -> Planned | None:
-        """Return the next trial, which Tune calls `trial_id`, if there is one."""
+        """Return the next trial, which Ray Tune calls `trial_id`, or None at the end."""
         raise NotImplementedError
 
 
 class ListedTrials(Trials):
     """The trials of a list, in its order."""
 
-    def __init__(self, trials: Sequence[Planned], *noted: Any) -> None:
-        super().__init__(*noted)
-        self._left = list(trials)
+    def __init__(
+        self,
+        trials: Sequence[Planned],
+        plan: Callable[[Planned], None],
+        used_up: Callable[[], bool] = lambda: False,
+    ) -> None:
+        super().__init__(plan, used_up)
+        self._remaining = list(trials)
 
     def next_trial(self, trial_id: str) -> Planned | None:
-        """Return the first that is left."""
-        return self._left.pop(0) if self._left else None
+        """Return the first trial that remains."""
+        return self._remaining.pop(0) if self._remaining else None
 
     def on_trial_complete(
         self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False
     ) -> None:
-        """Nothing depends on it."""
+        """Do nothing: no trial of a list depends on another's result."""
 
 
 class DrawnTrials(Trials):
-    """Points that Optuna draws, from what it knows of those before.
+    """Points that Optuna draws, learning from the trials before.
 
-    A resumed study is made from the trials' records: the finished ones with their figures, the
-    stopped ones as pruned; those that were running come first. A new one starts with the default.
+    The study of a resumed sweep is built from the records of its trials: finished trials have their
+    figures, stopped ones count as pruned, and those that were running come first. A new sweep
+    starts with the default point.
     """
 
     def __init__(
         self,
-        sweep: SweepConfig,
-        default: Point,
-        seed: int,
+        job: JobConfig,
         known: Sequence[Trial],
-        check: Callable[[Point], object],
-        *noted: Any,
+        plan: Callable[[Planned], None],
+        used_up: Callable[[], bool] = lambda: False,
     ) -> None:
-        """Draw points.
+        """Create a searcher that draws.
 
         Args:
-            sweep: Its section.
-            default: What the configuration says.
-            seed: Of the trainings.
-            known: Trials of sessions before.
-            check: Raises `ConfigError` of a point that the schema does not allow.
-            noted: As of `Trials`.
+            job: Configuration of the sweep.
+            known: Trials of earlier sessions.
+            plan: Records a trial before any of its processes starts, so that its id is taken.
+            used_up: Returns whether the budget is used up.
         """
-        import optuna
-
-        super().__init__(*noted)
-        self._check, self._states = check, optuna.trial.TrialState
+        super().__init__(plan, used_up)
         optuna.logging.set_verbosity(optuna.logging.WARNING)
-        self._sweep, self._seed = sweep, seed
-        self._ranges = {key: _distribution(values) for key, values in sweep.space.items()}
-        samplers = {"random": optuna.samplers.RandomSampler, "tpe": optuna.samplers.TPESampler}
-        self._study = optuna.create_study(
-            sampler=samplers[sweep.search.name](seed=sweep.search.seed + len(known)),
-            directions=[
-                "minimize" if name in MINIMISED else "maximize" for name in sweep.objectives
-            ],
-        )
-        for trial in known:
-            if trial.state in ENDED:
-                self._study.add_trial(self._as_optuna(trial))
+        self._job, self._sweep = job, sweep_of(job)
+        self._ranges = {key: _distribution(values) for key, values in self._sweep.space.items()}
+        self._study = self._create_study(known)
         unfinished = [trial for trial in known if trial.state not in ENDED]
-        self._unfinished = [trial.id for trial in unfinished]
-        first = [trial.point for trial in unfinished] if known else [default]
-        for point in first:
-            params = _params(sweep, point)
-            if params.keys() == sweep.space.keys():  # else the default is outside the range
+        first_points = [trial.point for trial in unfinished] if known else [default_point(job)]
+        for point in first_points:
+            params = _params(self._sweep, point)
+            if params.keys() == self._sweep.space.keys():  # else the default is outside the range
                 self._study.enqueue_trial(params)
-        self._numbers = iter(range(len(known), sweep.budget.trials or 0))
-        self._asked: dict[str, Any] = {}
+        new = range(len(known), self._sweep.budget.trials or 0)
+        self._names = [*(trial.id for trial in unfinished), *map(trial_name, new)]
+        self._running: dict[str, optuna.Trial] = {}
 
     def next_trial(self, trial_id: str) -> Planned | None:
-        """Draw a point."""
-        name = self._unfinished.pop(0) if self._unfinished else self._next_name()
-        if name is None:
+        """Draw a point that the schema allows."""
+        if not self._names:
             return None
+        refusal: ConfigError | None = None
         for _ in range(REFUSALS):
-            asked = self._study.ask(self._ranges)
-            point = {key: _value(self._sweep.space[key], asked.params[key]) for key in self._ranges}
+            trial = self._study.ask(self._ranges)
+            point = {
+                key: _value(values, trial.params[key]) for key, values in self._sweep.space.items()
+            }
             try:
-                self._check(point)
+                trial_job(self._job, point, self._job.seed)
             except ConfigError as error:  # a width between the multiples of 8, say
-                refused = error
-                self._study.tell(asked, state=self._states.FAIL)
+                refusal = error
+                self._study.tell(trial, state=TrialState.FAIL)
                 continue
-            self._asked[trial_id] = asked
-            return Planned(name, point, self._seed, "search")
+            self._running[trial_id] = trial
+            return Planned(self._names.pop(0), point, self._job.seed, "search")
         logger.warning(
-            "warning: of %d points drawn in a row none is allowed: %s", REFUSALS, refused
+            "warning: of %d points drawn in a row none is allowed: %s", REFUSALS, refusal
         )
         return None
 
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
-        """Note an epoch, which counts if the trial is stopped after it."""
+        """Record an epoch, which counts if the trial is stopped after it."""
         objective = self._sweep.objectives[0]
         if len(self._sweep.objectives) == 1 and "final" not in result and objective in result:
-            self._asked[trial_id].report(result[objective], result["epoch"])
+            self._running[trial_id].report(result[objective], result["epoch"])
 
     def on_trial_complete(
         self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False
     ) -> None:
-        """Note how a trial ended."""
-        asked = self._asked.pop(trial_id)
+        """Record how a trial ended."""
+        trial = self._running.pop(trial_id)
         result = result or {}
         if result.get("final") == "finished":
-            self._study.tell(asked, [result[name] for name in self._sweep.objectives])
+            self._study.tell(trial, [result[name] for name in self._sweep.objectives])
         elif error or "final" in result:
-            self._study.tell(asked, state=self._states.FAIL)
+            self._study.tell(trial, state=TrialState.FAIL)
         else:
-            self._study.tell(asked, state=self._states.PRUNED)
+            self._study.tell(trial, state=TrialState.PRUNED)
 
-    def _next_name(self) -> str | None:
-        number = next(self._numbers, None)
-        return None if number is None else trial_name(number)
+    def _create_study(self, known: Sequence[Trial]) -> optuna.Study:
+        search = self._sweep.search
+        samplers = {"random": optuna.samplers.RandomSampler, "tpe": optuna.samplers.TPESampler}
+        study = optuna.create_study(
+            sampler=samplers[search.name](seed=search.seed + len(known)),
+            directions=[
+                "maximize" if direction(name) > 0 else "minimize" for name in self._sweep.objectives
+            ],
+        )
+        study.add_trials([self._as_optuna(trial) for trial in known if trial.state in ENDED])
+        return study
 
-    def _as_optuna(self, trial: Trial) -> Any:
-        import optuna
-
-        states = {"finished": self._states.COMPLETE, "nan": self._states.FAIL}
-        done = trial.state == "finished"
-        single = len(self._sweep.objectives) == 1
+    def _as_optuna(self, trial: Trial) -> optuna.trial.FrozenTrial:
+        states = {"finished": TrialState.COMPLETE, "nan": TrialState.FAIL}
+        finished = trial.state == "finished"
+        objectives = self._sweep.objectives
         return optuna.trial.create_trial(
-            state=states.get(trial.state, self._states.PRUNED),
+            state=states.get(trial.state, TrialState.PRUNED),
             params=_params(self._sweep, trial.point),
             distributions=self._ranges,
-            values=[trial.figures[name] for name in self._sweep.objectives] if done else None,
-            intermediate_values=dict(trial.curve) if single else None,
+            values=[trial.figures[name] for name in objectives] if finished else None,
+            intermediate_values=dict(trial.curve) if len(objectives) == 1 else None,
         )
 
 
-def _distribution(values: RangeConfig) -> Any:
-    from optuna import distributions as d
-
+def _distribution(values: RangeConfig) -> BaseDistribution:
     if values.values is not None:
-        return d.CategoricalDistribution(range(len(values.values)))
+        return CategoricalDistribution(range(len(values.values)))
     if values.int_uniform:
-        return d.IntDistribution(*values.int_uniform)
+        return IntDistribution(*values.int_uniform)
     assert values.bounds is not None
-    return d.FloatDistribution(*values.bounds, log=values.log_uniform is not None)
+    return FloatDistribution(*values.bounds, log=values.log_uniform is not None)
 
 
-def _value(values: RangeConfig, drawn: Any) -> Any:
-    """Return the value that Optuna's `drawn` stands for; six digits of a real number suffice."""
+def _value(values: RangeConfig, param: Any) -> Any:
+    """Return the value for Optuna's parameter; a real number is rounded to six digits."""
     if values.values is not None:
-        return values.values[drawn]
+        return values.values[param]
     if values.int_uniform:
-        return drawn
+        return param
     assert values.bounds is not None
     low, high = values.bounds
-    return min(max(float(f"{drawn:.6g}"), low), high)
+    return min(max(float(f"{param:.6g}"), low), high)
 
 
 def _params(sweep: SweepConfig, point: Point) -> dict[str, Any]:
@@ -221,68 +220,54 @@ def _params(sweep: SweepConfig, point: Point) -> dict[str, Any]:
             assert values.bounds is not None
             if isinstance(value, int | float) and values.bounds[0] <= value <= values.bounds[1]:
                 params[key] = value
-        elif value in values.values:
-            params[key] = [json.dumps(v) for v in values.values].index(
-                json.dumps(next(v for v in values.values if v == value))
-            )
+        else:
+            identities = [identity(listed) for listed in values.values]
+            if identity(value) in identities:
+                params[key] = identities.index(identity(value))
     return params
 
 
 @dataclass(frozen=True)
-class _Known:
-    """What Tune's schedulers look at of a trial: here our identity, the same in any session."""
+class _TrialId:
+    """A trial as Ray Tune's schedulers see it: our id, which is the same in every session."""
 
     trial_id: str
 
 
-class PatientMedian(MedianStoppingRule):
-    """Tune's median stopping, which here never pauses a trial: a paused one would start again."""
-
-    def _on_insufficient_samples(self, controller: Any, trial: Any, epoch: float) -> str:
-        return TrialScheduler.CONTINUE
-
-
 class EarlyStopping(FIFOScheduler):
-    """One of Tune's schedulers, told of the trials before an interruption: its rungs are kept."""
+    """One of Ray Tune's schedulers, which also knows the trials before an interruption."""
 
     def __init__(self, sweep: SweepConfig, epochs: int, known: Iterable[Trial]) -> None:
-        """Stop trials as `sweep.scheduler` says.
+        """Create the scheduler that `sweep.scheduler` names.
 
         Args:
-            sweep: Its section.
-            epochs: Of a whole training; a trial that has them is never stopped.
-            known: Trials of sessions before; what they reached is replayed.
+            sweep: The section `sweep:`.
+            epochs: Epochs of a whole training; a trial that has them is never stopped.
+            known: Trials of earlier sessions, whose curves the scheduler compares with.
         """
         super().__init__()
         self._epochs = epochs
-        self._inner = _scheduler(sweep, epochs)
-        self._added: set[str] = set()
         self._objective = sweep.objectives[0]
+        self._inner = _scheduler(sweep, epochs)
         for trial in known:
-            seen = _Known(trial.id)
-            self._add(seen)
             for epoch, value in trial.curve:
                 if epoch < epochs:
                     result = {"epoch": epoch, self._objective: value}
-                    self._inner.on_trial_result(None, seen, result)
-            getattr(self._inner, "_stopped_trials", set()).clear()  # the decisions are history
-
-    def _add(self, trial: _Known) -> None:
-        if trial.trial_id not in self._added:
-            self._added.add(trial.trial_id)
-            self._inner.on_trial_add(None, trial)
+                    # The results of a completed trial are recorded without a decision on it.
+                    self._inner.on_trial_add(None, _TrialId(trial.id))
+                    self._inner.on_trial_complete(None, _TrialId(trial.id), result)
 
     def on_trial_add(self, controller: Any, trial: Any) -> None:
-        """Tell of a trial that starts."""
+        """Add a trial that starts."""
         super().on_trial_add(controller, trial)
-        self._add(_Known(trial.config["id"]))
+        self._inner.on_trial_add(None, _TrialId(trial.config["id"]))
 
     def on_trial_result(self, controller: Any, trial: Any, result: dict[str, Any]) -> str:
         """Return whether a trial goes on after an epoch."""
         # A checkpoint within an epoch, of a drained node, has no figures.
         if "final" in result or self._objective not in result or result["epoch"] >= self._epochs:
             return TrialScheduler.CONTINUE
-        return str(self._inner.on_trial_result(controller, _Known(trial.config["id"]), result))
+        return str(self._inner.on_trial_result(None, _TrialId(trial.config["id"]), result))
 
 
 def _scheduler(sweep: SweepConfig, epochs: int) -> TrialScheduler:
@@ -291,12 +276,13 @@ def _scheduler(sweep: SweepConfig, epochs: int) -> TrialScheduler:
     options = {
         "time_attr": "epoch",
         "metric": objective,
-        "mode": "min" if objective in MINIMISED else "max",
+        "mode": "max" if direction(objective) > 0 else "min",
         "grace_period": min(settings.grace_epochs, epochs),
     }
     if settings.name == "asha":
         return ASHAScheduler(max_t=epochs, reduction_factor=settings.reduction, **options)
-    return PatientMedian(**options)
+    # A trial never yields to another: a paused one would start again.
+    return MedianStoppingRule(min_time_slice=inf, **options)
 
 
 class BudgetStopper(Stopper):
@@ -305,13 +291,13 @@ class BudgetStopper(Stopper):
     def __init__(
         self, budget: BudgetConfig, epochs_used: int, seconds_used: float, last_epoch: float
     ) -> None:
-        """Stop trials as `budget` says.
+        """Create a stopper.
 
         Args:
-            budget: The section.
-            epochs_used: By sessions before.
-            seconds_used: Of wall time.
-            last_epoch: Of a whole training; one that has come so far is not stopped.
+            budget: The section `sweep.budget:`.
+            epochs_used: Epochs trained in earlier sessions.
+            seconds_used: Wall time of earlier sessions.
+            last_epoch: Last epoch of a whole training; a trial that has reached it is not stopped.
         """
         self._budget = budget
         self._epochs = epochs_used
@@ -326,11 +312,11 @@ class BudgetStopper(Stopper):
         return self.used_up() and result["epoch"] < self._last_epoch
 
     def used_up(self) -> bool:
-        """Return whether nothing is left."""
+        """Return whether nothing of the budget is left."""
         epochs = self._budget.epochs
         return (epochs is not None and self._epochs >= epochs) or self.stop_all()
 
     def stop_all(self) -> bool:
-        """Return whether time is up: that ends trials in the middle of an epoch."""
+        """Return whether the time is up, which ends trials in the middle of an epoch."""
         hours = self._budget.hours
         return hours is not None and time.monotonic() - self._started >= hours * 3600

@@ -31,6 +31,14 @@ EPOCHS_KEY = "schedule.epochs"
 AT_THE_END = ("fps", "latency_ms")
 """Objectives that a trial reports once, at its end; all others are reported after every epoch."""
 
+MINIMISED = ("latency_ms",)
+
+
+def direction(metric: str) -> int:
+    """Return 1 for a metric of which more is better, else -1."""
+    return -1 if metric in MINIMISED else 1
+
+
 State = Literal["running", "finished", "stopped early", "failed", "nan", "out of budget"]
 
 Stage = Literal["search", "finalists"]

@@ -54,11 +54,10 @@ def show_and_report(name, sweep, records, folder):
 
 def draw_points(sweep, evaluate):
     """Return the points that a search draws one after the other, with their figures."""
-    section = job_of(sweep).sweep
-    default = {key: DEFAULTS[key] for key in sweep["space"]}
-    search = DrawnTrials(section, default, 0, [], lambda point: None, lambda planned: None)
+    job = job_of(sweep)
+    search = DrawnTrials(job, [], lambda planned: None)
     drawn = []
-    for number in range(section.budget.trials):
+    for number in range(job.sweep.budget.trials):
         name = f"tune-{number}"
         point = search.suggest(name)["point"]
         figures = evaluate(point)

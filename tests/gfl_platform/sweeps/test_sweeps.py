@@ -164,11 +164,26 @@ def test_early_stopping_decides_after_a_restart_as_if_there_had_been_none(name):
     assert decisions(start(records), names[6:]) == rest
 
 
+def test_a_restart_does_not_judge_curves_again_and_compares_new_trials_with_them():
+    sweep = job_of(GRID, "sweep.scheduler.name=median").sweep
+    # Side by side none was stopped; one after the other, the median is against the last ones.
+    curves = [[(epoch, 0.9 - n / 10) for epoch in range(1, 6)] for n in range(6)]
+    known = [Trial(trial_name(n), {}, 0, curve=curve) for n, curve in enumerate(curves)]
+    scheduler = EarlyStopping(sweep, 9, known)
+    decisions = {}
+    for name, value in (("000", 0.95), ("006", 0.8), ("007", 0.2)):
+        scheduler.on_trial_add(None, FakeTrial(name))
+        epoch = 6 if name == "000" else 1
+        result = {"epoch": epoch, "AP": value}
+        decisions[name] = scheduler.on_trial_result(None, FakeTrial(name), result)
+    assert decisions == {"000": "CONTINUE", "006": "CONTINUE", "007": "STOP"}
+
+
 def test_the_searcher_keeps_its_history_and_takes_up_what_was_running():
-    sweep = job_of(DRAWN, "sweep.search.name=tpe", "sweep.budget.trials=6").sweep
+    job = job_of(DRAWN, "sweep.search.name=tpe", "sweep.budget.trials=6", "seed=5")
     default = {BETA: 2.0, BINS: 8}
     noted = []
-    searcher = DrawnTrials(sweep, default, 5, [], lambda point: None, noted.append)
+    searcher = DrawnTrials(job, [], noted.append)
     asked = [searcher.suggest(f"tune-{n}") for n in range(4)]
     assert [vars(planned) for planned in noted] == asked
     assert asked[0] == {"id": "000", "point": default, "seed": 5, "stage": "search"}
@@ -181,7 +196,7 @@ def test_the_searcher_keeps_its_history_and_takes_up_what_was_running():
     known[0].state, known[0].figures, known[0].curve = "finished", {"AP": 0.5}, [(1, 0.5)]
     known[1].state, known[1].curve = "stopped early", [(1, 0.1)]
     known[2].state = "nan"
-    again = DrawnTrials(sweep, default, 5, known, lambda point: None, noted.append)
+    again = DrawnTrials(job, known, noted.append)
     states = [trial.state.name for trial in again._study.trials]
     assert states == ["COMPLETE", "PRUNED", "FAIL", "WAITING"]
     assert again._study.best_trial.value == 0.5
@@ -208,11 +223,7 @@ def test_a_point_that_the_schema_refuses_is_drawn_again():
     job = job_of("sweep={space: {model.channels: {int_uniform: [32, 64]}}, search: {name: random}, "
                  "budget: {trials: 4}}")  # fmt: skip
     noted = []
-
-    def check(point):
-        trial_job(job, point, 0)
-
-    searcher = DrawnTrials(job.sweep, default_point(job), 0, [], check, noted.append)
+    searcher = DrawnTrials(job, [], noted.append)
     while searcher.suggest(str(len(noted))) != "FINISHED":
         pass
     assert [planned.id for planned in noted] == ["000", "001", "002", "003"]

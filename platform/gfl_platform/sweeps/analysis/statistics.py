@@ -13,7 +13,7 @@ import pandas as pd
 
 from gfl_platform.config import RangeConfig
 from gfl_platform.sweeps.formatting import distinct, factor, identity, is_number
-from gfl_platform.sweeps.trials import Point, SweepResults, Trial
+from gfl_platform.sweeps.trials import Point, SweepResults, Trial, direction
 
 if TYPE_CHECKING:
     from optuna.distributions import BaseDistribution
@@ -105,11 +105,6 @@ def seed_count(point: PointSummary) -> str:
 def unfinished(results: SweepResults) -> list[Trial]:
     """Return the trials that are left out of every comparison."""
     return [trial for trial in results.trials if trial.state != "finished"]
-
-
-def direction(metric: str) -> int:
-    """Return 1 for a metric of which more is better, else -1."""
-    return -1 if metric == "latency_ms" else 1
 
 
 def ranking(results: SweepResults, points: Sequence[PointSummary]) -> list[PointSummary]:

@@ -22,7 +22,6 @@ from gfl_platform.sweeps.analysis.statistics import (
     by_seed,
     compare_published,
     cost,
-    direction,
     identical_trials,
     parameter_importance,
     pareto_front,
@@ -38,7 +37,7 @@ from gfl_platform.sweeps.formatting import (
     shown,
     unit_of_difference,
 )
-from gfl_platform.sweeps.trials import SweepResults, Trial
+from gfl_platform.sweeps.trials import SweepResults, Trial, direction
 
 CONFIDENCE = 0.95
 """Family-wise confidence: of all intervals of one verdict together."""
