@@ -179,11 +179,25 @@ def s3(tmp_path_factory):
     """An S3 API on loopback that the environment names, with a bucket called `gfl`."""
     import boto3
 
+    from gfl_platform.storage.s3 import client
+
     server = servers.S3(tmp_path_factory.mktemp("s3"))
     server.start()
     with pytest.MonkeyPatch.context() as patch:
         for name, value in (servers.KEYS | {"AWS_ENDPOINT_URL": server.uri}).items():
             patch.setenv(name, value)
         boto3.client("s3").create_bucket(Bucket="gfl")
+        client.cache_clear()  # One of a test before would use another endpoint.
         yield server
     server.stop()
+    client.cache_clear()
+
+
+@pytest.fixture
+def new_client():
+    """The process's client of S3 reads the environment again, in this test and after it."""
+    from gfl_platform.storage.s3 import client
+
+    client.cache_clear()
+    yield
+    client.cache_clear()

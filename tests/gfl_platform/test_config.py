@@ -157,6 +157,7 @@ def test_weights_come_from_a_path_or_from_torchvision(job, tmp_path, monkeypatch
     assert fetch_weights(job, "torchvision://resnet18").read_bytes() == b"cached"
 
 
+@pytest.mark.usefixtures("new_client")
 def test_weights_come_from_s3_once(job, monkeypatch):
     from moto.server import ThreadedMotoServer
 
@@ -168,17 +169,17 @@ def test_weights_come_from_s3_once(job, monkeypatch):
     try:
         host, port = server.get_host_and_port()
         monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
-        client = boto3.client("s3")
-        client.create_bucket(Bucket="models")
-        client.put_object(Bucket="models", Key="a/gfl.pth", Body=b"weights")
-        client.put_object(Bucket="models", Key="c/gfl.pth", Body=b"others")
+        s3 = boto3.client("s3")
+        s3.create_bucket(Bucket="models")
+        s3.put_object(Bucket="models", Key="a/gfl.pth", Body=b"weights")
+        s3.put_object(Bucket="models", Key="c/gfl.pth", Body=b"others")
         path = fetch_weights(job, "s3://models/a/gfl.pth")
         assert fetch_weights(job, "s3://models/c/gfl.pth").read_bytes() == b"others"
         assert path.read_bytes() == b"weights"
         with pytest.raises(S3Error, match=r"s3://models/b\.pth: nothing is there"):
             fetch_weights(job, "s3://models/b.pth")
         assert [file.name for file in path.parent.iterdir()] == ["gfl.pth"]
-        client.put_object(Bucket="models", Key="a/gfl.pth", Body=b"changed")
+        s3.put_object(Bucket="models", Key="a/gfl.pth", Body=b"changed")
         assert fetch_weights(job, "s3://models/a/gfl.pth").read_bytes() == b"changed"
     finally:
         server.stop()
@@ -192,7 +193,8 @@ def test_what_stays_random_although_it_is_frozen_is_said_before_training(job, tm
     assert "model.pretrained is null" in caplog.text
 
 
-def test_weights_that_do_not_fit_are_refused_before_training(job, tmp_path):
+def test_weights_that_do_not_fit_are_refused_before_training(job, tmp_path, monkeypatch):
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)  # on a cluster they may lie on other nodes
     path = tmp_path / "seven.pth"
     torch.save(
         Detector(derive(Config, reproducible(job), ["model.num_classes=7"])).state_dict(), path

@@ -1,4 +1,9 @@
-"""Copies of files on S3, kept on every node that reads them."""
+"""Copies of files on S3, kept on every node that reads them.
+
+One process of a node downloads while the others wait. A copy stays as long as a process uses it;
+an unused one is deleted when its space is needed. The locks are `flock`s, which the operating
+system releases when a process dies.
+"""
 
 import fcntl
 import hashlib
@@ -7,21 +12,20 @@ import logging
 import shutil
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
 from gfl.config.schema import Config, SplitConfig
+from gfl_platform.storage.files import write_atomically
 from gfl_platform.storage.s3 import (
-    DOWNLOADS,
-    SCHEME,
+    CONNECTIONS,
     Object,
     S3Error,
     S3UnavailableError,
-    client,
-    explained,
+    download,
     is_remote,
     list_objects,
     patiently,
@@ -30,36 +34,48 @@ from gfl_platform.storage.s3 import (
 
 logger = logging.getLogger(__name__)
 
-TOLD_EVERY = 5.0
-"""Seconds between two words on a download, and between two notes of what has arrived."""
+DOWNLOADS = CONNECTIONS
+"""Files that are downloaded at the same time."""
 
-MANIFEST, FILES, DOWNLOADING, USED = "manifest.json", "files", "downloading.lock", "used.lock"
+REPORT_SECONDS = 5.0
+"""Seconds between two reports of a download's progress."""
+
+MANIFEST = "manifest.json"
+"""File in a copy's folder: ETag and size of the objects that have arrived, by relative name."""
+
+FILES = "files"
+"""Folder in a copy's folder that holds the files."""
+
+DOWNLOADING, USED = "downloading.lock", "used.lock"
+"""Lock files in a copy's folder: of the process that downloads, and of all that use the copy."""
+
+Report = Callable[[str], None]
+"""Function that is called with a sentence on a download's progress."""
 
 
 @dataclass(frozen=True)
 class Cache:
-    """Copies of what lies on S3, on one node.
+    """The copies on one node.
 
     Attributes:
-        folder: Of the copies.
-        limit: Bytes; copies that nobody uses give way, the longest unused first.
+        folder: Folder that holds the copies.
+        limit: Size of all copies together, in bytes.
     """
 
     folder: Path
     limit: int
 
-    def local(self, location: str, tell: Callable[[str], None] = logger.info) -> Path:
-        """Return a path to what is at `location`, up to date; a local path is returned as it is.
+    def local(self, location: str, report: Report = logger.info) -> Path:
+        """Return the path of an up-to-date copy; a local path is returned as it is.
 
-        One process of a node downloads, others wait; what is there already is not fetched again.
-        The copy stays until this process ends.
+        Only objects that changed are downloaded. The copy stays until this process ends.
 
         Args:
-            location: A path, `s3://BUCKET/KEY` of an object, or of a folder.
-            tell: Hears of a download's progress.
+            location: A path, or `s3://BUCKET/KEY` of an object or of a folder.
+            report: Called with the progress of a download.
 
         Raises:
-            S3Error: nothing is there, it cannot be read, or it does not fit.
+            S3Error: there is nothing at `location`, it cannot be read, or it does not fit.
         """
         if not is_remote(location):
             return Path(location).expanduser()
@@ -68,31 +84,32 @@ class Cache:
             raise S3Error(f"{location}: nothing is there; correct it, or upload the files")
         copy = self.folder.expanduser() / hashlib.sha256(location.encode()).hexdigest()[:16]
         (copy / FILES).mkdir(parents=True, exist_ok=True)
-        _hold(copy / USED, fcntl.LOCK_SH)
+        _use(copy)
         with (copy / DOWNLOADING).open("a") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             self._make_room(location, copy, sum(size for _, size in objects.values()))
-            _Mirror(location, copy, objects, tell).update()
+            _Download(location, copy, objects, report).run()
         name = Path(split_location(location)[1]).name if "" in objects else ""
         return copy / FILES / name
 
-    def localized(self, config: Config, tell: Callable[[str], None] = logger.info) -> Config:
+    def localized(self, config: Config, report: Report = logger.info) -> Config:
         """Return `config` with local copies in place of data on S3.
 
         Raises:
-            S3Error: data that cannot be had.
+            S3Error: the data cannot be downloaded.
         """
 
-        def here(split: SplitConfig) -> SplitConfig:
+        def localized_split(split: SplitConfig) -> SplitConfig:
             remote = {key: place for key, place in split if is_remote(place)}
-            found = {key: str(self.local(place, tell)) for key, place in remote.items()}
-            return split.model_copy(update=found)
+            copies = {key: str(self.local(place, report)) for key, place in remote.items()}
+            return split.model_copy(update=copies)
 
         data = config.data
-        both = {"train": here(data.train), "val": here(data.val)}
-        return config.model_copy(update={"data": data.model_copy(update=both)})
+        splits = {"train": localized_split(data.train), "val": localized_split(data.val)}
+        return config.model_copy(update={"data": data.model_copy(update=splits)})
 
     def _make_room(self, location: str, copy: Path, needed: int) -> None:
+        """Delete unused copies, the longest unused first, until `needed` bytes fit."""
         if needed > self.limit:
             raise S3Error(
                 f"{location}: {needed / 1e9:.1f} GB do not fit into storage.cache_gb "
@@ -100,18 +117,19 @@ class Cache:
             )
         others = [path.parent for path in copy.parent.glob(f"*/{USED}") if path.parent != copy]
         others.sort(key=lambda other: (other / USED).stat().st_mtime)
-        sizes = {other: _size(other) for other in others}
+        sizes = {other: sum(size for _, size in _manifest(other).values()) for other in others}
         for other in others:
             if sum(sizes.values()) + needed <= self.limit:
-                break
+                return
             with (other / USED).open("a") as lock:
                 try:
                     fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 except OSError:
-                    continue  # a process of this node reads it
+                    continue  # Another process uses this copy.
                 shutil.rmtree(other)
                 del sizes[other]
-        if (used := sum(sizes.values())) + needed > self.limit:
+        used = sum(sizes.values())
+        if used + needed > self.limit:
             raise S3Error(
                 f"{location}: {needed / 1e9:.1f} GB do not fit into {self.folder} besides the "
                 f"{used / 1e9:.1f} GB that processes of this node use: storage.cache_gb allows "
@@ -119,25 +137,22 @@ class Cache:
             )
 
 
-class _Mirror:
-    """A download of what is not there yet, file by file: an interrupted one goes on."""
+class _Download:
+    """Brings one copy up to date, file by file; the next attempt continues an interrupted one."""
 
     def __init__(
-        self, location: str, copy: Path, objects: dict[str, Object], tell: Callable[[str], None]
+        self, location: str, copy: Path, objects: dict[str, Object], report: Report
     ) -> None:
-        self._location, self._copy, self._objects, self._tell = location, copy, objects, tell
-        self._bucket, self._key = split_location(location)
-        manifest = copy / MANIFEST
-        self._have: dict[str, Any] = json.loads(manifest.read_text()) if manifest.exists() else {}
-        self._client = client()
-        self._lock, self._told = threading.Lock(), time.monotonic()
+        self._location, self._copy, self._objects, self._report = location, copy, objects, report
+        self._arrived = _manifest(copy)
+        self._lock, self._reported = threading.Lock(), time.monotonic()
 
-    def update(self) -> None:
-        """Make the copy like the original."""
-        for name in self._have.keys() - self._objects.keys():
+    def run(self) -> None:
+        """Delete files that are gone from S3, and download those that are new or changed."""
+        for name in self._arrived.keys() - self._objects.keys():
             self._path(name).unlink(missing_ok=True)
-        self._have = {
-            name: facts for name, facts in self._have.items() if self._is_there(name, facts)
+        self._arrived = {
+            name: version for name, version in self._objects.items() if self._is_current(name)
         }
         if self._missing():
             try:
@@ -146,50 +161,62 @@ class _Mirror:
                 self._write_manifest()
 
     def _missing(self) -> list[str]:
-        return [name for name in self._objects if name not in self._have]
-
-    def _fetch_missing(self) -> None:
-        with explained(self._location), ThreadPoolExecutor(DOWNLOADS) as pool:
-            for _ in pool.map(self._fetch, self._missing()):
-                pass
+        return [name for name in self._objects if name not in self._arrived]
 
     def _path(self, name: str) -> Path:
-        return self._copy / FILES / (name or Path(self._key).name)
+        return self._copy / FILES / (name or Path(split_location(self._location)[1]).name)
 
-    def _is_there(self, name: str, facts: Sequence[Any]) -> bool:
-        if list(facts) != list(self._objects.get(name, ())):
+    def _is_current(self, name: str) -> bool:
+        if self._arrived.get(name) != self._objects[name]:
             return False
         path = self._path(name)
         return path.is_file() and path.stat().st_size == self._objects[name][1]
 
     def _write_manifest(self) -> None:
-        partial = self._copy / f"{MANIFEST}.part"
-        partial.write_text(json.dumps(self._have))
-        partial.replace(self._copy / MANIFEST)
+        write_atomically(self._copy / MANIFEST, json.dumps(self._arrived))
+
+    def _fetch_missing(self) -> None:
+        with ThreadPoolExecutor(DOWNLOADS) as pool:
+            for _ in pool.map(self._fetch, self._missing()):
+                pass
 
     def _fetch(self, name: str) -> None:
+        """Download one object, and check its size and MD5.
+
+        boto3 checks the object's own checksum, if it has one.
+
+        Raises:
+            S3Error: the object was changed during the download.
+        """
         etag, size = self._objects[name]
         path = self._path(name)
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_name(f".{path.name}.part")
-        key = f"{self._key}/{name}".strip("/")
-        # boto3 checks the object's own checksum, where it has one, and here we do its MD5.
-        self._client.download_file(self._bucket, key, str(partial))
+        location = f"{self._location.rstrip('/')}/{name}".rstrip("/")
+        download(location, partial)
         digest = _md5(partial)
         is_md5 = len(etag) == len(digest) and "-" not in etag
         if partial.stat().st_size != size or (is_md5 and digest != etag):
-            raise S3Error(f"{SCHEME}{self._bucket}/{key}: changed while it was read; try again")
+            raise S3Error(f"{location}: changed while it was read; try again")
         partial.replace(path)
         with self._lock:
             self._note(name)
 
     def _note(self, name: str) -> None:
-        self._have[name] = self._objects[name]
-        if time.monotonic() - self._told >= TOLD_EVERY:
-            self._told = time.monotonic()
-            self._write_manifest()  # for a download that is killed
-            done, total = len(self._have), len(self._objects)
-            self._tell(f"{self._location}: {done} of {total} files are on this node")
+        """Note that an object has arrived, also in the manifest, in case this process is killed."""
+        self._arrived[name] = self._objects[name]
+        if time.monotonic() - self._reported >= REPORT_SECONDS:
+            self._reported = time.monotonic()
+            self._write_manifest()
+            arrived, total = len(self._arrived), len(self._objects)
+            self._report(f"{self._location}: {arrived} of {total} files are on this node")
+
+
+def _manifest(copy: Path) -> dict[str, Object]:
+    """Return the objects that have arrived in a copy."""
+    path = copy / MANIFEST
+    content: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+    return {name: (etag, size) for name, (etag, size) in content.items()}
 
 
 def _md5(path: Path) -> str:
@@ -197,18 +224,14 @@ def _md5(path: Path) -> str:
         return hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
 
 
-def _size(copy: Path) -> int:
-    manifest = copy / MANIFEST
-    known = json.loads(manifest.read_text()) if manifest.exists() else {}
-    return sum(size for _, size in known.values())
+_LOCKS: dict[Path, IO[str]] = {}
+"""Lock files that this process keeps open until it ends."""
 
 
-_HELD: dict[Path, IO[str]] = {}
-
-
-def _hold(path: Path, how: int) -> None:
-    """Keep a lock on `path` until this process ends."""
-    if path not in _HELD:
-        _HELD[path] = path.open("a")
-        fcntl.flock(_HELD[path], how)
+def _use(copy: Path) -> None:
+    """Lock a copy against deletion until this process ends, and note the time of its use."""
+    path = copy / USED
+    if path not in _LOCKS:
+        _LOCKS[path] = path.open("a")
+        fcntl.flock(_LOCKS[path], fcntl.LOCK_SH)
     path.touch()

@@ -1,9 +1,11 @@
-"""S3: what is at a location, and why it cannot be used.
+"""Objects on S3: list, upload, download and delete them, with errors that say what to do.
 
-Credentials come through the usual AWS chain, another endpoint from AWS_ENDPOINT_URL.
+Credentials come through the usual AWS chain, another endpoint from AWS_ENDPOINT_URL. Files travel
+through boto3's transfer manager, which splits large ones into parts and checks their checksums.
 """
 
 import errno
+import functools
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -16,29 +18,29 @@ from pyarrow.fs import AwsStandardS3RetryStrategy, S3FileSystem
 SCHEME = "s3://"
 
 ATTEMPTS = 12
-"""At every request; the pauses between them grow to 20 s, so a minute's outage is waited for."""
+"""Attempts of each request; the pauses between them grow to 20 s, which bridges a minute."""
 
-PASSING = ("SlowDown", "RequestTimeout", "ExpiredToken")
-"""Refusals that do not last, besides those of status 5xx."""
+CONNECTIONS = 16
+"""Connections to S3 that one process keeps open at a time."""
 
-DOWNLOADS = 16
-"""At once."""
+TRANSIENT_CODES = ("SlowDown", "RequestTimeout", "ExpiredToken")
+"""Codes of refusals that do not last, besides those of status 5xx."""
 
 Object = tuple[str, int]
-"""ETag and size: what tells versions of an object apart."""
+"""ETag and size in bytes of an object, which tell its versions apart."""
 
 PATIENCE = 120.0
-"""Seconds that storage may refuse a file before the training stops."""
+"""Seconds for which an operation is tried again before the training stops."""
 
-FoundT = TypeVar("FoundT")
+ResultT = TypeVar("ResultT")
 
 
 class S3Error(ValueError):
-    """A location on S3 that cannot be used."""
+    """A location on S3 cannot be used."""
 
 
 class S3UnavailableError(S3Error):
-    """S3, or the way to it, fails at the moment: the same may succeed later."""
+    """S3, or the network on the way to it, fails at the moment; a later attempt may succeed."""
 
 
 def is_remote(location: str) -> bool:
@@ -47,7 +49,7 @@ def is_remote(location: str) -> bool:
 
 
 def split_location(location: str) -> tuple[str, str]:
-    """Return bucket and key of `s3://BUCKET/KEY`.
+    """Return the bucket and the key of `s3://BUCKET/KEY`.
 
     Raises:
         S3Error: there is no bucket in it.
@@ -58,19 +60,27 @@ def split_location(location: str) -> tuple[str, str]:
     return bucket, key.strip("/")
 
 
+@functools.cache
 def client(attempts: int = ATTEMPTS) -> Any:
-    """Return a client of S3 that is patient with a service that is busy."""
+    """Return the process's client of S3, which all threads share.
+
+    Args:
+        attempts: Number of attempts of each request; there is one client for each number.
+    """
     import boto3
     from botocore.config import Config as ClientConfig
 
     retries = {"mode": "standard", "max_attempts": attempts}
-    return boto3.client("s3", config=ClientConfig(retries=retries, max_pool_connections=DOWNLOADS))
+    return boto3.client(
+        "s3", config=ClientConfig(retries=retries, max_pool_connections=CONNECTIONS)
+    )
 
 
 class PatientS3(S3FileSystem):
-    """Arrow's file system on S3, which forgets its patience on the way to another process.
+    """Arrow's file system on S3 with our number of attempts.
 
-    Made in this way Arrow does not look for an endpoint in the environment.
+    Arrow loses the number of attempts when it pickles its own class for another process, and it
+    does not read AWS_ENDPOINT_URL when it is constructed with options.
     """
 
     def __init__(self) -> None:
@@ -86,10 +96,11 @@ class PatientS3(S3FileSystem):
 
 @contextmanager
 def explained(location: str) -> Iterator[None]:
-    """Say in one line why `location` cannot be used.
+    """Turn boto3's errors into one line that says why `location` cannot be used.
 
     Raises:
-        S3Error: says where, what, and what to do; an `S3UnavailableError` if it may pass.
+        S3Error: names the location, the reason and what to do; an `S3UnavailableError` if a later
+            attempt may succeed.
     """
     from boto3.exceptions import Boto3Error
     from botocore.exceptions import BotoCoreError, ClientError, NoCredentialsError
@@ -105,15 +116,16 @@ def explained(location: str) -> Iterator[None]:
         code = error.response["Error"]["Code"]
         if error.operation_name == "HeadBucket" and code == "404":
             code = "NoSuchBucket"
-        hints = {
+        reasons = {
             "NoSuchBucket": "no such bucket; create it, or correct the name",
             "AccessDenied": "access denied; let these credentials list, read and write it",
             "403": "access denied; let these credentials list, read and write it",
             "404": "not there any more",
         }
-        passes = error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0) >= 500
-        kind = S3UnavailableError if passes or code in PASSING else S3Error
-        raise kind(f"{location}: {hints.get(code, str(error))}") from error
+        status = error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
+        is_transient = status >= 500 or code in TRANSIENT_CODES
+        kind = S3UnavailableError if is_transient else S3Error
+        raise kind(f"{location}: {reasons.get(code, str(error))}") from error
     except (BotoCoreError, Boto3Error) as error:
         reason = str(error).splitlines()[0]
         raise S3UnavailableError(
@@ -121,17 +133,22 @@ def explained(location: str) -> Iterator[None]:
         ) from error
 
 
-def patiently(do: Callable[[], FoundT], passing: type[Exception]) -> FoundT:
-    """Return what `do` does; try again while it fails with `passing`, as S3 does for a while.
+def patiently(operation: Callable[[], ResultT], transient: type[Exception]) -> ResultT:
+    """Return the result of `operation`, which is repeated for `PATIENCE` seconds while it fails.
+
+    Args:
+        operation: Operation that may be repeated.
+        transient: Type of the errors after which another attempt may succeed. A full device is
+            never one of them.
 
     Raises:
-        Exception: `passing` for good, or another; that no space is left, at once.
+        Exception: the operation's own error: the last transient one, or the first other one.
     """
     deadline, pause = time.monotonic() + PATIENCE, 1.0
     while True:
         try:
-            return do()
-        except passing as error:
+            return operation()
+        except transient as error:
             if getattr(error, "errno", None) == errno.ENOSPC or time.monotonic() > deadline:
                 raise
             time.sleep(pause)
@@ -139,22 +156,21 @@ def patiently(do: Callable[[], FoundT], passing: type[Exception]) -> FoundT:
 
 
 def list_objects(location: str) -> dict[str, Object]:
-    """Return the object at `location`, under an empty name, or those below it by relative name.
+    """Return the object at `location` under an empty name, or those below it by relative name.
 
     Raises:
         S3Error: the bucket cannot be read.
     """
     bucket, key = split_location(location)
-    found = {}
+    objects = {}
     with explained(location):
         pages = client().get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=key)
-        for page in pages:
-            for each in page.get("Contents", ()):
-                name = each["Key"].removeprefix(key)
-                is_marker = name.endswith("/")  # Arrow's and the console's way to make a folder
-                if not is_marker and (name == "" or name.startswith("/") or not key):
-                    found[name.lstrip("/")] = (each["ETag"].strip('"'), each["Size"])
-    return {"": found[""]} if "" in found else found
+        for entry in (entry for page in pages for entry in page.get("Contents", ())):
+            name = entry["Key"].removeprefix(key)
+            is_marker = name.endswith("/")  # Arrow and the AWS console create such objects.
+            if not is_marker and (name == "" or name.startswith("/") or not key):
+                objects[name.lstrip("/")] = (entry["ETag"].strip('"'), entry["Size"])
+    return {"": objects[""]} if "" in objects else objects
 
 
 def require_bucket(location: str) -> None:
@@ -171,7 +187,7 @@ def upload(source: Path, location: str) -> None:
     """Copy a file, or the files of a folder, to `location`.
 
     Raises:
-        S3Error: it cannot be written.
+        S3Error: the location cannot be written.
     """
     bucket, key = split_location(location)
     files = [source] if source.is_file() else [p for p in source.rglob("*") if p.is_file()]
@@ -185,7 +201,7 @@ def download(location: str, path: Path) -> None:
     """Copy an object to `path`.
 
     Raises:
-        S3Error: it cannot be read.
+        S3Error: the object cannot be read.
     """
     bucket, key = split_location(location)
     with explained(location):
@@ -193,7 +209,7 @@ def download(location: str, path: Path) -> None:
 
 
 def remove(location: str) -> None:
-    """Delete the objects below `location`."""
+    """Delete the object at `location`, or those below it."""
     bucket, key = split_location(location)
     with explained(location):
         for name in list_objects(location):

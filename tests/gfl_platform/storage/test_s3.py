@@ -17,6 +17,7 @@ from gfl_platform.storage.files import StorageError
 from gfl_platform.storage.s3 import (
     S3Error,
     S3UnavailableError,
+    client,
     list_objects,
     patiently,
     remove,
@@ -33,8 +34,7 @@ def bucket(s3):
 
     def put(**objects):
         for key, content in objects.items():
-            client = boto3.client("s3")
-            client.put_object(Bucket="gfl", Key=f"set/{key}.txt", Body=content.encode())
+            boto3.client("s3").put_object(Bucket="gfl", Key=f"set/{key}.txt", Body=content.encode())
 
     yield put
     remove("s3://gfl/set")
@@ -78,7 +78,7 @@ def test_a_download_that_is_killed_goes_on_where_it_was(bucket, cache):
     bucket(a="one", b="two")
     child = (
         "import os, signal, sys; from pathlib import Path; from gfl_platform.storage import cache\n"
-        "cache.TOLD_EVERY, cache.DOWNLOADS = 0, 1\n"
+        "cache.REPORT_SECONDS, cache.DOWNLOADS = 0, 1\n"
         "def die(_): os.kill(os.getpid(), signal.SIGKILL)\n"
         f"cache.Cache(Path({str(cache.folder)!r}), 1000).local('s3://gfl/set', die)"
     )
@@ -149,7 +149,7 @@ def test_what_passes_is_tried_again(monkeypatch):
         patiently(lambda: fail_or("found"), S3UnavailableError)
 
 
-def test_a_service_that_is_away_is_no_mistake(s3, monkeypatch):
+def test_a_service_that_is_away_is_no_mistake(s3, new_client, monkeypatch):
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
     with pytest.raises(S3UnavailableError, match="check AWS_ENDPOINT_URL and the network"):
         require_bucket("s3://gfl/away")
@@ -170,7 +170,7 @@ def test_an_upload_that_was_killed_is_completed(bucket, s3, tmp_path):
     assert list_objects(location) == whole
 
 
-def test_what_is_not_there_is_named(bucket, cache, monkeypatch, tmp_path):
+def test_what_is_not_there_is_named(bucket, cache, new_client, monkeypatch, tmp_path):
     with pytest.raises(S3Error, match="s3://gfl/nothing: nothing is there"):
         cache.local("s3://gfl/nothing")
     with pytest.raises(S3Error, match="s3://nowhere/x: no such bucket"):
@@ -178,6 +178,7 @@ def test_what_is_not_there_is_named(bucket, cache, monkeypatch, tmp_path):
     with pytest.raises(S3Error, match="expected s3://BUCKET/KEY"):
         cache.local("s3:///x")
     monkeypatch.setattr(boto3, "DEFAULT_SESSION", None)  # which remembers credentials
+    client.cache_clear()
     monkeypatch.delenv("AWS_ACCESS_KEY_ID")
     monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
     monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
