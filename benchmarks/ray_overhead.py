@@ -9,9 +9,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 CONFIG = "configs/demo.yaml"
 OVERRIDES = ("schedule.epochs=2", "data.shapes.val=40", "data.shapes.folder=outputs/data/overhead",
@@ -42,14 +41,15 @@ def _torchrun(folder: Path) -> dict[str, float]:
 
 
 def _ray(folder: Path) -> dict[str, float]:
+    from gfl_platform.cluster.events import Event, StepsDone
     from gfl_platform.config import load_job
     from gfl_platform.training.train import train
 
     rates: list[float] = []
 
-    def watch(event: Mapping[str, Any]) -> None:
-        if event["kind"] == "steps":
-            rates.append(event["metrics"]["images_per_second"])
+    def watch(event: Event) -> None:
+        if isinstance(event, StepsDone):
+            rates.append(event.metrics["images_per_second"])
 
     where = [f"storage.root={folder}", f"tracking.uri=sqlite:///{folder}/mlflow.db"]
     job = load_job(CONFIG, [*OVERRIDES, *where, f"cluster.workers={WORKERS}"])

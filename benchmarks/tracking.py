@@ -23,6 +23,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from gfl_platform.cluster.events import Event, StepsDone
+
 CONFIG = "configs/sweeps/demo_trial.yaml"
 WAYS = ("checkpoint", "off", "on", "down")
 """Of the driver, each for a block of steps; the checkpoint falls into the middle of its block."""
@@ -75,15 +77,15 @@ class Turns:
         self.times: dict[int, list[float]] = defaultdict(list)
         """Of every block, in seconds."""
 
-    def handle(self, event: dict[str, Any]) -> None:
+    def handle(self, event: Event) -> None:
         """Note the time of `event`; let the tracker log it."""
-        if event["kind"] == "steps":
-            block = (event["step"] + BLOCK // 2) // BLOCK
+        if isinstance(event, StepsDone):
+            block = (event.step + BLOCK // 2) // BLOCK
             if block != self._block:
                 if before := self._tracker:
                     before.flush()
                 self._block = block
-            self.times[block].append(event["time_ms"] / 1000)
+            self.times[block].append(event.time_ms / 1000)
         if tracker := self._tracker:
             tracker.handle(event)
 
@@ -110,7 +112,7 @@ class Turns:
 def fit(overrides: list[str], root: Path) -> dict[str, list[float]]:
     """Return the seconds of the blocks of every way."""
     from gfl_platform.cluster import resources
-    from gfl_platform.cluster.events import pumped
+    from gfl_platform.cluster.event_queue import pumped
     from gfl_platform.config import load_job
     from gfl_platform.storage.storage import Storage
     from gfl_platform.tracking.client import Store

@@ -7,6 +7,19 @@ from typing import Any, Self
 
 from rich.live import Live
 
+from gfl_platform.cluster.events import (
+    DataDescribed,
+    EpochEvaluated,
+    Event,
+    ImagesEvaluated,
+    ImagesPredicted,
+    StepsDone,
+    TagsSet,
+    TrialEnded,
+    VariantsMeasured,
+    Waiting,
+    WorkerFailed,
+)
 from gfl_platform.sweeps.formatting import point_label
 from gfl_platform.sweeps.trials import Trial
 from jobs.console.cli import console
@@ -41,27 +54,27 @@ class Progress:
         """Tell of data and weights with other digests than these, "data.train.digest" and so on."""
         self._digests = digests
 
-    def show(self, event: Mapping[str, Any]) -> None:
+    def show(self, event: Event) -> None:
         """Show an event of a training."""
         match event:
-            case {"kind": "waiting", "reason": reason}:
+            case Waiting(reason=reason):
                 self._show_line(reason, always=True)
-            case {"kind": "data", "facts": dict(facts)}:
+            case DataDescribed(facts=facts):
                 self._compare({f"data.{key}": fact for key, fact in facts.items()})
-            case {"kind": "tags", "tags": dict(tags)}:
+            case TagsSet(tags=tags):
                 self._compare(tags)
-            case {"kind": "steps"}:
+            case StepsDone():
                 self._show_steps(event)
-            case {"kind": "checkpoint", "epoch": epoch, "metrics": dict(metrics)}:
+            case EpochEvaluated(epoch=epoch, metrics=metrics):
                 self._quality = f"  AP {metrics['AP']:.3f}"
                 console.print(f"epoch {epoch}: AP {metrics['AP']:.4f}  AP50 {metrics['AP50']:.4f}")
-            case {"kind": "measured", "variants": variants, "total": total}:
+            case VariantsMeasured(variants=variants, total=total):
                 self._show_line(f"measured {variants} of {total} variants")
-            case {"kind": "predicted", "images": images, "of": total}:
+            case ImagesPredicted(images=images, total=total):
                 self._show_line(f"{images} of {total} images")
-            case {"kind": "evaluated", "images": images, "total": total}:
+            case ImagesEvaluated(images=images, total=total):
                 self._show_line(f"evaluated {images} of {total} images")
-            case {"kind": "failure", "rank": rank, "reason": reason, "final": False}:
+            case WorkerFailed(rank=rank, reason=reason, final=False):
                 console.print(
                     f"worker {rank} stopped ({reason}); going on from the last checkpoint"
                 )
@@ -73,12 +86,12 @@ class Progress:
                 line = f"not as it was then: {key} {then} -> {now[key]}"
                 console.print(line, soft_wrap=True)
 
-    def _show_steps(self, event: Mapping[str, Any]) -> None:
-        metrics, left = event["metrics"], event["seconds_left"]
+    def _show_steps(self, event: StepsDone) -> None:
+        metrics, left = event.metrics, event.seconds_left
         names = [name for name in ("loss", *LOSSES) if name in metrics]
         losses = "  ".join(f"{name} {metrics[name]:.3f}" for name in names)
         line = (
-            f"epoch {event['epoch']:.2f}  step {event['step']}/{event['total_steps']}  {losses}  "
+            f"epoch {event.epoch:.2f}  step {event.step}/{event.total_steps}  {losses}  "
             f"{metrics['images_per_second']:.1f} images/s{self._quality}  "
             f"ETA {left // 60:.0f} min {left % 60:02.0f} s"
         )
@@ -101,17 +114,17 @@ class SweepProgress(Progress):
         self._trials: dict[str, Trial] = {}
         self._epochs: dict[str, float] = {}
 
-    def show_trial(self, trial: Trial, event: Mapping[str, Any]) -> None:
+    def show_trial(self, trial: Trial, event: Event) -> None:
         """Show what happened to a trial."""
         self._trials[trial.id] = trial
-        match event["kind"]:
-            case "steps":
-                self._epochs[trial.id] = event["epoch"]
-            case "waiting":
-                console.print(f"{_name(trial)}: {event['reason']}")
-            case "failure" if not event["final"]:
-                console.print(f"{_name(trial)}: a worker stopped ({event['reason']}); going on")
-            case "ended":
+        match event:
+            case StepsDone(epoch=epoch):
+                self._epochs[trial.id] = epoch
+            case Waiting(reason=reason):
+                console.print(f"{_name(trial)}: {reason}")
+            case WorkerFailed(reason=reason, final=False):
+                console.print(f"{_name(trial)}: a worker stopped ({reason}); going on")
+            case TrialEnded():
                 console.print(f"{_name(trial)}: {_end(trial)}", soft_wrap=True)
         self._show_line(self._summary())
 

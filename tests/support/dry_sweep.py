@@ -19,6 +19,7 @@ def dry_training(job: Any, folder: Path, _workers: Any, events: Any) -> dict[str
     """
     from ray import tune
 
+    from gfl_platform.cluster.events import EpochEvaluated
     from gfl_platform.cluster.launch import DivergedError
 
     beta, bins = job.loss.qfl.beta, job.model.reg_max
@@ -35,8 +36,7 @@ def dry_training(job: Any, folder: Path, _workers: Any, events: Any) -> dict[str
             continue
         time.sleep(float(os.environ.get("DRY_EPOCH_S", "0.05")))
         done.write_text(str(epoch))
-        event = {"epoch": epoch, "step": 10 * epoch, "metrics": metrics, "uri": str(folder / "ray")}
-        events.tell({"kind": "checkpoint", **event})
+        events.tell(EpochEvaluated(10 * epoch, epoch, metrics, str(folder / "ray")))
         tune.report({**metrics, "epoch": epoch})
     figures = {**metrics, "fps": 10.0 + bins, "latency_ms": 1000 / (10 + bins)}
     outcome = {"state": "finished", "figures": figures, "epochs": job.schedule.epochs}

@@ -1,103 +1,425 @@
-"""What a job's processes tell its driver: a queue in a Ray actor.
+"""What happens in a job, as its processes tell its driver: one frozen dataclass per kind.
 
-Workers and the training controller only add; the driver drains, shows and logs. Neither a slow
-tracking server nor a slow terminal ever holds up training.
+    match event:
+        case StepsDone(step=step, metrics=metrics):
+            ...
+
+Events travel through `event_queue` and wait for MLflow as JSON (`to_json`, `from_json`).
 """
 
-import logging
-import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
-from typing import Any
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal
 
-import ray
-from ray.exceptions import RayActorError
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-logger = logging.getLogger(__name__)
+def now_ms() -> int:
+    """Return the time in milliseconds since the epoch."""
+    return int(time.time() * 1000)
 
-DRAIN_SECONDS = 0.5
 
-Event = dict[str, Any]
-"""`kind` and what belongs to it: steps, checkpoint, stored, data, evaluated, failure, result ..."""
+@dataclass(frozen=True, kw_only=True)
+class Event:
+    """Something that happened in a job.
+
+    Attributes:
+        time_ms: The time at which it happened, in milliseconds since the epoch. Two events that
+            differ in nothing else are equal.
+    """
+
+    time_ms: int = field(default_factory=now_ms, compare=False)
+
+
+TrialState = Literal["finished", "stopped early", "failed", "nan", "out of budget"]
+"""How a trial ended: `stopped early` by the scheduler, `out of budget` with the sweep."""
 
 Watcher = Callable[[Event], None]
-"""Is told of every event while a job runs; shows it."""
-
-
-class EventQueue:
-    """An actor; lives while a job runs."""
-
-    def __init__(self) -> None:
-        self._events: list[Event] = []
-
-    def add(self, event: Event) -> None:
-        """Append an event."""
-        self._events.append(event)
-
-    def drain(self) -> list[Event]:
-        """Return all events since the last call, in the order of their arrival."""
-        events, self._events = self._events, []
-        return events
+"""A function that is called with every event while a job runs, and shows it."""
 
 
 @dataclass(frozen=True)
-class Events:
-    """The way to a job's driver, for its other processes.
+class Waiting(Event):
+    """The workers cannot start until an autoscaler adds nodes.
 
     Attributes:
-        queue: Handle of the `EventQueue`.
-        about: Added to every event: what it is about.
+        reason: What they wait for, in one line.
     """
 
-    queue: Any
-    about: Event = field(default_factory=dict)
-
-    def tell(self, event: Event) -> Any:
-        """Send an event; without waiting. Return what to wait for until it has arrived."""
-        return self.queue.add.remote({**event, **self.about})
+    reason: str
 
 
-@contextmanager
-def pumped(handle: Watcher) -> Iterator[Events]:
-    """Hand all events to `handle`, in a thread of its own; the last ones at the end."""
-    events = Events(_start_queue())
-    done = threading.Event()
+@dataclass(frozen=True)
+class WorkersStarted(Event):
+    """The workers of a training have started, for the first time or again.
 
-    def drain() -> None:
-        try:
-            told = ray.get(events.queue.drain.remote())
-        except RayActorError as error:  # which ends no training, and hides no error of it
-            logger.warning("no more is heard of the job's processes: %s", str(error).split("\n")[0])
-            done.set()
-            return
-        for event in told:
-            _handle_or_log(handle, event)
+    Attributes:
+        count: Number of training processes.
+        nodes: Number of nodes of the cluster.
+    """
 
-    def pump() -> None:
-        while not done.wait(DRAIN_SECONDS):
-            drain()
-
-    thread = threading.Thread(target=pump, name="events", daemon=True)
-    thread.start()
-    try:
-        yield events
-    finally:
-        done.set()
-        thread.join()
-        drain()
-        ray.kill(events.queue)  # else it lives, and takes 1 % of a CPU, until the driver ends
+    count: int
+    nodes: int
 
 
-def _handle_or_log(handle: Watcher, event: Event) -> None:
-    try:
-        handle(event)
-    except Exception:  # whatever shows or logs a training must not end it
-        logger.exception("an event of the job was not shown or logged")
+@dataclass(frozen=True)
+class DataDescribed(Event):
+    """The workers have read the data.
+
+    Attributes:
+        facts: Digest and number of images of each split, and what was left out of it.
+        findings: Suspicious properties of the data, one sentence each.
+    """
+
+    facts: Mapping[str, str | int]
+    findings: list[str]
 
 
-def _start_queue() -> Any:
-    """Return the handle of a new queue on this node."""
-    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    return ray.remote(EventQueue).options(num_cpus=0, scheduling_strategy=here).remote()
+@dataclass(frozen=True)
+class StepsDone(Event):
+    """Some steps have been trained since the report before.
+
+    Attributes:
+        step: Number of steps done.
+        total_steps: Number of steps of the whole training.
+        epoch: Epochs done, with fraction.
+        seconds_left: Estimated seconds until all steps are done, evaluations not counted.
+        metrics: Losses and rates, averaged over the steps.
+        repeated: Whether this is told again after a restart, in case the driver missed it.
+    """
+
+    step: int
+    total_steps: int
+    epoch: float
+    seconds_left: float
+    metrics: Mapping[str, float]
+    repeated: bool = False
+
+
+@dataclass(frozen=True)
+class CheckpointStored(Event):
+    """A worker has written a checkpoint to storage.
+
+    Attributes:
+        step: Number of steps done at the checkpoint.
+        metrics: Seconds that writing took, and seconds that training waited.
+    """
+
+    step: int
+    metrics: Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class CheckpointSaved(Event):
+    """A checkpoint within an epoch can be continued from.
+
+    Attributes:
+        step: Number of steps done.
+        epoch: Number of epochs done.
+        uri: Folder of the checkpoint, a path or `s3://...`.
+    """
+
+    step: int
+    epoch: int
+    uri: str
+
+
+@dataclass(frozen=True)
+class EpochEvaluated(Event):
+    """An epoch has been trained and evaluated, and its checkpoint is in storage.
+
+    Attributes:
+        step: Number of steps done.
+        epoch: Number of epochs done.
+        metrics: COCO statistics.
+        uri: Folder of the checkpoint, a path or `s3://...`; empty while it is not known.
+        repeated: Whether this is told again after a restart, in case the driver missed it.
+    """
+
+    step: int
+    epoch: int
+    metrics: Mapping[str, float]
+    uri: str = ""
+    repeated: bool = False
+
+
+@dataclass(frozen=True)
+class CheckpointDamaged(Event):
+    """A checkpoint cannot be continued from, so the workers use an older one.
+
+    Attributes:
+        reason: What is wrong with it, in one line.
+    """
+
+    reason: str
+
+
+@dataclass(frozen=True)
+class WorkerFailed(Event):
+    """A worker stopped.
+
+    Attributes:
+        rank: Rank of the worker.
+        reason: Why it stopped, in one line.
+        final: Whether the training ends with it.
+        restarts: How often the run has been started again, this time included.
+    """
+
+    rank: int
+    reason: str
+    final: bool
+    restarts: int | None = None
+
+
+@dataclass(frozen=True)
+class ImagesEvaluated(Event):
+    """An evaluation has gone over some images.
+
+    Attributes:
+        images: Number of images done.
+        total: Number of images of the whole evaluation.
+    """
+
+    images: int
+    total: int
+
+
+@dataclass(frozen=True)
+class VariantsMeasured(Event):
+    """A benchmark has measured some variants.
+
+    Attributes:
+        variants: Number of variants done.
+        total: Number of variants of the whole benchmark.
+    """
+
+    variants: int
+    total: int
+
+
+@dataclass(frozen=True)
+class ImagesPredicted(Event):
+    """A model has predicted the objects of some images.
+
+    Attributes:
+        images: Number of images done.
+        total: Number of all images.
+    """
+
+    images: int
+    total: int
+
+
+@dataclass(frozen=True)
+class RunOpened(Event):
+    """A driver begins an MLflow run.
+
+    Attributes:
+        name: Name of the run.
+        tags: Tags of the run.
+        params: Parameters of the run: the whole configuration.
+        texts: Contents of text files by their names.
+    """
+
+    name: str
+    tags: Mapping[str, str]
+    params: Mapping[str, str]
+    texts: Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class RunReopened(Event):
+    """Another driver continues an MLflow run.
+
+    Attributes:
+        restarts: How often the run has been started again, this time included.
+    """
+
+    restarts: int
+
+
+@dataclass(frozen=True)
+class TagsSet(Event):
+    """The driver knows further tags of the run.
+
+    Attributes:
+        tags: The tags.
+    """
+
+    tags: Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class SpeedMeasured(Event):
+    """A training is done, and the speed of its model is measured.
+
+    Attributes:
+        fps: Frames per second.
+        protocol: How they were measured.
+    """
+
+    fps: float
+    protocol: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class OutagesCounted(Event):
+    """A run has lost time again.
+
+    Attributes:
+        step: Number of steps done.
+        metrics: Number of restarts, and minutes without a step.
+    """
+
+    step: int
+    metrics: Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class FolderWritten(Event):
+    """The driver has written a folder that belongs to the run's artifacts.
+
+    Attributes:
+        path: The folder.
+    """
+
+    path: str
+
+
+@dataclass(frozen=True)
+class CheckpointsDiscarded(Event):
+    """All checkpoints of the run are going to be deleted."""
+
+
+@dataclass(frozen=True)
+class RunEnded(Event):
+    """The run has ended.
+
+    Attributes:
+        status: Status in MLflow's words: FINISHED, FAILED or KILLED.
+    """
+
+    status: str
+
+
+@dataclass(frozen=True)
+class TrialStarted(Event):
+    """A trial of a sweep has started, for the first time or again.
+
+    Attributes:
+        planned: Fields of the sweep's `Planned`.
+    """
+
+    planned: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class TrialOutcome(Event):
+    """A trial of a sweep has ended by itself.
+
+    Attributes:
+        state: How it ended: `finished`, `failed` or `nan`.
+        cause: Why it did not finish.
+        figures: Metrics of a finished trial.
+        epochs: Number of epochs that a finished trial has trained.
+        checkpoint: Folder of the best checkpoint of a finished trial.
+        protocol: How the FPS of a finished trial were measured.
+    """
+
+    state: TrialState
+    cause: str | None = None
+    figures: Mapping[str, float] = field(default_factory=dict)
+    epochs: int = 0
+    checkpoint: str | None = None
+    protocol: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class TrialEnded(Event):
+    """Ray Tune has ended a trial.
+
+    Attributes:
+        state: State of the trial if it has told no outcome of its own.
+        cause: Why it failed.
+        planned: Fields of the sweep's `Planned`, where they are known.
+    """
+
+    state: TrialState
+    cause: str | None = None
+    planned: Mapping[str, Any] | None = None
+
+
+@dataclass(frozen=True)
+class Unknown(Event):
+    """An event that another version of this program has written, of a kind that is not known here.
+
+    Attributes:
+        name: Name of the kind.
+    """
+
+    name: str
+
+
+@dataclass(frozen=True)
+class OfTrial(Event):
+    """An event of one of a sweep's trials.
+
+    Attributes:
+        trial: Name of the trial.
+        event: The event.
+    """
+
+    trial: str
+    event: Event
+
+
+KINDS: dict[str, type[Event]] = {
+    "waiting": Waiting,
+    "workers": WorkersStarted,
+    "data": DataDescribed,
+    "steps": StepsDone,
+    "stored": CheckpointStored,
+    "saved": CheckpointSaved,
+    "checkpoint": EpochEvaluated,
+    "damaged": CheckpointDamaged,
+    "failure": WorkerFailed,
+    "evaluated": ImagesEvaluated,
+    "measured": VariantsMeasured,
+    "predicted": ImagesPredicted,
+    "opened": RunOpened,
+    "reopened": RunReopened,
+    "tags": TagsSet,
+    "result": SpeedMeasured,
+    "outage": OutagesCounted,
+    "folder": FolderWritten,
+    "discarded": CheckpointsDiscarded,
+    "end": RunEnded,
+    "started": TrialStarted,
+    "outcome": TrialOutcome,
+    "ended": TrialEnded,
+    "unknown": Unknown,
+}
+"""The kinds of events by their names in JSON, which files of runs keep: they may not change."""
+
+NAMES = {kind: name for name, kind in KINDS.items()}
+
+
+def name_of(event: Event) -> str:
+    """Return the name of an event's kind in JSON."""
+    return NAMES[type(event)]
+
+
+def to_json(event: Event) -> dict[str, Any]:
+    """Return an event as a JSON object: the name of its `kind`, and its attributes."""
+    return {"kind": name_of(event), **vars(event)}
+
+
+def from_json(record: Mapping[str, Any]) -> Event:
+    """Return the event of a JSON object.
+
+    Keys that the kind no longer has are left out, and an unknown kind is `Unknown`.
+    """
+    kind = KINDS.get(record["kind"])
+    if kind is None:
+        return Unknown(record["kind"])
+    names = {attribute.name for attribute in fields(kind)}
+    return kind(**{name: value for name, value in record.items() if name in names})

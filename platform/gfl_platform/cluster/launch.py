@@ -11,7 +11,8 @@ from ray.train.torch import TorchTrainer
 
 from gfl.errors import LeaveError, NonFiniteLossError
 from gfl.ops.allocator import KEEPING
-from gfl_platform.cluster.events import Events
+from gfl_platform.cluster.event_queue import Events
+from gfl_platform.cluster.events import CheckpointSaved, EpochEvaluated, Waiting, WorkerFailed
 from gfl_platform.cluster.ray_private import death_of_process
 from gfl_platform.cluster.resources import Workers, shortage, start_timeout
 from gfl_platform.storage.s3 import S3UnavailableError
@@ -76,7 +77,7 @@ def run_workers(
         ),
     )
     if reason := shortage(workers):
-        events.tell({"kind": "waiting", "reason": reason})
+        events.tell(Waiting(reason))
     on_interrupt = signal.getsignal(signal.SIGINT)
     try:
         with start_timeout(elastic=workers.elastic):
@@ -108,10 +109,14 @@ class ControllerCallback(UserCallback):
     ) -> None:
         """Tell the driver about a checkpoint that is in storage, with the metrics of rank 0."""
         self._preempted = False
-        if checkpoint is not None:
-            # A checkpoint within an epoch has no metrics: it only serves to continue from.
-            kind = "checkpoint" if "metrics" in metrics[0] else "saved"
-            self._events.tell({"kind": kind, "uri": uri_of(checkpoint), **metrics[0]})
+        if checkpoint is None:
+            return
+        facts, uri = metrics[0], uri_of(checkpoint)
+        step, epoch = facts["step"], facts["epoch"]
+        if "metrics" in facts:
+            self._events.tell(EpochEvaluated(step, epoch, facts["metrics"], uri))
+        else:  # a checkpoint within an epoch, which only serves to continue from
+            self._events.tell(CheckpointSaved(step, epoch, uri))
 
     def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
         """Tell the driver about workers that stopped; raise if they would stop again.
@@ -122,7 +127,8 @@ class ControllerCallback(UserCallback):
         preempted_ranks = [r for r, e in sorted(worker_exceptions.items()) if _was_preempted(e)]
         if preempted_ranks:
             if not self._preempted:  # Ray calls again until all of them have stopped
-                self._tell_failure(preempted_ranks[0], "its node is drained", final=False)
+                reason = "its node is drained"
+                self._events.tell(WorkerFailed(preempted_ranks[0], reason, final=False))
             self._preempted = True
             return
         # Workers whose partner died stop, too: one loss, explained by the worker that caused it.
@@ -130,16 +136,13 @@ class ControllerCallback(UserCallback):
         cause = root_cause(worker_exceptions[rank])
         final = _is_final(cause)
         reason = one_line(cause)
-        self._tell_failure(rank, reason, final=final)
+        self._events.tell(WorkerFailed(rank, reason, final))
         if final:
             diverged = isinstance(cause, NonFiniteLossError)
             raise DivergedError(reason) if diverged else JobFailedError(reason)
         self._failures_left -= 1
         if self._failures_left < 0:
             raise JobFailedError(reason)
-
-    def _tell_failure(self, rank: int, reason: str, *, final: bool) -> None:
-        self._events.tell({"kind": "failure", "rank": rank, "reason": reason, "final": final})
 
 
 def _is_final(cause: BaseException) -> bool:

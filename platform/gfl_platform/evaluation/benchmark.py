@@ -35,7 +35,8 @@ from gfl.evaluation.speed import (
 from gfl.inference.predictor import Model
 from gfl.model.detector import Detector
 from gfl_platform.cluster import launch, resources
-from gfl_platform.cluster.events import Watcher, pumped
+from gfl_platform.cluster.event_queue import pumped
+from gfl_platform.cluster.events import VariantsMeasured, Watcher
 from gfl_platform.config import JobConfig
 from gfl_platform.storage.files import read_json
 from gfl_platform.storage.storage import Storage
@@ -74,8 +75,7 @@ def benchmark_worker(settings: dict[str, Any]) -> Benchmark:
             timings.append(Timing(variant.name, 0, {}, 0, {}, [], str(error)))
             continue
         finally:
-            done = {"kind": "measured", "variants": number, "total": len(variants)}
-            settings["events"].tell(done)
+            settings["events"].tell(VariantsMeasured(number, len(variants)))
         timings.append(_timing(variant.name, seconds, variant.batch, peak["bytes"], protocol))
     model = Model(detector, about, device)
     paths = [record.path for record in split.records[: settings["images"]]]

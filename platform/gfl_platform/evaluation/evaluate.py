@@ -18,7 +18,8 @@ from gfl.model.detector import place
 from gfl.structures import coco_records
 from gfl.train.engine import build_evaluation_loader
 from gfl_platform.cluster import launch, resources
-from gfl_platform.cluster.events import Watcher, pumped
+from gfl_platform.cluster.event_queue import pumped
+from gfl_platform.cluster.events import ImagesEvaluated, Watcher
 from gfl_platform.config import JobConfig
 from gfl_platform.storage.files import write_atomically
 from gfl_platform.storage.storage import Storage
@@ -44,8 +45,7 @@ def evaluate_worker(settings: dict[str, Any]) -> dict[str, Any]:
 
     def tell(images: int) -> None:
         total = len(split.records)
-        done = {"kind": "evaluated", "images": min(images * world, total), "total": total}
-        settings["events"].tell(done)
+        settings["events"].tell(ImagesEvaluated(min(images * world, total), total))
 
     loader = build_evaluation_loader(config, split, device)
     rows = gather(detect(detector, split, loader, device, tell if rank == 0 else None))

@@ -2,7 +2,7 @@
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -10,13 +10,31 @@ from typing import Any
 from ray.tune import Callback
 
 from gfl.config.loader import config_hash
-from gfl_platform.cluster.events import Event, Events
+from gfl_platform.cluster.event_queue import Events
+from gfl_platform.cluster.events import (
+    CheckpointsDiscarded,
+    CheckpointStored,
+    DataDescribed,
+    EpochEvaluated,
+    Event,
+    OfTrial,
+    RunEnded,
+    SpeedMeasured,
+    StepsDone,
+    TagsSet,
+    TrialEnded,
+    TrialOutcome,
+    TrialStarted,
+    TrialState,
+    WorkerFailed,
+    WorkersStarted,
+)
 from gfl_platform.config import JobConfig
 from gfl_platform.storage.files import read_json
 from gfl_platform.storage.s3 import S3Error
 from gfl_platform.sweeps.formatting import point_label
 from gfl_platform.sweeps.space import trial_job
-from gfl_platform.sweeps.trials import Planned, State, Trial, read_trial, write_trial
+from gfl_platform.sweeps.trials import Planned, Trial, read_trial, write_trial
 from gfl_platform.tracking.client import Store
 from gfl_platform.tracking.metadata import describe
 from gfl_platform.tracking.run import RunTracker, settle
@@ -77,28 +95,28 @@ class Recorder:
 
     def handle(self, event: Event) -> None:
         """Note an event of a trial."""
-        name = event["trial"]
-        if "planned" in event and (event["kind"] == "started" or name not in self._trackers):
-            self._start(event)
+        assert isinstance(event, OfTrial)
+        self._handle(event.trial, event.event)
+
+    def _handle(self, name: str, event: Event) -> None:
+        match event:
+            case TrialStarted(planned=planned):
+                self._start(planned)
+            case TrialEnded(planned=planned) if planned and name not in self._trackers:
+                self._start(planned)
         if name not in self._trackers:
             return  # a training that was stopped still speaks until its processes are gone
         trial = self.trials[name]
-        match event["kind"]:
-            case "checkpoint":
+        match event:
+            case EpochEvaluated():
                 self._note_epoch(trial, event)
-            case "outcome":
-                trial.state, trial.cause = event["state"], event.get("cause")
-                trial.figures = event.get("figures", trial.figures)
-                trial.checkpoint = event.get("checkpoint", trial.checkpoint)
-                if trial.state == "finished":
-                    trial.protocol = event["protocol"]
-                    result = {"fps": trial.figures["fps"], "protocol": trial.protocol}
-                    self._trackers[name].handle({"kind": "result", **result})
-            case "workers":  # time spent waiting for room is nobody's
+            case TrialOutcome():
+                self._note_outcome(trial, event)
+            case WorkersStarted():  # time spent waiting for room is nobody's
                 self._since.setdefault(name, time.monotonic())
-            case "ended":
+            case TrialEnded():
                 self._end(trial, event)
-            case "steps" | "stored" | "data" | "failure":
+            case StepsDone() | CheckpointStored() | DataDescribed() | WorkerFailed():
                 self._trackers[name].handle(event)
         self._watch(trial, event)
 
@@ -107,14 +125,14 @@ class Recorder:
         for name, tracker in self._trackers.items():  # all, before any waits for a store
             self._tick(self.trials[name])
             self._write(self.trials[name])
-            tracker.handle({"kind": "end", "status": "KILLED"})
+            tracker.handle(RunEnded("KILLED"))
         while self._trackers:
             self._trackers.popitem()[1].close()
 
-    def end_running(self, state: State) -> None:
+    def end_running(self, state: TrialState) -> None:
         """Note that the search is over for trials that Ray Tune stopped without a word."""
         for name in list(self._trackers):
-            self.handle({"kind": "ended", "trial": name, "state": state})
+            self._handle(name, TrialEnded(state))
         for trial in self.trials.values():
             if trial.state == "running":  # planned, and never started
                 trial.state = state
@@ -129,8 +147,7 @@ class Recorder:
                 trial.checkpoint = None
                 self._write(trial)
 
-    def _start(self, event: Event) -> None:
-        planned = event["planned"]
+    def _start(self, planned: Mapping[str, Any]) -> None:
         name = planned["id"]
         folder = self._folder / name
         trial = self.trials.setdefault(name, Trial(**planned))
@@ -152,27 +169,35 @@ class Recorder:
         trial.run_id = self._trackers[name].run_id
         self._write(trial)
 
-    def _note_epoch(self, trial: Trial, event: Event) -> None:
-        metrics = event["metrics"]
-        if event["epoch"] > trial.epochs:
+    def _note_epoch(self, trial: Trial, event: EpochEvaluated) -> None:
+        metrics = event.metrics
+        if event.epoch > trial.epochs:
             watched = self._watched if self._watched in metrics else "AP"
-            trial.curve.append((event["epoch"], metrics[watched]))
+            trial.curve.append((event.epoch, metrics[watched]))
         if metrics["AP"] >= trial.figures.get("AP", -1.0):
-            trial.figures, trial.checkpoint = dict(metrics), event["uri"]
+            trial.figures, trial.checkpoint = dict(metrics), event.uri
         self._tick(trial)
         self._write(trial)
         self._trackers[trial.id].handle(event)
 
-    def _end(self, trial: Trial, event: Event) -> None:
+    def _note_outcome(self, trial: Trial, outcome: TrialOutcome) -> None:
+        trial.state, trial.cause = outcome.state, outcome.cause
+        if outcome.state == "finished":
+            trial.figures, trial.checkpoint = dict(outcome.figures), outcome.checkpoint
+            trial.protocol = dict(outcome.protocol)
+            fps = trial.figures["fps"]
+            self._trackers[trial.id].handle(SpeedMeasured(fps, trial.protocol))
+
+    def _end(self, trial: Trial, event: TrialEnded) -> None:
         if trial.state == "running":  # it gave no outcome of its own
-            trial.state, trial.cause = event["state"], event.get("cause")
+            trial.state, trial.cause = event.state, event.cause
         self._tick(trial)
         self._since.pop(trial.id, None)
         tracker = self._trackers.pop(trial.id)
         tags = {"sweep.state": trial.state, "sweep.cause": trial.cause or ""}
-        tracker.handle({"kind": "tags", "tags": tags})
+        tracker.handle(TagsSet(tags))
         if trial.state in DISCARDED:
-            tracker.handle({"kind": "discarded"})
+            tracker.handle(CheckpointsDiscarded())
         tracker.close(RUN_STATUS.get(trial.state, "KILLED"))
         trial.run_id = tracker.run_id
         self._write(trial)
@@ -207,9 +232,8 @@ class EndOfTrials(Callback):
         """Tell of a trial that failed without giving a reason: its process was lost, too often."""
         told = Path(trial.error_file).read_text().split("\n") if trial.error_file else []
         reasons = [line for line in told if line and not line.startswith(" ")]
-        self._tell(trial, "failed", cause=reasons[-1] if reasons else "its process was lost")
+        self._tell(trial, "failed", reasons[-1] if reasons else "its process was lost")
 
-    def _tell(self, trial: Any, state: str, **more: str) -> None:
+    def _tell(self, trial: Any, state: TrialState, cause: str | None = None) -> None:
         planned = dict(trial.config)
-        event = {"kind": "ended", "trial": planned["id"], "planned": planned, "state": state}
-        self._events.tell(event | more)
+        self._events.tell(OfTrial(planned["id"], TrialEnded(state, cause, planned)))

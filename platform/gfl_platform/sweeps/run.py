@@ -10,7 +10,8 @@ from typing import Any
 
 from gfl.config.loader import derive, reproducible
 from gfl_platform.cluster import resources
-from gfl_platform.cluster.events import Event, pumped
+from gfl_platform.cluster.event_queue import pumped
+from gfl_platform.cluster.events import Event, FolderWritten
 from gfl_platform.cluster.resources import (
     START_TIMEOUT,
     Workers,
@@ -145,7 +146,7 @@ def run_sweep(
         from gfl_platform.sweeps.analysis.report import write_report  # matplotlib takes a second
 
         write_report(results, folder / REPORT_FOLDER)
-        tracker.handle({"kind": "folder", "path": folder / REPORT_FOLDER})
+        tracker.handle(FolderWritten(str(folder / REPORT_FOLDER)))
     return results
 
 

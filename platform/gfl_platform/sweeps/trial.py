@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gfl_platform.cluster.events import Events
+from gfl_platform.cluster.event_queue import Events
+from gfl_platform.cluster.events import TrialOutcome, TrialStarted
 from gfl_platform.cluster.launch import DivergedError, JobFailedError, one_line
 from gfl_platform.cluster.resources import Workers
 from gfl_platform.config import JobConfig
@@ -61,14 +62,14 @@ def run_trial(planned: dict[str, Any], settings: TrialSettings) -> None:
     os.environ.update(settings.environment)
     folder = settings.folder / planned["id"]
     job = trial_job(settings.job, planned["point"], planned["seed"])
-    events = Events(settings.events.queue, {"trial": planned["id"]})
-    events.tell({"kind": "started", "planned": planned})
+    events = Events(settings.events.queue, planned["id"])
+    events.tell(TrialStarted(planned))
     outcome = read_json(folder / OUTCOME_FILE)
     if outcome.get("state", "failed") == "failed":
         folder.mkdir(parents=True, exist_ok=True)
         outcome = _train(settings, job, folder, events)
         write_atomically(folder / OUTCOME_FILE, json.dumps(outcome) + "\n")
-    ray.get(events.tell({"kind": "outcome", **outcome}))  # before Tune can say that it ended
+    ray.get(events.tell(TrialOutcome(**outcome)))  # before Tune can say that it ended
     final = {"epoch": outcome.get("epochs", 0), "final": outcome["state"]}
     tune.report({**outcome.get("figures", {}), **final})
 

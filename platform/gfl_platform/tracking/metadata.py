@@ -8,7 +8,7 @@ from pathlib import Path
 import yaml
 
 from gfl.config.loader import ConfigError, ConfigT, dump_config, flatten, load_schema
-from gfl_platform.cluster.events import Event
+from gfl_platform.cluster.events import RunOpened
 from gfl_platform.config import JobConfig
 from gfl_platform.provenance import COMMIT, git_state
 from gfl_platform.storage.files import write_atomically
@@ -26,7 +26,7 @@ IDENTITY = "identity"
 PACKAGES = ("torch", "torchvision", "ray", "mlflow", "hotcoco", "numpy", "safetensors")
 
 
-def describe(job: JobConfig, name: str, tags: Mapping[str, str] | None = None) -> Event:
+def describe(job: JobConfig, name: str, tags: Mapping[str, str] | None = None) -> RunOpened:
     """Return the event that opens a run: its configuration, the code's state, the packages."""
     values = job.model_dump(mode="json")
     if job.tracking.uri:
@@ -38,13 +38,8 @@ def describe(job: JobConfig, name: str, tags: Mapping[str, str] | None = None) -
     if diff:
         texts[DIFF_FILE] = diff
     state = {COMMIT: commit, "git.changed": changed or "nothing", IDENTITY: uuid.uuid4().hex}
-    return {
-        "kind": "opened",
-        "name": name,
-        "tags": {**(tags or {}), **state},
-        "params": {key: str(value) for key, value in flatten(values).items()},
-        "texts": texts,
-    }
+    params = {key: str(value) for key, value in flatten(values).items()}
+    return RunOpened(name, {**(tags or {}), **state}, params, texts)
 
 
 def require_same(path: Path, config: ConfigT, what: str, free: Sequence[str] = ()) -> None:

@@ -8,18 +8,28 @@ where it is used.
 import logging
 import sqlite3
 import threading
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from queue import SimpleQueue
 
-from gfl_platform.cluster.events import Event
+from gfl_platform.cluster.events import (
+    CheckpointStored,
+    EpochEvaluated,
+    Event,
+    RunEnded,
+    RunOpened,
+    RunReopened,
+    StepsDone,
+    WorkerFailed,
+)
 from gfl_platform.tracking.client import Store, reason_of
 from gfl_platform.tracking.spool import (
     RESTARTS,
     SPOOL_FILE,
     Delivery,
+    Logged,
     Spool,
     note,
     require_store,
@@ -27,9 +37,6 @@ from gfl_platform.tracking.spool import (
 from gfl_platform.tracking.status import note_killed
 
 logger = logging.getLogger(__name__)
-
-NUMBERS = {"steps": "step", "stored": "stored", "checkpoint": "evaluated"}
-"""What is noted of each kind of event: the last step."""
 
 LOGGED = {"step": "loss", "stored": "checkpoint_seconds", "evaluated": "AP"}
 """Metrics that tell these numbers of a run that another machine has noted."""
@@ -39,7 +46,7 @@ class RunTracker:
     """One MLflow run from its opening to its end, through a spool: a dead server loses nothing."""
 
     def __init__(
-        self, store: Store, folder: Path, opened: Event, *, may_be_away: bool | None = None
+        self, store: Store, folder: Path, opened: RunOpened, *, may_be_away: bool | None = None
     ) -> None:
         """Open a run, or continue the one that `folder` belongs to.
 
@@ -61,12 +68,12 @@ class RunTracker:
         if self.run_id is None and store.chosen_uri:
             note(folder, store=store.shown_uri)
         if self.run_id is None and not self._spool:
-            self._add(opened)
+            self._spool.add(opened)
         else:
             if self._spool.is_new:
                 self._learn_what_is_logged()
             with self._spool.transaction():
-                self._add({"kind": "reopened", "restarts": self._spool.count(RESTARTS)})
+                self._spool.add(RunReopened(self._spool.count(RESTARTS)))
         self._delivery.deliver()
         self._asked: SimpleQueue[Callable[[], object] | None] = SimpleQueue()
         # At its end the process waits for no such thread: what is noted is safe.
@@ -101,16 +108,28 @@ class RunTracker:
 
         Steps and epochs that were noted before an interruption are not noted again.
         """
-        number = NUMBERS.get(event["kind"])
+        if not isinstance(event, Logged):
+            return
         with self._on_a_full_device(), self._spool.transaction():
-            is_new = not number or self._spool.raise_to(number, event["step"])
-            # An epoch that was trained again has another checkpoint.
-            if not is_new and (event["kind"] != "checkpoint" or event.get("repeated")):
+            if not self._is_new(event):
                 return
-            if event["kind"] == "failure" and not event["final"]:
-                event = event | {"restarts": self._spool.count(RESTARTS)}
-            self._add(event)
+            if isinstance(event, WorkerFailed) and not event.final:
+                event = replace(event, restarts=self._spool.count(RESTARTS))
+            self._spool.add(event)
         self._asked.put(self._delivery.deliver)
+
+    def _is_new(self, event: Event) -> bool:
+        match event:
+            case StepsDone(step=step):
+                return self._spool.raise_to("step", step)
+            case CheckpointStored(step=step):
+                return self._spool.raise_to("stored", step)
+            case EpochEvaluated(step=step, repeated=repeated):
+                is_later = self._spool.raise_to("evaluated", step)
+                # An epoch that was trained again has another checkpoint.
+                return is_later or not repeated
+            case _:
+                return True
 
     def flush(self) -> None:
         """Wait until all that was noted is logged, or has been tried in vain."""
@@ -144,7 +163,7 @@ class RunTracker:
         Hides nothing of why a job ended: only an interruption comes of it, and loses no event.
         """
         if status:
-            self.handle({"kind": "end", "status": status})
+            self.handle(RunEnded(status))
         try:
             self.flush()
         finally:
@@ -172,10 +191,6 @@ class RunTracker:
         except sqlite3.Error as error:
             logger.warning("tracking: %s: %s; not noted", self._spool.path, error)
 
-    def _add(self, event: Event) -> None:
-        # MLflow keeps one of two metrics that are alike to the millisecond: trying again is safe.
-        self._spool.add({"time_ms": int(time.time() * 1000)} | event)
-
 
 def settle(store: Store, folder: Path) -> None:
     """Log what waits of a run that has no driver any more; what was killed is then KILLED.
@@ -191,5 +206,5 @@ def settle(store: Store, folder: Path) -> None:
     store.require_answer()
     delivery = Delivery(store, folder)
     if note_killed(folder):
-        delivery.spool.add({"kind": "end", "status": "KILLED", "time_ms": int(time.time() * 1000)})
+        delivery.spool.add(RunEnded("KILLED"))
     delivery.deliver_all()

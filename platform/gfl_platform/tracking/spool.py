@@ -8,9 +8,27 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import groupby
 from pathlib import Path
-from typing import Any
+from typing import Any, assert_never
 
-from gfl_platform.cluster.events import Event
+from gfl_platform.cluster.events import (
+    CheckpointsDiscarded,
+    CheckpointStored,
+    DataDescribed,
+    EpochEvaluated,
+    Event,
+    FolderWritten,
+    OutagesCounted,
+    RunEnded,
+    RunOpened,
+    RunReopened,
+    SpeedMeasured,
+    StepsDone,
+    TagsSet,
+    WorkerFailed,
+    from_json,
+    name_of,
+    to_json,
+)
 from gfl_platform.storage.files import read_json, write_atomically
 from gfl_platform.storage.storage import is_there
 from gfl_platform.tracking.client import (
@@ -22,6 +40,13 @@ from gfl_platform.tracking.client import (
 from gfl_platform.tracking.metadata import IDENTITY, PROTOCOL
 
 logger = logging.getLogger(__name__)
+
+Logged = (
+    StepsDone | CheckpointStored | EpochEvaluated | DataDescribed | WorkerFailed | OutagesCounted
+    | RunOpened | RunReopened | TagsSet | SpeedMeasured | FolderWritten | CheckpointsDiscarded
+    | RunEnded
+)  # fmt: skip
+"""The events of which something is logged."""
 
 SPOOL_FILE = "spool.db"
 """In a run's folder."""
@@ -72,13 +97,13 @@ class Spool:
         """Append an event."""
         if len(self) >= self._limit:
             self._thin_out()
-        row = (event["kind"], json.dumps(event, default=str))
+        row = (name_of(event), json.dumps(to_json(event)))
         self._db.execute("INSERT INTO events (kind, event) VALUES (?, ?)", row)
 
     def first(self, count: int) -> dict[int, Event]:
         """Return the oldest events by their numbers, in order."""
         rows = self._db.execute("SELECT id, event FROM events ORDER BY id LIMIT ?", (count,))
-        return {number: json.loads(event) for number, event in rows}
+        return {number: from_json(json.loads(event)) for number, event in rows}
 
     def remove(self, last: int) -> None:
         """Forget the events up to the one numbered `last`."""
@@ -213,17 +238,21 @@ class Delivery:
                 if last:
                     if self.run_id:
                         self.client.get_run(self.run_id)  # in another store: nothing is dropped
-                    what = events[0]["kind"]
+                    what = name_of(events[0])
                     logger.warning("tracking: %s; not logged: %s", reason_of(error), what)
             else:
                 return
 
-    def _metrics(self, rows: Iterable[tuple[Event, Mapping[str, float]]]) -> None:
+    def _metrics(self, rows: Iterable[tuple[Event, int, Mapping[str, float]]]) -> None:
+        """Log metrics: the events that they come from, their steps and their values.
+
+        MLflow keeps one of two metrics that are alike to the millisecond: trying again is safe.
+        """
         from mlflow.entities import Metric
 
         found = [
-            Metric(key, value, event["time_ms"], event.get("step", 0))
-            for event, values in rows
+            Metric(key, value, event.time_ms, step)
+            for event, step, values in rows
             for key, value in values.items()
         ]
         for start in range(0, len(found), METRICS_PER_CALL):
@@ -239,10 +268,10 @@ class Delivery:
     def _run(self) -> str:
         return self.require_run()  # which is there: `opened` comes first
 
-    def _open(self, event: Event) -> None:
+    def _open(self, event: RunOpened) -> None:
         """Create the run that `event` describes, once: an interruption may have been in between."""
         experiment = self._store.find_experiment()
-        same = f"tags.`{IDENTITY}` = '{event['tags'][IDENTITY]}'"
+        same = f"tags.`{IDENTITY}` = '{event.tags[IDENTITY]}'"
         found = self.client.search_runs([experiment], filter_string=same, max_results=1)
         run = found[0] if found else self._create(experiment, event)
         self.run_id = run.info.run_id
@@ -250,48 +279,56 @@ class Delivery:
         self._store.storage.share_state(self._folder)
         from mlflow.entities import Param
 
-        params = [Param(key, value) for key, value in event["params"].items()]
+        params = [Param(key, value) for key, value in event.params.items()]
         self.client.log_batch(self._run, params=params)
-        for file, text in event["texts"].items():
+        for file, text in event.texts.items():
             self.client.log_text(self._run, text, file)
 
-    def _create(self, experiment: str, event: Event) -> Any:
+    def _create(self, experiment: str, event: RunOpened) -> Any:
         return self.client.create_run(
-            experiment, start_time=event["time_ms"], run_name=event["name"], tags=event["tags"]
+            experiment, start_time=event.time_ms, run_name=event.name, tags=event.tags
         )
 
     def _log(self, events: list[Event]) -> None:
         """Log one event, or reports of steps that follow each other."""
         event = events[0]
-        match event["kind"]:
-            case "steps":
-                self._metrics((e, {**e["metrics"], "epoch": e["epoch"]}) for e in events)
-            case "stored" | "outage":
-                self._metrics([(event, event["metrics"])])
-            case "opened":
+        if not isinstance(event, Logged):  # by another version of this program
+            return
+        match event:
+            case StepsDone():
+                steps = [each for each in events if isinstance(each, StepsDone)]
+                self._metrics((s, s.step, {**s.metrics, "epoch": s.epoch}) for s in steps)
+            case CheckpointStored(step=step, metrics=metrics):
+                self._metrics([(event, step, metrics)])
+            case OutagesCounted(step=step, metrics=metrics):
+                self._metrics([(event, step, metrics)])
+            case RunOpened():
                 self._open(event)
-            case "reopened":
+            case RunReopened(restarts=restarts):
                 self.client.update_run(self._run, status="RUNNING")
-                self._tag({RESTARTS: str(event["restarts"])})
-            case "checkpoint":
+                self._tag({RESTARTS: str(restarts)})
+            case EpochEvaluated():
                 self._log_checkpoint(event)
-            case "data":
-                self._tag({f"data.{key}": str(value) for key, value in event["facts"].items()})
-            case "result":
-                self._metrics([(event, {"fps": event["fps"]})])
-                facts = {f"fps.{key}": str(value) for key, value in event["protocol"].items()}
-                self._tag(facts | {PROTOCOL: json.dumps(event["protocol"])})
+            case DataDescribed(facts=facts):
+                self._tag({f"data.{key}": str(value) for key, value in facts.items()})
+            case SpeedMeasured(fps=fps, protocol=protocol):
+                self._metrics([(event, 0, {"fps": fps})])
+                tags = {f"fps.{key}": str(value) for key, value in protocol.items()}
+                self._tag(tags | {PROTOCOL: json.dumps(protocol)})
                 self._tag_deleted_checkpoints()
-            case "failure" if not event["final"]:
-                self._tag({RESTARTS: str(event["restarts"])})
-            case "discarded":
+            case WorkerFailed(restarts=restarts):
+                if restarts is not None:
+                    self._tag({RESTARTS: str(restarts)})
+            case CheckpointsDiscarded():
                 self._tag_deleted_checkpoints(all_of_them=True)
-            case "folder":
-                self._log_folder(Path(event["path"]))
-            case "tags":
-                self._tag(event["tags"])
-            case "end":
-                self.client.set_terminated(self._run, event["status"])
+            case FolderWritten(path=path):
+                self._log_folder(Path(path))
+            case TagsSet(tags=tags):
+                self._tag(tags)
+            case RunEnded(status=status):
+                self.client.set_terminated(self._run, status)
+            case _:
+                assert_never(event)
 
     def _log_folder(self, folder: Path) -> None:
         if folder.is_dir():
@@ -299,7 +336,7 @@ class Delivery:
         else:  # it would never come
             logger.warning("tracking: %s is gone; not logged: folder", folder)
 
-    def _log_checkpoint(self, event: Event) -> None:
+    def _log_checkpoint(self, event: EpochEvaluated) -> None:
         """Log an epoch's evaluation, and its checkpoint as a model that stays where it is.
 
         What was logged before an interruption, whole or in part, is not logged twice.
@@ -307,21 +344,21 @@ class Delivery:
         import mlflow
         from mlflow.entities import Metric
 
-        name = f"epoch-{event['epoch']}"
+        name = f"epoch-{event.epoch}"
         model = next((model for model in self._models() if model.name == name), None)
         if model is None:
             model = mlflow.create_external_model(
                 name=name,
                 source_run_id=self._run,
-                tags={"uri": event["uri"]},
+                tags={"uri": event.uri},
                 experiment_id=self._experiment(),
             )
-        elif model.tags.get("uri") != event["uri"]:  # the epoch's first checkpoint was damaged
-            self.client.set_logged_model_tags(model.model_id, {"uri": event["uri"]})
+        elif model.tags.get("uri") != event.uri:  # the epoch's first checkpoint was damaged
+            self.client.set_logged_model_tags(model.model_id, {"uri": event.uri})
         logged = {metric.key for metric in model.metrics or []}
         metrics = [
-            Metric(key, value, event["time_ms"], event["step"], model_id=model.model_id)
-            for key, value in event["metrics"].items()
+            Metric(key, value, event.time_ms, event.step, model_id=model.model_id)
+            for key, value in event.metrics.items()
             if key not in logged
         ]
         self.client.log_batch(self._run, metrics=metrics)  # of a model, hence of its run, too
@@ -365,7 +402,7 @@ def require_store(store: Store, folder: Path) -> None:
 
 def _together(waiting: Mapping[int, Event]) -> Iterator[tuple[int, list[Event]]]:
     """Give events with the number of the last: neighbouring steps together, others alone."""
-    for is_steps, group in groupby(waiting.items(), lambda item: item[1]["kind"] == "steps"):
+    for is_steps, group in groupby(waiting.items(), lambda item: isinstance(item[1], StepsDone)):
         items = list(group)
         for part in [items] if is_steps else [[item] for item in items]:
             yield part[-1][0], [event for _, event in part]

@@ -7,7 +7,14 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
-from gfl_platform.cluster.events import Event
+from gfl_platform.cluster.events import (
+    CheckpointStored,
+    EpochEvaluated,
+    Event,
+    StepsDone,
+    WorkerFailed,
+    WorkersStarted,
+)
 from gfl_platform.storage.files import read_json, write_atomically
 from gfl_platform.tracking.spool import RUN_FILE, backlog
 
@@ -61,28 +68,28 @@ class StatusFile:
     def handle(self, event: Event) -> None:
         """Note what `event` tells."""
         facts = self._facts
-        match event["kind"]:
-            case "steps" if not event.get("repeated"):
+        match event:
+            case StepsDone(repeated=False):
                 if self._lost_at is not None:  # it steps again
                     facts["lost_seconds"] += time.time() - self._lost_at
                     self._lost_at = None
-                facts |= {key: event[key] for key in ("epoch", "step", "total_steps")}
-                facts |= {"state": "training", "seconds_left": event["seconds_left"]}
-                facts["metrics"] = event["metrics"]
-            case "workers":
-                facts |= {"workers": event["count"], "nodes": event["nodes"], "state": "starting"}
-            case "checkpoint":
-                facts["ap"] = event["metrics"]["AP"]
+                facts |= {key: getattr(event, key) for key in ("epoch", "step", "total_steps")}
+                facts |= {"state": "training", "seconds_left": event.seconds_left}
+                facts["metrics"] = event.metrics
+            case WorkersStarted(count=count, nodes=nodes):
+                facts |= {"workers": count, "nodes": nodes, "state": "starting"}
+            case EpochEvaluated(metrics=metrics):
+                facts["ap"] = metrics["AP"]
                 facts["best_ap"] = max(facts["best_ap"] or -1.0, facts["ap"])
-            case "stored":
-                facts["checkpoint_seconds"] = event["metrics"]["checkpoint_seconds"]
-            case "failure":
+            case CheckpointStored(metrics=metrics):
+                facts["checkpoint_seconds"] = metrics["checkpoint_seconds"]
+            case WorkerFailed(rank=rank, reason=reason):
                 facts["restarts"] += 1
-                facts["state"] = f"restarting after worker {event['rank']}: {event['reason']}"
+                facts["state"] = f"restarting after worker {rank}: {reason}"
                 self._lost_at = time.time()
             case _:
                 return
-        if event["kind"] != "steps" or time.time() - self._written >= 1:
+        if not isinstance(event, StepsDone) or time.time() - self._written >= 1:
             self._write()
 
     def _write(self) -> None:

@@ -11,7 +11,7 @@ from ray.train import CheckpointConfig, UserCallback
 from gfl.config.loader import config_hash, dump_config, reproducible
 from gfl.config.schema import Config
 from gfl_platform.cluster import launch, resources
-from gfl_platform.cluster.events import Events
+from gfl_platform.cluster.event_queue import Events
 from gfl_platform.config import JobConfig
 from gfl_platform.storage.s3 import S3Error, is_remote
 from gfl_platform.storage.storage import Storage

@@ -12,7 +12,17 @@ from gfl.data.samplers import share_of_batch
 from gfl.data.split import load_splits
 from gfl.train.optimizer import scaled_lr
 from gfl_platform.cluster import resources
-from gfl_platform.cluster.events import Event, Watcher, pumped
+from gfl_platform.cluster.event_queue import pumped
+from gfl_platform.cluster.events import (
+    CheckpointDamaged,
+    DataDescribed,
+    Event,
+    OutagesCounted,
+    SpeedMeasured,
+    StepsDone,
+    TagsSet,
+    Watcher,
+)
 from gfl_platform.config import JobConfig
 from gfl_platform.registry import models
 from gfl_platform.registry.gate import promote
@@ -80,29 +90,15 @@ def train(job: JobConfig, name: str, *, resume: bool, watch: Watcher) -> Trainin
         RunTracker(store, folder, describe(job, name)) as tracker,
         StatusFile(folder, workers.count, resources.node_count()) as status,
     ):
-
-        def handle(event: Event) -> None:
-            for finding in event.get("findings", ()):  # what workers log, nobody sees
-                logger.warning("warning: %s; jobs.inspect shows more", finding)
-            if event["kind"] == "damaged":
-                logger.warning("warning: %s; going on from the one before", event["reason"])
-            tracker.handle(event)
-            before = status.outages
-            status.handle(event)
-            if status.outages != before:
-                step = event.get("step", 0)
-                tracker.handle({"kind": "outage", "step": step, "metrics": status.outages})
-            watch(event)
-
         storage.share_state(folder)
-        origins = {"kind": "tags", "tags": lineage(config, workers, sources)}
+        origins = TagsSet(lineage(config, workers, sources))
         tracker.handle(origins)
         watch(origins)
-        with pumped(handle) as events:
+        with pumped(event_handler(tracker, status, watch)) as events:
             measured, best, metrics = run(job, sources, workers, folder, events)
         checkpoint = storage.cache.local(best)  # comes here if it lies on S3
         fps = measured["fps"]
-        tracker.handle({"kind": "result", **measured})
+        tracker.handle(SpeedMeasured(fps, measured["protocol"]))
         version = None
         if model := job.registry.name:
             facts = models.figures_of_version(metrics["AP"], fps, measured["protocol"])
@@ -112,6 +108,33 @@ def train(job: JobConfig, name: str, *, resume: bool, watch: Watcher) -> Trainin
         decision = _point(job, version, job.registry.alias, watch)
     seconds = time.perf_counter() - started
     return TrainingResult(tracker.run_id, checkpoint, metrics, fps, seconds, version, decision)
+
+
+def event_handler(tracker: RunTracker, status: StatusFile, watch: Watcher) -> Watcher:
+    """Return the function that logs, notes and shows every event of a training.
+
+    Args:
+        tracker: The training's MLflow run.
+        status: Notes where the training stands.
+        watch: Shows the events.
+    """
+
+    def handle(event: Event) -> None:
+        match event:
+            case DataDescribed(findings=findings):
+                for finding in findings:  # nobody sees what workers log
+                    logger.warning("warning: %s; jobs.inspect shows more", finding)
+            case CheckpointDamaged(reason=reason):
+                logger.warning("warning: %s; going on from the one before", reason)
+        tracker.handle(event)
+        outages = status.outages
+        status.handle(event)
+        if status.outages != outages:
+            step = event.step if isinstance(event, StepsDone) else 0
+            tracker.handle(OutagesCounted(step, status.outages))
+        watch(event)
+
+    return handle
 
 
 def _register(

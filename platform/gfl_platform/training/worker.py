@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,18 @@ from gfl.evaluation.speed import measure_fps
 from gfl.inspection.findings import find_cheaply
 from gfl.train.engine import CheckpointReport, EpochReport, StepReport, fit
 from gfl_platform.cluster import launch, resources
-from gfl_platform.cluster.events import Event, Events
+from gfl_platform.cluster.event_queue import Events
+from gfl_platform.cluster.events import (
+    CheckpointDamaged,
+    CheckpointStored,
+    DataDescribed,
+    EpochEvaluated,
+    Event,
+    StepsDone,
+    WorkersStarted,
+    from_json,
+    to_json,
+)
 from gfl_platform.cluster.preflight import problem_of_any_worker, same_on_all_nodes
 from gfl_platform.storage.cache import Cache
 from gfl_platform.storage.files import StorageError, space_required
@@ -65,9 +77,9 @@ class WorkerListener:
     def on_steps(self, report: StepReport) -> None:
         """Tell the driver; without waiting."""
         if self.is_first:
-            facts = {**vars(report), "time_ms": int(time.time() * 1000)}
-            self._since_checkpoint.append({"kind": "steps", **facts})
-            self._events.tell(self._since_checkpoint[-1])
+            steps = StepsDone(**vars(report))
+            self._since_checkpoint.append(steps)
+            self._events.tell(steps)
 
     def repeat(self, checkpoint: Path, uri: str) -> None:
         """Tell of a checkpoint, and what led to it, again: a driver that died may not have heard.
@@ -76,32 +88,40 @@ class WorkerListener:
             checkpoint: A copy of it.
             uri: Where it lies.
         """
-        if self.is_first:
-            for event in json.loads((checkpoint / REPORTS_FILE).read_text()):
-                self._events.tell({"uri": uri, "repeated": True, **event})
+        if not self.is_first:
+            return
+        for record in json.loads((checkpoint / REPORTS_FILE).read_text()):
+            match from_json(record):
+                case StepsDone() as steps:
+                    self._events.tell(replace(steps, repeated=True))
+                case EpochEvaluated() as evaluated:
+                    self._events.tell(replace(evaluated, uri=uri, repeated=True))
 
     def on_damage(self, reason: str) -> None:
         """Tell of a checkpoint that is damaged; all workers see the same."""
         if self.is_first:
-            self._events.tell({"kind": "damaged", "reason": reason})
+            self._events.tell(CheckpointDamaged(reason))
 
     def on_checkpoint(self, report: CheckpointReport) -> None:
         """Hand over a checkpoint within an epoch."""
-        self._hand_over(report, {})
+        self._hand_over(report, None)
 
     def on_epoch(self, report: EpochReport) -> None:
         """Hand over the checkpoint of an epoch; Ray keeps those of the best AP."""
-        # Ray Train and Ray Tune look at what is not nested.
-        self._hand_over(report, {"metrics": report.metrics, **report.metrics})
+        self._hand_over(report, report.metrics)
 
     def wait_until_written(self) -> None:
         """Wait for the thread that writes the last checkpoint."""
         with self._storing:
             pass
 
-    def _hand_over(self, report: CheckpointReport, facts: dict[str, Any]) -> None:
-        facts |= {"epoch": report.epoch, "step": report.step}
+    def _hand_over(self, report: CheckpointReport, metrics: dict[str, float] | None) -> None:
+        """Report a checkpoint to Ray; `metrics` are those of an epoch that has been evaluated."""
+        facts: dict[str, Any] = {"epoch": report.epoch, "step": report.step}
         facts["config_hash"] = config_hash(report.config)
+        if metrics is not None:
+            # Ray Train and Ray Tune look at what is not nested.
+            facts |= {"metrics": metrics, **metrics}
         checkpoint = store = None
         if self.is_first:
             started = time.perf_counter()
@@ -109,11 +129,12 @@ class WorkerListener:
             # Ray wants a folder at once, and deletes it when `store` has filled and copied it.
             checkpoint = Checkpoint.from_directory(tempfile.mkdtemp(prefix=UNSTORED))
             snapshot = report.snapshot()
-            held_up = {"checkpoint_blocked_seconds": time.perf_counter() - started}
-            told = {"kind": "stored", "step": report.step, "metrics": held_up}
-            evaluated = [{"kind": "checkpoint", **facts}] if "metrics" in facts else []
-            reports = json.dumps([*self._since_checkpoint, *evaluated])
-            store = self._store(snapshot, reports, told)
+            blocked_seconds = time.perf_counter() - started
+            if metrics is not None:
+                evaluated = EpochEvaluated(report.step, report.epoch, metrics)
+                self._since_checkpoint.append(evaluated)
+            reports = json.dumps([to_json(event) for event in self._since_checkpoint])
+            store = self._store(snapshot, reports, report.step, blocked_seconds)
             self._since_checkpoint.clear()
         ray.train.report(
             facts,
@@ -122,8 +143,17 @@ class WorkerListener:
             checkpoint_upload_fn=store,
         )
 
-    def _store(self, snapshot: Snapshot, reports: str, told: Event) -> Callable[[Any, str], Any]:
-        """Return what stores a checkpoint, and tells the driver how long that took."""
+    def _store(
+        self, snapshot: Snapshot, reports: str, step: int, blocked_seconds: float
+    ) -> Callable[[Checkpoint, str], Checkpoint]:
+        """Return the function that stores a checkpoint, and tells the driver how long it took.
+
+        Args:
+            snapshot: The content of the checkpoint.
+            reports: The content of its `REPORTS_FILE`.
+            step: Number of steps done.
+            blocked_seconds: Seconds that training waited for the snapshot.
+        """
         storage = self._context.get_storage()
         filesystem, run_folder = storage.storage_filesystem, storage.experiment_fs_path
 
@@ -142,8 +172,11 @@ class WorkerListener:
                 raise
             finally:
                 self._storing.release()
-            seconds = {"checkpoint_seconds": time.perf_counter() - started}
-            self._events.tell(told | {"metrics": told["metrics"] | seconds})
+            seconds = {
+                "checkpoint_blocked_seconds": blocked_seconds,
+                "checkpoint_seconds": time.perf_counter() - started,
+            }
+            self._events.tell(CheckpointStored(step, seconds))
             return stored
 
         return store
@@ -194,7 +227,7 @@ def train_worker(settings: dict[str, Any]) -> dict[str, Any]:
     listener = WorkerListener(events)
     if listener.is_first:
         count = worker_rank()[1]
-        events.tell({"kind": "workers", "count": count, "nodes": resources.node_count()})
+        events.tell(WorkersStarted(count, resources.node_count()))
         events.tell(_describe(config, splits))
     options = {
         "device": device,
@@ -237,14 +270,14 @@ def _wait_until_stored() -> None:
     ray.train.get_all_reported_checkpoints(consistency_mode=committed, timeout_s=LEAVE_SECONDS)
 
 
-def _describe(config: Config, splits: tuple[Split, Split]) -> Event:
-    """Return what is to be noted of the data."""
+def _describe(config: Config, splits: tuple[Split, Split]) -> DataDescribed:
+    """Return digests and sizes of the data, and what looks suspicious in it."""
     facts: dict[str, str | int] = {}
     for name, split in zip(("train", "val"), splits, strict=True):
         facts |= {f"{name}.digest": split.digest, f"{name}.images": len(split.records)}
     facts |= {f"train.dropped.{why}": count for why, count in splits[0].dropped.items()}
     findings = [str(finding) for finding in find_cheaply(config, splits[0])]
-    return {"kind": "data", "facts": facts, "findings": findings}
+    return DataDescribed(facts, findings)
 
 
 def _latest_whole_checkpoint(cache: Cache, tell: Callable[[str], None]) -> tuple[Path, str] | None:

@@ -14,6 +14,7 @@ from gfl.data.samplers import TrainBatches
 from gfl.data.split import load_splits
 from gfl.errors import DataError, LeaveError
 from gfl_platform.cluster import resources
+from gfl_platform.cluster.events import WorkerFailed
 from gfl_platform.cluster.launch import ControllerCallback, JobFailedError, one_line, root_cause
 from gfl_platform.cluster.resources import of_autoscaler, shortage
 from gfl_platform.config import load_job
@@ -73,7 +74,7 @@ def test_a_node_that_is_drained_is_no_failure():
         for _ in range(3):
             callback.after_exception(None, {**lost})
         callback.after_report(None, [{}], None)
-    assert [event["reason"] for event in heard.events] == ["its node is drained"] * 2
+    assert [event.reason for event in heard.events] == ["its node is drained"] * 2
     callback.after_exception(None, {0: RuntimeError("first")})
     with pytest.raises(JobFailedError, match="second"):
         callback.after_exception(None, {0: RuntimeError("second")})
@@ -86,7 +87,7 @@ def test_a_service_that_fails_for_a_while_ends_no_training(error, final):
     heard = Heard()
     with pytest.raises(JobFailedError) if final else nullcontext():
         ControllerCallback(heard, max_failures=1).after_exception(None, {0: error})
-    assert heard.events[0]["final"] == final
+    assert heard.events[0].final == final
 
 
 def test_a_worker_that_stops_its_partners_is_one_loss():
@@ -94,17 +95,12 @@ def test_a_worker_that_stops_its_partners_is_one_loss():
     died = WorkerHealthCheckFailedError("rank 1 is gone", ActorDiedError())
     partner = RuntimeError("Connection closed by peer")
     ControllerCallback(heard, max_failures=1).after_exception(None, {0: partner, 1: died})
-    assert [event["rank"] for event in heard.events] == [1]
+    assert [event.rank for event in heard.events] == [1]
     with pytest.raises(JobFailedError, match="bad data"):
         ControllerCallback(heard, max_failures=9).after_exception(
             None, {0: partner, 1: died, 2: ValueError("bad data")}
         )
-    assert heard.events[-1] == {
-        "kind": "failure",
-        "rank": 2,
-        "reason": "bad data",
-        "final": True,
-    }
+    assert heard.events[-1] == WorkerFailed(2, "bad data", final=True)
 
 
 def test_the_most_that_an_autoscaler_adds_is_in_its_file():

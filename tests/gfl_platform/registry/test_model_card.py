@@ -5,6 +5,7 @@ import subprocess
 import pytest
 
 from gfl.config.loader import derive
+from gfl_platform.cluster.events import DataDescribed, TagsSet
 from gfl_platform.config import JobConfig
 from gfl_platform.provenance import git_state, git_state_of
 from gfl_platform.registry import model_card, models
@@ -32,7 +33,7 @@ def test_a_training_is_done_again_where_it_is_asked_for(tiny, tmp_path, monkeypa
     code("a.py", "+1\n")
     (folder := tmp_path / "run").mkdir()
     tracker = RunTracker(store_of(then), folder, metadata.describe(then, "first"))
-    tracker.handle({"kind": "tags", "tags": {"weights.pretrained": "w (sha256 123)"}})
+    tracker.handle(TagsSet({"weights.pretrained": "w (sha256 123)"}))
     tracker.close("FINISHED")
     where = JobConfig(storage={"root": f"{tmp_path}/now"}, tracking={"experiment": "again"})
     again = model_card.recipe(where, f"runs:/{tracker.run_id}", ["seed=3"])
@@ -55,8 +56,8 @@ def test_a_training_is_done_again_where_it_is_asked_for(tiny, tmp_path, monkeypa
 def test_other_weights_are_told(capsys):
     progress = Progress()
     progress.expect({"weights.pretrained": "w (sha256 123)", "data.train.digest": "4"})
-    progress.show({"kind": "tags", "tags": {"weights.pretrained": "w (sha256 567)"}})
-    progress.show({"kind": "data", "facts": {"train.digest": "4"}})
+    progress.show(TagsSet({"weights.pretrained": "w (sha256 567)"}))
+    progress.show(DataDescribed({"train.digest": "4"}, []))
     out = capsys.readouterr().out
     assert out == "not as it was then: weights.pretrained w (sha256 123) -> w (sha256 567)\n"
 

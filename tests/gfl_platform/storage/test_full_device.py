@@ -7,6 +7,7 @@ import torch
 
 from gfl.checkpoint.files import WEIGHTS, read_about, require_whole
 from gfl.checkpoint.snapshot import load_checkpoint
+from gfl_platform.cluster.events import CheckpointDamaged, EpochEvaluated
 from gfl_platform.cluster.launch import JobFailedError
 from gfl_platform.config import load_job
 from gfl_platform.tracking.status import read_status
@@ -55,10 +56,10 @@ def test_neither_a_full_device_nor_a_damaged_checkpoint_changes_a_digit(trained,
     damage(latest / WEIGHTS)
     events = []
     again = train.train(job, "full", resume=True, watch=events.append)
-    (damaged,) = [event for event in events if event["kind"] == "damaged"]
-    assert str(latest.name) in damaged["reason"]
-    evaluated = [event for event in events if event["kind"] == "checkpoint"]
-    assert [event["epoch"] for event in evaluated if "repeated" not in event] == [3]
+    (damaged,) = [event for event in events if isinstance(event, CheckpointDamaged)]
+    assert str(latest.name) in damaged.reason
+    evaluated = [event for event in events if isinstance(event, EpochEvaluated)]
+    assert [event.epoch for event in evaluated if not event.repeated] == [3]
     require_same(again, trained[1])
 
 

@@ -10,6 +10,7 @@ import boto3
 import pytest
 
 from gfl.config.loader import ConfigError
+from gfl_platform.cluster.events import CheckpointSaved
 from gfl_platform.config import StorageConfig, load_job
 from gfl_platform.registry.models import fetch_checkpoint
 from gfl_platform.storage.cache import MANIFEST, Cache
@@ -207,7 +208,7 @@ def remote(s3, tiny_file, shapes_folder, tmp_path):
 def test_a_run_lives_on_s3(remote, tmp_path):
     events = []
     result = train.train(remote, "far", resume=False, watch=events.append)
-    saved = [event["step"] for event in events if event["kind"] == "saved"]
+    saved = [event.step for event in events if isinstance(event, CheckpointSaved)]
     assert saved
     assert all(step % 3 == 0 for step in saved)
     checkpoint = fetch_checkpoint(remote, f"runs:/{result.run_id}", tmp_path)

@@ -11,6 +11,14 @@ import pytest
 
 from gfl.config.loader import ConfigError, config_hash, dump_config, reproducible
 from gfl_platform.cluster import launch, resources
+from gfl_platform.cluster.events import (
+    OfTrial,
+    StepsDone,
+    TrialEnded,
+    TrialOutcome,
+    TrialStarted,
+    name_of,
+)
 from gfl_platform.config import load_job
 from gfl_platform.sweeps.recorder import Recorder
 from gfl_platform.sweeps.run import CONFIG_FILE, comparable, concurrency, run_sweep
@@ -268,7 +276,7 @@ def run_dry(job, name, resume=False):
     """Return the results of a sweep and what happened to which trial."""
     events = []
     results = run_sweep(
-        job, name, resume=resume, watch=lambda t, e: events.append((t.id, e["kind"])),
+        job, name, resume=resume, watch=lambda t, e: events.append((t.id, name_of(e))),
         train=dry_training,
     )  # fmt: skip
     return results, events
@@ -436,10 +444,10 @@ def test_a_trial_may_begin_while_the_store_is_away(tmp_path):
     job = job_of(GRID, f"storage.root={tmp_path}", away)
     recorder = Recorder(job, store_of(job), "s", tmp_path / "trials", "0" * 32, 1, lambda *_: None)
     planned = {"id": "000", "point": {BETA: 2, BINS: 4}, "seed": 0, "stage": "search"}
-    recorder.handle({"kind": "started", "trial": "000", "planned": planned})
-    outcome = {"state": "finished", "figures": {"AP": 0.5, "fps": 9.0}, "protocol": {}}
-    recorder.handle({"kind": "outcome", "trial": "000", **outcome})
-    recorder.handle({"kind": "ended", "trial": "000", "planned": planned, "state": "stopped early"})
+    recorder.handle(OfTrial("000", TrialStarted(planned)))
+    outcome = TrialOutcome("finished", figures={"AP": 0.5, "fps": 9.0})
+    recorder.handle(OfTrial("000", outcome))
+    recorder.handle(OfTrial("000", TrialEnded("stopped early", planned=planned)))
     assert read_trial(tmp_path / "trials" / "000").state == "finished"
     assert backlog(tmp_path / "trials" / "000") > 2
 
@@ -448,11 +456,9 @@ def test_what_a_stopped_training_still_says_is_not_noted(tmp_path):
     job = job_of(GRID, f"storage.root={tmp_path}")
     recorder = Recorder(job, store_of(job), "s", tmp_path / "trials", "0" * 32, 1, lambda *_: None)
     planned = {"id": "000", "point": {BETA: 2, BINS: 4}, "seed": 0, "stage": "search"}
-    recorder.handle({"kind": "started", "trial": "000", "planned": planned})
-    ended = {"kind": "ended", "trial": "000", "planned": planned, "state": "stopped early"}
-    recorder.handle(ended)
-    steps = {"kind": "steps", "trial": "000", "step": 9, "epoch": 1.5, "metrics": {"loss": 1.0}}
-    recorder.handle(steps)
+    recorder.handle(OfTrial("000", TrialStarted(planned)))
+    recorder.handle(OfTrial("000", TrialEnded("stopped early", planned=planned)))
+    recorder.handle(OfTrial("000", StepsDone(9, 99, 1.5, 0.0, {"loss": 1.0})))
     run = connect(job).get_run(recorder.trials["000"].run_id)
     assert (run.info.status, run.data.metrics) == ("KILLED", {})
     assert recorder.trials["000"].state == "stopped early"

@@ -3,11 +3,12 @@
 import shutil
 import sqlite3
 
+from gfl_platform.cluster.events import CheckpointDamaged, StepsDone
 from gfl_platform.tracking.spool import SPOOL_FILE, Spool, backlog
 
 
 def steps(number):
-    return {"kind": "steps", "step": number, "metrics": {"loss": 1 / 3}}
+    return StepsDone(number, 99, number / 10, 0.0, {"loss": 1 / 3}, time_ms=123)
 
 
 def test_events_outlive_the_process_in_their_order(tmp_path):
@@ -20,7 +21,7 @@ def test_events_outlive_the_process_in_their_order(tmp_path):
     assert list(found.values()) == [steps(0), steps(1), steps(2)]
     again.remove(max(found))
     assert backlog(tmp_path) == len(again) == 2
-    assert [event["step"] for event in again.first(9).values()] == [3, 4]
+    assert [event.step for event in again.first(9).values()] == [3, 4]
 
 
 def test_a_run_without_a_spool_has_no_backlog(tmp_path):
@@ -40,14 +41,14 @@ def test_numbers_rise_and_outlive_the_process(tmp_path):
 
 def test_a_full_spool_drops_the_oldest_steps_and_says_so(tmp_path, caplog):
     spool = Spool(tmp_path / SPOOL_FILE, limit=20)
-    spool.add({"kind": "opened"})
+    spool.add(CheckpointDamaged("half"))
     for number in range(25):
         spool.add(steps(number))
     kept = list(spool.first(99).values())
     assert len(kept) <= 20
-    assert kept[0] == {"kind": "opened"}
+    assert kept[0] == CheckpointDamaged("half")
     assert kept[-1] == steps(24)
-    assert [event["step"] for event in kept[1:]] == list(range(24 - len(kept) + 2, 25))
+    assert [event.step for event in kept[1:]] == list(range(24 - len(kept) + 2, 25))
     assert "reports of steps were dropped" in caplog.text
 
 
@@ -55,7 +56,7 @@ def test_the_backlog_of_a_driver_that_was_killed_while_writing_can_be_counted(tm
     path = tmp_path / "live" / SPOOL_FILE
     path.parent.mkdir()
     spool = Spool(path)
-    spool.add({"kind": "steps", "step": 1})
+    spool.add(steps(1))
     writing = sqlite3.connect(path, isolation_level=None)
     writing.execute("PRAGMA cache_size = 1")  # so that pages reach the file before the end
     writing.execute("BEGIN IMMEDIATE")

@@ -1,29 +1,37 @@
 """What a driver notes of a run, and who holds it."""
 
+from dataclasses import replace
+
 import pytest
 
+from gfl_platform.cluster.events import (
+    CheckpointStored,
+    EpochEvaluated,
+    StepsDone,
+    WorkerFailed,
+)
 from gfl_platform.storage.files import StorageError, held, read_json
 from gfl_platform.tracking.status import STATUS_FILE, StatusFile, read_status
 
-STEPS = {
-    "kind": "steps", "step": 10, "total_steps": 40, "epoch": 0.5, "seconds_left": 120.0,
-    "metrics": {
+STEPS = StepsDone(
+    step=10, total_steps=40, epoch=0.5, seconds_left=120.0,
+    metrics={
         "images_per_second": 31.5, "loss": 1.0, "data_wait_share": 0.256,
         "step_ms_p50": 251.0, "step_ms_p90": 300.0, "step_ms_p99": 402.0,
         "worker0.data_wait_share": 0.02, "worker0.memory_gib": 0.8,
         "worker1.data_wait_share": 0.5, "worker1.memory_gib": 2, "worker1.gpu": 0.9,
         "worker1.gpu_memory_gib": 41.2,
     },
-}  # fmt: skip
-STORED = {"kind": "stored", "step": 10, "metrics": {"checkpoint_seconds": 2.34}}
-LOST = {"kind": "failure", "rank": 1, "reason": "killed", "final": False}
+)  # fmt: skip
+STORED = CheckpointStored(10, {"checkpoint_seconds": 2.34})
+LOST = WorkerFailed(1, "killed", final=False)
 
 
 def test_a_run_says_where_it_stands(tmp_path):
     assert read_status(tmp_path)["state"] == "not started"
     with StatusFile(tmp_path, workers=2, nodes=3) as status:
-        status.handle({"kind": "checkpoint", "metrics": {"AP": 0.5}})
-        status.handle({"kind": "checkpoint", "metrics": {"AP": 0.4}})
+        status.handle(EpochEvaluated(5, 1, {"AP": 0.5}))
+        status.handle(EpochEvaluated(10, 2, {"AP": 0.4}))
         status._written = 0.0
         status.handle(STEPS)
         rows = read_status(tmp_path)
@@ -63,7 +71,7 @@ def test_a_run_that_goes_on_counts_its_restarts(tmp_path):
 def test_reports_that_are_repeated_are_no_steps(tmp_path):
     with StatusFile(tmp_path, 1, 1) as status:
         status.handle(LOST)
-        status.handle(STEPS | {"repeated": True})
+        status.handle(replace(STEPS, repeated=True))
         assert read_status(tmp_path)["state"].startswith("restarting")
         assert status._lost_at is not None
         status._written = 0.0

@@ -9,6 +9,13 @@ import time
 import boto3
 import pytest
 
+from gfl_platform.cluster.events import (
+    EpochEvaluated,
+    FolderWritten,
+    StepsDone,
+    TagsSet,
+    WorkerFailed,
+)
 from gfl_platform.config import load_job
 from gfl_platform.registry import models
 from gfl_platform.tracking.client import TrackingError, without_password
@@ -34,7 +41,7 @@ def job_for(server, tmp_path, *more):
 
 
 def steps(number):
-    return {"kind": "steps", "step": number, "epoch": number / 10, "metrics": {"loss": 1 / number}}
+    return StepsDone(number, 999, number / 10, 0.0, {"loss": 1 / number})
 
 
 @pytest.fixture(autouse=True)
@@ -81,9 +88,9 @@ def test_a_report_that_was_not_noted_counts_as_new(tiny_file, tmp_path, monkeypa
         with pytest.raises(SystemExit):
             tracker.handle(steps(1))
         with pytest.raises(SystemExit):
-            tracker.handle({"kind": "failure", "final": False})
+            tracker.handle(WorkerFailed(0, "killed", final=False))
     tracker.handle(steps(1))
-    tracker.handle({"kind": "failure", "final": False})
+    tracker.handle(WorkerFailed(0, "killed", final=False))
     tracker.close("FINISHED")
     points = history(store_of(job).client, tracker.run_id, "loss")
     assert [metric.step for metric in points] == [1]
@@ -94,7 +101,7 @@ def test_a_backlog_is_delivered_at_the_end(tiny_file, tmp_path):
     job = load_job(tiny_file, [f"storage.root={tmp_path}"])
     tracker = RunTracker(store_of(job), tmp_path, describe(job, "behind"))
     for number in range(1, 3 * BATCH):
-        tracker._add(steps(number))
+        tracker._spool.add(steps(number))
     tracker.close("FINISHED")
     assert backlog(tmp_path) == 0
     points = history(store_of(job).client, tracker.run_id, "loss")
@@ -152,10 +159,9 @@ def test_a_run_stays_in_the_store_that_was_chosen_for_it(tiny_file, tmp_path, ca
 
 def test_a_checkpoint_of_an_epoch_trained_again_takes_the_place_of_the_first(tiny_file, tmp_path):
     job = load_job(tiny_file, [f"storage.root={tmp_path}"])
-    event = {"kind": "checkpoint", "step": 4, "epoch": 1, "metrics": {"AP": 0.1}}
     with RunTracker(store_of(job), tmp_path, describe(job, "again")) as tracker:
         for uri in ("damaged", "whole"):
-            tracker.handle(event | {"uri": str(tmp_path / uri)})
+            tracker.handle(EpochEvaluated(4, 1, {"AP": 0.1}, str(tmp_path / uri)))
     client = store_of(job).client
     experiment = client.get_run(tracker.run_id).info.experiment_id
     (model,) = client.search_logged_models([experiment])
@@ -165,9 +171,9 @@ def test_a_checkpoint_of_an_epoch_trained_again_takes_the_place_of_the_first(tin
 def test_an_epoch_that_a_worker_repeats_is_noted_once(tiny_file, tmp_path):
     job = load_job(tiny_file, [f"storage.root={tmp_path}"])
     tracker = RunTracker(store_of(job), tmp_path, describe(job, "repeated"))
-    for step, epoch, told in ((4, 1, {}), (4, 1, {"repeated": True}), (8, 2, {"repeated": True})):
-        event = {"kind": "checkpoint", "step": step, "epoch": epoch, "uri": str(tmp_path), **told}
-        tracker.handle(event | {"metrics": {"AP": 0.1 * epoch}})
+    for step, epoch, repeated in ((4, 1, False), (4, 1, True), (8, 2, True)):
+        metrics = {"AP": 0.1 * epoch}
+        tracker.handle(EpochEvaluated(step, epoch, metrics, str(tmp_path), repeated))
     tracker.close("FINISHED")
     points = history(store_of(job).client, tracker.run_id, "AP")
     assert [metric.value for metric in points] == [0.1, 0.2]
@@ -285,7 +291,7 @@ def test_what_a_store_will_never_take_holds_up_nothing(server, tmp_path, caplog)
     folder = tmp_path / "run"
     folder.mkdir()
     tracker = RunTracker(store_of(job), folder, describe(job, "refused"))
-    tracker.handle({"kind": "tags", "tags": {"a\tb": "no name of a tag"}})
+    tracker.handle(TagsSet({"a\tb": "no name of a tag"}))
     tracker.handle(steps(1))
     tracker.flush()
     assert "not logged: tags" in caplog.text
@@ -315,7 +321,7 @@ def test_a_database_that_dies_loses_nothing_and_stops_nothing(tmp_path, caplog):
     database.start()
     deadline = time.monotonic() + 30
     while backlog(tmp_path) and time.monotonic() < deadline:
-        tracker.handle({"kind": "tags", "tags": {"a": "b"}})  # it waits a little after a failure
+        tracker.handle(TagsSet({"a": "b"}))  # it waits a little after a failure
         time.sleep(0.2)
     assert backlog(tmp_path) == 0
     database.stop()
@@ -349,8 +355,8 @@ def test_artifacts_wait_for_their_storage(s3, server, tmp_path, tmp_path_factory
     (report / "index.html").write_text("figures")
     s3.busy(True)
     tracker = RunTracker(store_of(job), folder, describe(job, "artifacts"))
-    tracker.handle({"kind": "folder", "path": str(report)})
-    tracker.handle({"kind": "folder", "path": f"{tmp_path}/gone"})
+    tracker.handle(FolderWritten(str(report)))
+    tracker.handle(FolderWritten(f"{tmp_path}/gone"))
     assert backlog(folder) == 3
     s3.busy(False)
     tracker.close("FINISHED")

@@ -5,6 +5,7 @@ import os
 import signal
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,17 @@ from gfl.checkpoint.snapshot import load_checkpoint
 from gfl.config.loader import ConfigError, derive, load_config
 from gfl.evaluation.coco_eval import evaluate_detections
 from gfl_platform.cluster import launch
-from gfl_platform.cluster.events import pumped
+from gfl_platform.cluster.event_queue import pumped
+from gfl_platform.cluster.events import (
+    CheckpointDamaged,
+    DataDescribed,
+    EpochEvaluated,
+    ImagesEvaluated,
+    OfTrial,
+    SpeedMeasured,
+    StepsDone,
+    WorkerFailed,
+)
 from gfl_platform.config import JobConfig, load_job
 from gfl_platform.evaluation.evaluate import evaluate_checkpoint
 from gfl_platform.registry import models
@@ -37,10 +48,10 @@ def job_of(tiny_file, root, *overrides):
 
 def test_the_driver_hears_of_steps_and_epochs(trained):
     _, result, events = trained
-    steps = [e["step"] for e in events if e["kind"] == "steps"]
+    steps = [e.step for e in events if isinstance(e, StepsDone)]
     assert steps
     assert steps == sorted(set(steps))
-    assert [e["epoch"] for e in events if e["kind"] == "checkpoint"] == [1, 2, 3]
+    assert [e.epoch for e in events if isinstance(e, EpochEvaluated)] == [1, 2, 3]
     assert result.fps > 0
     assert result.seconds > 0
 
@@ -48,12 +59,13 @@ def test_the_driver_hears_of_steps_and_epochs(trained):
 def test_the_queue_of_events_ends_with_its_job():
     heard = []
     with pumped(heard.append) as events:
-        events.tell({"kind": "steps"})
-    assert heard == [{"kind": "steps"}]
+        events.tell(CheckpointDamaged("half"))
+        replace(events, trial="007").tell(CheckpointDamaged("gone"))
+    assert heard == [CheckpointDamaged("half"), OfTrial("007", CheckpointDamaged("gone"))]
 
     def tell_until_it_is_dead():  # Ray does not wait for that
         for _ in range(100):
-            ray.get(events.tell({"kind": "steps"}))
+            ray.get(events.tell(CheckpointDamaged("half")))
             time.sleep(0.1)
 
     with pytest.raises(ActorDiedError):
@@ -82,7 +94,7 @@ def test_the_run_holds_all_that_reproduces_it(trained):
     assert metrics <= set(run.data.metrics)
     assert run.data.metrics["APl"] == -1  # as COCO has it: on images of 64 px no object is large
     steps = [m.step for m in history(client, result.run_id, "loss")]
-    assert steps == [e["step"] for e in events if e["kind"] == "steps"]
+    assert steps == [e.step for e in events if isinstance(e, StepsDone)]
     assert len(history(client, result.run_id, "AP")) == 3
 
 
@@ -111,7 +123,7 @@ def test_evaluation_over_the_cluster_repeats_the_figures(trained, tmp_path):
     job, result, _ = trained
     events, results = [], tmp_path / "results.json"
     figures = evaluate_checkpoint(result.checkpoint, job, events.append, results=results)
-    assert events[-1] == {"kind": "evaluated", "images": 11, "total": 11}
+    assert events[-1] == ImagesEvaluated(11, 11)
     assert figures["metrics"] == pytest.approx(result.metrics, abs=1e-6)
     assert figures["fps"] > 0
     assert figures["images"] == 11
@@ -256,12 +268,12 @@ def test_a_killed_worker_changes_no_digit(trained, tiny_file, tmp_path):
 
     def watch(event):
         events.append(event)
-        if event["kind"] == "checkpoint" and event["epoch"] == 1 and not victim.is_set():
+        if isinstance(event, EpochEvaluated) and event.epoch == 1 and not victim.is_set():
             victim.set()
             os.kill(training_processes()[0], signal.SIGKILL)
 
     again = train.train(job_of(tiny_file, tmp_path), "killed", resume=False, watch=watch)
-    assert any(e["kind"] == "failure" for e in events)
+    assert any(isinstance(event, WorkerFailed) for event in events)
     for one, other in zip(checkpoints(result), checkpoints(again), strict=True):
         same_weights(one, other)
     client = connect(job_of(tiny_file, tmp_path))
@@ -339,9 +351,9 @@ def test_coco128_trains_through_the_true_pipeline_at_320_px(real_data, tmp_path)
     assert (job.data.short_side, job.data.long_side) == (320, 533)
     events = []
     result = train.train(job, "coco", resume=False, watch=events.append)
-    (data,) = [e for e in events if e["kind"] == "data"]
-    assert data["findings"][-1].startswith("train: classes without boxes: ")
-    losses = [e["metrics"]["loss"] for e in events if e["kind"] == "steps"]
+    (data,) = [event for event in events if isinstance(event, DataDescribed)]
+    assert data.findings[-1].startswith("train: classes without boxes: ")
+    losses = [event.metrics["loss"] for event in events if isinstance(event, StepsDone)]
     assert len(losses) == 12
     assert sum(losses[-4:]) < 0.95 * sum(losses[:4])
     facts = connect(job).get_run(result.run_id).data.tags
@@ -363,7 +375,7 @@ def test_a_tracking_store_that_dies_does_not_hide_why_a_job_ends(tiny_file, tmp_
 
     with monkeypatch.context() as patch:
         patch.setattr("mlflow.MlflowClient.log_batch", fail)
-        tracker.handle({"kind": "result", "fps": 3.0, "protocol": {"batch": 1}})
+        tracker.handle(SpeedMeasured(3.0, {"batch": 1}))
         tracker.flush()
         assert connect(job).get_run(tracker.run_id).data.metrics == {}
     with pytest.raises(RuntimeError, match="the reason"), tracker:
@@ -381,7 +393,7 @@ def test_an_evaluation_that_was_logged_in_part_is_completed(tiny_file, tmp_path,
 
     job = job_of(tiny_file, tmp_path)
     client = connect(job)
-    event = {"kind": "checkpoint", "epoch": 1, "step": 5, "metrics": {"AP": 0.5}, "uri": "x"}
+    event = EpochEvaluated(step=5, epoch=1, metrics={"AP": 0.5}, uri="x")
     refused = []
 
     def fail(*_args, metrics, **_options):
@@ -398,7 +410,7 @@ def test_an_evaluation_that_was_logged_in_part_is_completed(tiny_file, tmp_path,
         assert all(metrics == {"AP": 0.5} for metrics in refused)
         (model,) = client.search_logged_models([experiment])
         assert (model.name, model.metrics or []) == ("epoch-1", [])
-        tracker.handle({**event, "epoch": 2, "step": 10, "metrics": {"AP": 0.6}})
+        tracker.handle(replace(event, epoch=2, step=10, metrics={"AP": 0.6}))
         tracker.handle(event)  # as after an interruption
     points = history(client, tracker.run_id, "AP")
     assert [(m.step, m.value) for m in points] == [(5, 0.5), (10, 0.6)]
