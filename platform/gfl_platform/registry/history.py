@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-GATED_ALIASES = ("previous", "champion")
-"""The aliases that decisions move, in the order in which they are moved."""
+GATED_ALIASES = ("champion", "previous")
+"""The aliases that only decisions move."""
 
 DECISION = "gfl.decision."
 """Start of the key of every tag that holds a decision."""
@@ -76,9 +76,8 @@ class Decision:
         """The versions that `champion` and `previous` point at after the decision."""
         if self.action == "refused":
             return self.before
-        champion = self.before.get("champion")
-        previous = {} if champion is None else {"previous": champion}
-        return self.before | previous | {"champion": self.version}
+        previous = self.before.get("champion", self.before.get("previous"))
+        return {"champion": self.version} | ({} if previous is None else {"previous": previous})
 
 
 @dataclass(frozen=True)
@@ -114,7 +113,7 @@ class History:
         return [
             f"{alias} was {_target(known[0], alias)} and is {_target(self.aliases, alias)}, "
             "by no decision."
-            for alias in reversed(GATED_ALIASES)
+            for alias in GATED_ALIASES
             if self.aliases.get(alias) != known[0].get(alias)
         ]
 
@@ -188,11 +187,8 @@ def _apply(client: "MlflowClient", model: str, decision: Decision) -> None:
     after that, so that the latest decision holds in the end.
     """
     while True:
-        for alias in GATED_ALIASES:
-            if version := decision.aliases.get(alias):
-                _retry(
-                    model, partial(client.set_registered_model_alias, model, alias, str(version))
-                )
+        for alias, version in reversed(decision.aliases.items()):  # `champion` comes last
+            _retry(model, partial(client.set_registered_model_alias, model, alias, str(version)))
         _write(client, model, replace(decision, applied=True))
         latest = read_history(client, model).latest_move
         if latest is None or latest.id == decision.id:
