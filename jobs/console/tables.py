@@ -183,27 +183,31 @@ FAILURES_SHOWN = 10
 
 def show_sweep(results: SweepResults) -> None:
     """Print the best points, the verdicts, a paper's figures, the failures and the cost."""
-    found = analyse(results)
-    if found.points:
+    analysis = analyse(results)
+    if analysis.points:
         metrics = [
             metric
             for metric in dict.fromkeys((*results.sweep.objectives, "AP", "fps"))
-            if any(metric in point.figures for point in found.points)
+            if any(metric in point.figures for point in analysis.points)
         ]
         names = ["point", *map(axis_name, metrics), "seeds"]
-        _show_folded("best points, mean ± sd over seeds", names, _points(found, metrics))
-    _show_folded("verdicts, paired over seeds", ["key", "default", "verdict"], _verdicts(found))
-    if found.published:
+        _show_folded("best points, mean ± sd over seeds", names, _points(analysis, metrics))
+    _show_folded("verdicts, paired over seeds", ["key", "default", "verdict"], _verdicts(analysis))
+    if analysis.published:
         names = ["point", "", "paper", "ours", "paper, diff.", "ours, diff.", "seeds"]
-        _show_folded("the paper's figures and ours", names, _published(found))
-    failures = [t for t in found.unfinished if t.state in ("failed", "nan")]
+        _show_folded("the paper's figures and ours", names, _published(analysis))
+    failures = [t for t in analysis.unfinished if t.state in ("failed", "nan")]
     if failures:
         rows = [(point_label(t.point), f"{t.seed}", t.cause or t.state) for t in failures]
         hidden = len(rows) - FAILURES_SHOWN
         more = [(f"... {hidden} more", "", "")] if hidden > 0 else []
         _show_folded("failures", ["point", "seed", "cause"], [*rows[:FAILURES_SHOWN], *more])
-    states = ", ".join(f"{count} {state}" for state, count in found.cost.states.items())
-    for line in (*warnings_of(found), f"{len(results.trials)} trials: {states}", cost_line(found)):
+    states = ", ".join(f"{count} {state}" for state, count in analysis.cost.states.items())
+    for line in (
+        *warnings_of(analysis),
+        f"{len(results.trials)} trials: {states}",
+        cost_line(analysis),
+    ):
         console.print(Text(line))
 
 
@@ -216,21 +220,21 @@ def _show_folded(title: str, names: list[str], rows: Iterable[tuple[str, ...]]) 
     console.print(table)
 
 
-def _points(found: Analysis, metrics: Sequence[str]) -> Iterable[tuple[str, ...]]:
-    for point in found.points[:POINTS_SHOWN]:
+def _points(analysis: Analysis, metrics: Sequence[str]) -> Iterable[tuple[str, ...]]:
+    for point in analysis.points[:POINTS_SHOWN]:
         name = point_label(point.point) + (" (default)" if point.default else "")
         figures = [figure_of(point, metric) for metric in metrics]
         yield name, *figures, seed_count(point)
 
 
-def _verdicts(found: Analysis) -> Iterable[tuple[str, ...]]:
-    for verdict in found.verdicts:
+def _verdicts(analysis: Analysis) -> Iterable[tuple[str, ...]]:
+    for verdict in analysis.verdicts:
         whole = len(verdict.keys) > 1
         yield "all together" if whole else verdict.keys[0], verdict.default, verdict.text
 
 
-def _published(found: Analysis) -> Iterable[tuple[str, ...]]:
-    for row in found.published:
+def _published(analysis: Analysis) -> Iterable[tuple[str, ...]]:
+    for row in analysis.published:
         name = point_label(row.point) + (" (reference)" if row.reference else "")
         for number, (metric, value) in enumerate(row.paper.items()):
             ours, theirs = row.our_difference.get(metric), row.paper_difference.get(metric)

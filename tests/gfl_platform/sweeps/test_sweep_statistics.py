@@ -15,9 +15,8 @@ from gfl_platform.sweeps.analysis.statistics import (
     pareto_front,
     ranking,
     summarize,
-    unfinished,
 )
-from gfl_platform.sweeps.analysis.verdicts import judge, t_interval
+from gfl_platform.sweeps.analysis.verdicts import analyse, judge, t_interval
 from gfl_platform.sweeps.trials import SweepResults, Trial
 
 BETA = "loss.qfl.beta"
@@ -104,7 +103,7 @@ def test_points_are_summarised_over_the_seeds_of_finished_trials():
     assert default.figures["AP"].sd == pytest.approx(0.1 / math.sqrt(2))
     assert other.figures["AP"].sd is None
     assert "fps" not in other.figures
-    assert unfinished(results) == [stopped]
+    assert analyse(results).unfinished == [stopped]
 
 
 def test_nan_figures_and_repeated_seeds_do_not_count_twice():

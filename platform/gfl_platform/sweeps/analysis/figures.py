@@ -17,7 +17,7 @@ from matplotlib.patches import Rectangle
 from matplotlib.ticker import LogLocator, MaxNLocator
 
 from gfl_platform.config import RangeConfig
-from gfl_platform.sweeps.analysis.statistics import PointSummary, spread
+from gfl_platform.sweeps.analysis.statistics import PointSummary
 from gfl_platform.sweeps.analysis.verdicts import Analysis
 from gfl_platform.sweeps.formatting import (
     NAMES,
@@ -35,100 +35,39 @@ from gfl_platform.sweeps.formatting import (
 from gfl_platform.sweeps.trials import SweepResults, Trial
 
 LOG_RATIO = 50
-"""A list of positive numbers so far apart is drawn on a logarithmic axis."""
+"""Ratio of a list's largest to its smallest number from which its axis is logarithmic."""
 
 LONGEST_TICK = 16
+"""Characters of a tick's label at most."""
 
+FEW_TICKS = 8
+"""Values up to which each has a tick."""
 
-@dataclass(frozen=True)
-class Scale:
-    """An axis of a key's values.
+MOST_PAIRS = 6
+"""Heatmaps of a report at most: those of the most important keys."""
 
-    Attributes:
-        kind: Numbers lie linearly or by their logarithm; other values evenly, in their order.
-        values: All different ones; numbers by size.
-    """
+BINS = 5
+"""Bins in a heatmap of a range, or of a list of more than twice as many numbers."""
 
-    kind: Literal["linear", "log", "categorical"]
-    values: list[Any]
+SEEDS_SHOWN = 6
+"""Seeds with a colour and marker of their own; further seeds look alike."""
 
-    def position(self, value: Any) -> float:
-        """Return where a value lies."""
-        if self.kind == "categorical":
-            return [identity(each) for each in self.values].index(identity(value))
-        return float(value)
+MOST_NUMBERED = 15
+"""Points of a Pareto front that are numbered."""
 
-    def beside(self, value: Any, share: float) -> float:
-        """Return a position next to a value, a share of the axis away."""
-        if self.kind == "categorical":
-            return self.position(value) + share * len(self.values)
-        low, high = float(self.values[0]), float(self.values[-1])
-        if self.kind == "log":
-            return float(value) * (high / low) ** share
-        return float(value) + share * (high - low)
-
-    def apply(self, axes: Axes) -> None:
-        """Set the scale and the ticks of the x axis: at the values if they are few."""
-        if self.kind == "categorical":
-            axes.set_xticks(range(len(self.values)), [tick(value) for value in self.values])
-            return
-        if self.kind == "log":
-            axes.set_xscale("log")
-        if len(self.values) <= 8 and self._room():
-            axes.set_xticks(self.values, [tick(value) for value in self.values], minor=False)
-            axes.set_xticks([], minor=True)
-        elif self.kind == "log":
-            axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=8))
-            axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
-            axes.set_xticks([], minor=True)
-
-    def _room(self) -> bool:
-        """Whether no two values are so near that their ticks overlap."""
-        at = [log10(value) if self.kind == "log" else float(value) for value in self.values]
-        gaps = [second - first for first, second in pairwise(at)]
-        return not gaps or min(gaps) > (at[-1] - at[0]) / 14
-
-
-def scale_of(asked: RangeConfig, values: Sequence[Any]) -> Scale:
-    """Return the axis for a key's values: those of the trials, and the default if it is drawn."""
-    found = distinct(values)
-    if not all(map(is_number, found)):
-        drawn = {identity(value) for value in found}
-        listed = [value for value in asked.values or () if identity(value) in drawn]
-        return Scale("categorical", distinct([*listed, *found]))
-    apart = asked.log_uniform or (asked.values and found[-1] >= LOG_RATIO * found[0])
-    if apart and found[0] > 0:
-        return Scale("log", found)
-    return Scale("linear", found)
-
-
-def tick(value: Any) -> str:
-    """Return a value as short as a tick has to be."""
-    return label(value, LONGEST_TICK)
-
-
-BLUE, ORANGE, GREEN, PINK, AMBER, SKY, BLACK = (
-    "#0072B2",
-    "#D55E00",
-    "#009E73",
-    "#CC79A7",
-    "#E69F00",
-    "#56B4E9",
-    "#000000",
-)
+BLUE, ORANGE, GREEN, PINK = "#0072B2", "#D55E00", "#009E73", "#CC79A7"
+AMBER, SKY, BLACK, GREY = "#E69F00", "#56B4E9", "#000000", "#8A8A8A"
 
 COLOURS = (BLUE, GREEN, PINK, AMBER, SKY, BLACK)
-"""Of seeds; orange is the best's alone."""
+"""Colours of the seeds; orange is reserved for the best trial and the means."""
 
 MARKERS = "osD^vPX"
-
-GREY = "#8A8A8A"
 
 COLOUR_MAP = "cividis"
 
 INCHES = (6.0, 4.2)
 
-LETTERS = {
+STYLE = {
     "font.size": 14,
     "axes.labelsize": 14,
     "xtick.labelsize": 13,
@@ -150,8 +89,8 @@ class Picture:
     """A figure of the report.
 
     Attributes:
-        name: Of its file, without a suffix.
-        title: Heading above it.
+        name: Name of its file, without a suffix.
+        title: Heading above the figure.
         caption: What is drawn.
         figure: The figure itself.
     """
@@ -162,10 +101,26 @@ class Picture:
     figure: Figure
 
 
+def draw_all(analysis: Analysis) -> list[Picture]:
+    """Draw all figures that the trials allow, in the order of the report."""
+    metrics = dict.fromkeys((analysis.objective, "AP"))
+    keys = analysis.results.sweep.space
+    with style():
+        pictures = [
+            *(draw_parameter(analysis.results, key, metric) for metric in metrics for key in keys),
+            draw_published(analysis),
+            draw_importance(analysis),
+            *draw_pairs(analysis),
+            draw_curves(analysis),
+            draw_front(analysis),
+        ]
+    return [picture for picture in pictures if picture]
+
+
 @contextmanager
 def style() -> Iterator[None]:
     """Draw with the report's settings, whatever those of the process are."""
-    with mpl.rc_context({**mpl.rcParamsDefault, **LETTERS}):
+    with mpl.rc_context({**mpl.rcParamsDefault, **STYLE}):
         yield
 
 
@@ -193,36 +148,112 @@ def legend_above(axes: Axes, columns: int = 3) -> None:
         )
 
 
-MOST_PAIRS = 6
-"""Heatmaps of a report: of the most important keys."""
-
-BINS = 5
-"""Of a range in a heatmap, and of a list of more than twice as many numbers."""
-
-SEEDS_SHOWN = 6
-"""By colour and marker; more seeds look alike."""
+def _rotate_ticks(axes: Axes) -> None:
+    axes.tick_params(axis="x", rotation=30)
+    for text in axes.get_xticklabels():
+        text.set(ha="right", rotation_mode="anchor")
 
 
-def draw_parameter(found: Analysis, key: str, metric: str) -> Picture | None:
-    """Draw a figure of all finished trials against a key; None if no trial has it."""
-    results = found.results
+@dataclass(frozen=True)
+class Scale:
+    """The axis of a key's values.
+
+    Attributes:
+        kind: Numbers lie linearly or by their logarithm; other values evenly, in their order.
+        values: All different values; numbers are sorted.
+    """
+
+    kind: Literal["linear", "log", "categorical"]
+    values: list[Any]
+
+    def position(self, value: Any) -> float:
+        """Return where a value lies."""
+        if self.kind == "categorical":
+            return [identity(other) for other in self.values].index(identity(value))
+        return float(value)
+
+    def beside(self, value: Any, share: float) -> float:
+        """Return a position next to a value, away by a share of the axis."""
+        if self.kind == "categorical":
+            return self.position(value) + share * len(self.values)
+        low, high = float(self.values[0]), float(self.values[-1])
+        if self.kind == "log":
+            return float(value) * (high / low) ** share
+        return float(value) + share * (high - low)
+
+    def apply(self, axes: Axes) -> None:
+        """Set the scale and the ticks of the x axis; few values have a tick each."""
+        ticks = [tick(value) for value in self.values]
+        if self.kind == "categorical":
+            axes.set_xticks(range(len(self.values)), ticks)
+            return
+        if self.kind == "log":
+            axes.set_xscale("log")
+        if len(self.values) <= FEW_TICKS and self._has_room():
+            axes.set_xticks(self.values, ticks, minor=False)
+            axes.set_xticks([], minor=True)
+        elif self.kind == "log":
+            axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=FEW_TICKS))
+            axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+            axes.set_xticks([], minor=True)
+
+    def _has_room(self) -> bool:
+        """Return whether no two values are so near that their ticks overlap."""
+        places = [log10(value) if self.kind == "log" else float(value) for value in self.values]
+        gaps = np.diff(places)
+        return not gaps.size or gaps.min() > (places[-1] - places[0]) / 14
+
+
+def scale_of(ranges: RangeConfig, values: Sequence[Any]) -> Scale:
+    """Return the axis for a key's values: those of the trials, and the default if it is drawn."""
+    drawn = distinct(values)
+    if not all(map(is_number, drawn)):
+        identities = {identity(value) for value in drawn}
+        listed = [value for value in ranges.values or () if identity(value) in identities]
+        return Scale("categorical", distinct([*listed, *drawn]))
+    wide = ranges.log_uniform or (ranges.values and drawn[-1] >= LOG_RATIO * drawn[0])
+    return Scale("log" if wide and drawn[0] > 0 else "linear", drawn)
+
+
+def tick(value: Any) -> str:
+    """Return a value as short as a tick has to be."""
+    return label(value, LONGEST_TICK)
+
+
+def _with_figure(results: SweepResults, metric: str) -> list[Trial]:
+    """Return the finished trials that have a figure of this metric."""
+    frame = results.frame().reindex(columns=["state", metric])
+    has_figure = (frame["state"] == "finished") & frame[metric].notna()
+    return [results.trials[row] for row in frame.index[has_figure]]
+
+
+def draw_parameter(results: SweepResults, key: str, metric: str) -> Picture | None:
+    """Draw a metric of all finished trials against a key; None if no trial has it."""
     trials = _with_figure(results, metric)
     if not trials:
         return None
     default = results.defaults.get(key)
-    drawn = [trial.point.get(key) for trial in trials]
-    near = not is_number(default) or _within(default, drawn)
-    scale = scale_of(results.sweep.space[key], [*drawn, default] if near else drawn)
+    values = [trial.point.get(key) for trial in trials]
+    is_near = not is_number(default) or _is_near(default, values)
+    scale = scale_of(results.sweep.space[key], [*values, default] if is_near else values)
+    figures = pd.DataFrame(
+        {
+            "value": [identity(value) for value in values],
+            "seed": [trial.seed for trial in trials],
+            "figure": [trial.figures[metric] * factor(metric) for trial in trials],
+        }
+    )
     figure, axes = canvas()
-    _scatter(axes, scale, key, metric, trials)
-    _means(axes, scale, key, metric, trials)
-    if near:
-        at = scale.position(default)
-        axes.axvline(at, color=BLACK, linestyle=":", label=f"default {tick(default)}", zorder=1)
+    _scatter(axes, scale, values, figures)
+    _draw_means(axes, scale, values, figures)
+    if is_near:
+        place = scale.position(default)
+        axes.axvline(place, color=BLACK, linestyle=":", label=f"default {tick(default)}", zorder=1)
     scale.apply(axes)
     if scale.kind == "categorical":
         axes.set_xlim(-0.5, len(scale.values) - 0.5)
-        _turn_long_ticks(axes, scale)
+        if sum(len(tick(value)) + 2 for value in scale.values) > 4 * LONGEST_TICK:
+            _rotate_ticks(axes)
     axes.set(xlabel=key, ylabel=axis_name(metric))
     legend_above(axes)
     caption = (
@@ -232,64 +263,48 @@ def draw_parameter(found: Analysis, key: str, metric: str) -> Picture | None:
     return Picture(f"{metric}-{key}", f"{metric} against {key}", caption, figure)
 
 
-def _with_figure(results: SweepResults, metric: str) -> list[Trial]:
-    frame = results.frame().reindex(columns=["state", metric])
-    has_figure = (frame["state"] == "finished") & frame[metric].notna()
-    return [results.trials[row] for row in frame.index[has_figure]]
-
-
-def _within(default: Any, drawn: Sequence[Any]) -> bool:
-    """Whether a default is no farther off than would squeeze all else to one side."""
-    numbers = [value for value in drawn if is_number(value)]
-    if len(numbers) < len(drawn):
+def _is_near(default: Any, values: Sequence[Any]) -> bool:
+    """Return whether a default is no farther off than would squeeze all else to one side."""
+    if not all(map(is_number, values)):
         return True
-    low, high = min(numbers), max(numbers)
+    low, high = min(values), max(values)
     if low > 0 and default > 0:
         return low / 100 <= default <= high * 100
     return low - 2 * (high - low) <= default <= high + 2 * (high - low)
 
 
-def _scatter(axes: Axes, scale: Scale, key: str, metric: str, trials: Sequence[Trial]) -> None:
-    seeds = sorted({trial.seed for trial in trials})
+def _scatter(axes: Axes, scale: Scale, values: Sequence[Any], figures: pd.DataFrame) -> None:
+    """Draw each figure at its value; trials of one value stand side by side by seed and start."""
+    repeats = figures.groupby(["value", "seed"]).cumcount()
+    jitters = (0.004 * (repeats % 5 - 2)).where(repeats > 0, 0.0)
+    seeds = sorted(figures["seed"].unique())
     for number, seed in enumerate(seeds):
-        mine = [trial for trial in trials if trial.seed == seed]
-        # Trials of one value stand side by side in the order of their start, whatever their figure.
         shift = (number - (len(seeds) - 1) / 2) * 0.012
-        counts: dict[str, int] = {}
-        positions = []
-        for trial in mine:
-            name = identity(trial.point.get(key))
-            counts[name] = counts.get(name, -1) + 1
-            jitter = (counts[name] % 5 - 2) * 0.004 if counts[name] else 0
-            positions.append(scale.beside(trial.point.get(key), shift + jitter))
+        rows = figures.index[figures["seed"] == seed]
         look = min(number, SEEDS_SHOWN - 1)
-        more = len(seeds) > SEEDS_SHOWN and look == SEEDS_SHOWN - 1
+        is_shared = len(seeds) > SEEDS_SHOWN and look == SEEDS_SHOWN - 1
         axes.plot(
-            positions,
-            [trial.figures[metric] * factor(metric) for trial in mine],
+            [scale.beside(values[row], shift + jitters[row]) for row in rows],
+            figures["figure"][rows],
             linestyle="none",
             marker=MARKERS[look],
             color=COLOURS[look],
             alpha=0.65,
             markersize=6,
-            label="more seeds" if more else f"seed {seed}",
+            label="more seeds" if is_shared else f"seed {seed}",
         )
 
 
-def _means(axes: Axes, scale: Scale, key: str, metric: str, trials: Sequence[Trial]) -> None:
-    xs, means, deviations = [], [], []
-    for value in distinct(trial.point.get(key) for trial in trials):
-        mine = [t for t in trials if identity(t.point.get(key)) == identity(value)]
-        found = spread(pd.Series([trial.figures[metric] * factor(metric) for trial in mine]))
-        if found and found.sd is not None:
-            xs.append(scale.beside(value, 0.025))
-            means.append(found.mean)
-            deviations.append(found.sd)
-    if xs:
+def _draw_means(axes: Axes, scale: Scale, values: Sequence[Any], figures: pd.DataFrame) -> None:
+    """Draw mean ± sample standard deviation of each value that has several figures."""
+    spreads = figures.groupby("value")["figure"].agg(["mean", "std"]).dropna()
+    several = [value for value in distinct(values) if identity(value) in spreads.index]
+    if several:
+        spreads = spreads.loc[[identity(value) for value in several]]
         axes.errorbar(
-            xs,
-            means,
-            deviations,
+            [scale.beside(value, 0.025) for value in several],
+            spreads["mean"],
+            spreads["std"],
             fmt="s",
             markersize=8,
             markerfacecolor="none",
@@ -301,46 +316,36 @@ def _means(axes: Axes, scale: Scale, key: str, metric: str, trials: Sequence[Tri
         )
 
 
-def _turn_long_ticks(axes: Axes, scale: Scale) -> None:
-    letters = sum(len(tick(value)) + 2 for value in scale.values)
-    if letters > 4 * LONGEST_TICK:
-        axes.tick_params(axis="x", rotation=30)
-        for text in axes.get_xticklabels():
-            text.set(ha="right", rotation_mode="anchor")
-
-
-def draw_pairs(found: Analysis) -> list[Picture]:
-    """Draw a heatmap over each pair of keys, of six pairs at most."""
-    trials = _with_figure(found.results, found.objective)
+def draw_pairs(analysis: Analysis) -> list[Picture]:
+    """Draw a heatmap over each pair of keys, of the most important ones."""
+    results, metric = analysis.results, analysis.objective
+    trials = _with_figure(results, metric)
     keys = [
         key
-        for key in found.importance or found.results.sweep.space
+        for key in analysis.importance or results.sweep.space
         if len(distinct(trial.point.get(key) for trial in trials)) > 1
     ]
-    return [_draw_pair(found, trials, *pair) for pair in list(combinations(keys, 2))[:MOST_PAIRS]]
+    pairs = list(combinations(keys, 2))[:MOST_PAIRS]
+    return [_draw_pair(results, metric, trials, *pair) for pair in pairs]
 
 
-def _draw_pair(found: Analysis, trials: Sequence[Trial], first: str, second: str) -> Picture:
-    metric = found.objective
-    columns, column_names = _groups(found.results, trials, first)
-    rows, row_names = _groups(found.results, trials, second)
-    cells: dict[tuple[int, int], list[float]] = {}
-    for trial, column, row in zip(trials, columns, rows, strict=True):
-        cells.setdefault((row, column), []).append(trial.figures[metric] * factor(metric))
-    grid = np.full((len(row_names), len(column_names)), np.nan)
-    for at, values in cells.items():
-        grid[at] = np.mean(values)
+def _draw_pair(
+    results: SweepResults, metric: str, trials: Sequence[Trial], first: str, second: str
+) -> Picture:
+    columns, column_names = _cells(results, trials, first)
+    rows, row_names = _cells(results, trials, second)
+    figures = pd.Series([trial.figures[metric] * factor(metric) for trial in trials])
+    means = figures.groupby([rows, columns]).mean().unstack()
+    means = means.reindex(index=range(len(row_names)), columns=range(len(column_names)))
     figure, axes = canvas()
     axes.grid(visible=False)
-    image = axes.imshow(grid, cmap=COLOUR_MAP, aspect="auto", origin="lower")
+    image = axes.imshow(means.to_numpy(), cmap=COLOUR_MAP, aspect="auto", origin="lower")
     figure.colorbar(image, label=axis_name(metric))
-    _write_cells(axes, grid)
+    _write_cells(axes, means.to_numpy())
     axes.set_xticks(range(len(column_names)), column_names)
     axes.set_yticks(range(len(row_names)), row_names)
     if sum(map(len, column_names)) > 36:
-        axes.tick_params(axis="x", rotation=30)
-        for text in axes.get_xticklabels():
-            text.set(ha="right", rotation_mode="anchor")
+        _rotate_ticks(axes)
     axes.set(xlabel=first, ylabel=second)
     caption = (
         f"Mean {metric} of the finished trainings in each cell; where it is hatched, none finished."
@@ -348,195 +353,182 @@ def _draw_pair(found: Analysis, trials: Sequence[Trial], first: str, second: str
     return Picture(f"pair-{first}-{second}", f"{metric} over {first} and {second}", caption, figure)
 
 
-def _write_cells(axes: Axes, grid: np.ndarray[Any, Any]) -> None:
-    low, high = np.nanmin(grid), np.nanmax(grid)
+def _write_cells(axes: Axes, means: np.ndarray[Any, Any]) -> None:
+    """Write each mean into its cell, in black or white; hatch the empty cells."""
+    low, high = np.nanmin(means), np.nanmax(means)
     colours = colormaps[COLOUR_MAP]
-    for (row, column), value in np.ndenumerate(grid):
+    for (row, column), value in np.ndenumerate(means):
         if np.isnan(value):
             cell = Rectangle((column - 0.5, row - 0.5), 1, 1, fill=False, hatch="///", linewidth=0)
             cell.set_edgecolor("#BBBBBB")
             axes.add_patch(cell)
             continue
-        shade = colours((value - low) / (high - low) if high > low else 0.5)
-        light = 0.299 * shade[0] + 0.587 * shade[1] + 0.114 * shade[2] > 0.5
-        colour = "black" if light else "white"
+        red, green, blue, _ = colours((value - low) / (high - low) if high > low else 0.5)
+        is_light = 0.299 * red + 0.587 * green + 0.114 * blue > 0.5
+        colour = "black" if is_light else "white"
         axes.text(column, row, f"{value:.1f}", ha="center", va="center", color=colour)
 
 
-def _groups(
-    results: SweepResults, trials: Sequence[Trial], key: str
-) -> tuple[list[int], list[str]]:
-    """Return the row of each trial in a heatmap and the rows' names; ranges are cut into bins."""
-    column: list[Any] = [trial.point.get(key) for trial in trials]
-    values = scale_of(results.sweep.space[key], column).values
-    bounds = results.sweep.space[key].bounds
-    if not all(map(is_number, values)) or len(values) <= (BINS if bounds else 2 * BINS):
-        names = [identity(value) for value in values]
-        return [names.index(identity(value)) for value in column], [tick(v) for v in values]
-    log = scale_of(results.sweep.space[key], values).kind == "log"
-    at = np.array([log10(value) if log else float(value) for value in column])
-    edges = np.linspace(at.min(), at.max(), BINS + 1)
-    bins = np.clip(np.digitize(at, edges) - 1, 0, BINS - 1)
-    ends = [10**edge if log else edge for edge in edges]
-    names = [f"{low:.2g}-{high:.2g}" for low, high in pairwise(ends)]
-    return [int(number) for number in bins], names
+def _cells(results: SweepResults, trials: Sequence[Trial], key: str) -> tuple[list[int], list[str]]:
+    """Return each trial's row in a heatmap, and the rows' names; ranges are cut into bins."""
+    ranges = results.sweep.space[key]
+    values: list[Any] = [trial.point.get(key) for trial in trials]
+    scale = scale_of(ranges, values)
+    if scale.kind == "categorical" or len(scale.values) <= (BINS if ranges.bounds else 2 * BINS):
+        identities = [identity(value) for value in scale.values]
+        rows = [identities.index(identity(value)) for value in values]
+        return rows, [tick(value) for value in scale.values]
+    is_log = scale.kind == "log"
+    places = np.array([log10(value) if is_log else float(value) for value in values])
+    edges = np.linspace(places.min(), places.max(), BINS + 1)
+    bins = np.clip(np.digitize(places, edges) - 1, 0, BINS - 1)
+    ends = [10**edge if is_log else edge for edge in edges]
+    return bins.tolist(), [f"{low:.2g}-{high:.2g}" for low, high in pairwise(ends)]
 
 
-ENDED_BADLY = ("failed", "nan")
-
-
-def draw_all(found: Analysis) -> list[Picture]:
-    """Draw all figures that the trials allow, in the order of the report."""
-    metrics = dict.fromkeys((found.objective, "AP"))
-    with style():
-        drawn = [
-            *(draw_parameter(found, key, m) for m in metrics for key in found.results.sweep.space),
-            draw_published(found),
-            draw_importance(found),
-            *draw_pairs(found),
-            draw_curves(found),
-            draw_front(found),
-        ]
-    return [picture for picture in drawn if picture]
-
-
-def draw_curves(found: Analysis) -> Picture | None:
+def draw_curves(analysis: Analysis) -> Picture | None:
     """Draw the watched metric of each trial over its epochs."""
-    trials = [trial for trial in found.results.trials if trial.curve]
+    trials = [trial for trial in analysis.results.trials if trial.curve]
     if not trials:
         return None
-    best, default = found.best_trial, identity(found.results.defaults)
+    best, default = analysis.best_trial, identity(analysis.results.defaults)
+    others = [trial for trial in trials if trial is not best]
     figure, axes = canvas()
-    for trial in trials:
-        if trial is not best and identity(trial.point) != default:
+    for trial in others:
+        if identity(trial.point) != default:
             _draw_curve(axes, trial)
-    for trial in trials:
-        if trial is not best and identity(trial.point) == default:
-            _draw_curve(axes, trial, "default", color=BLACK, linestyle="-.", linewidth=1.8)
+    for trial in others:
+        if identity(trial.point) == default:
+            _draw_curve(axes, trial, "default")
     if best and best.curve:
-        _draw_curve(axes, best, "best", color=ORANGE, linestyle="-", linewidth=2.8)
-    watched = found.results.watched
+        _draw_curve(axes, best, "best")
+    watched = analysis.results.watched
     axes.set(xlabel="epoch", ylabel=f"{watched}, %")
     axes.set_xlim(left=0)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     legend_above(axes, columns=4)
-    without = len(found.results.trials) - len(trials)
+    missing = len(analysis.results.trials) - len(trials)
     caption = f"{watched} of each trial after each evaluated epoch; grey ones were stopped early."
-    if without:
-        caption += f" {without} trials ended before their first evaluation."
+    if missing:
+        caption += f" {missing} trials ended before their first evaluation."
     return Picture("learning-curves", "Learning curves", caption, figure)
 
 
-def _draw_curve(axes: Axes, trial: Trial, name: str | None = None, **look: Any) -> None:
-    looks: dict[str, dict[str, Any]] = {
-        "finished": {"color": BLUE, "linewidth": 1.2, "alpha": 0.65},
-        "finalists": {"color": GREEN, "linewidth": 1.8, "linestyle": (0, (6, 1.5))},
-        "running": {"color": SKY, "linewidth": 1.2},
-        "failed or NaN": {"color": BLACK, "linewidth": 1.2, "linestyle": "--"},
-        "stopped": {"color": GREY, "linewidth": 1.0, "alpha": 0.7},
-    }
-    kind = {"failed": "failed or NaN", "nan": "failed or NaN", "running": "running"}.get(
-        trial.state, "stopped"
-    )
+CURVES: dict[str, dict[str, Any]] = {
+    "stopped": {"color": GREY, "linewidth": 1.0, "alpha": 0.7, "zorder": 2.0},
+    "finished": {"color": BLUE, "linewidth": 1.2, "alpha": 0.65, "zorder": 2.2},
+    "finalists": {"color": GREEN, "linewidth": 1.8, "linestyle": (0, (6, 1.5)), "zorder": 2.4},
+    "running": {"color": SKY, "linewidth": 1.2, "zorder": 2.5},
+    "failed or NaN": {"color": BLACK, "linewidth": 1.2, "linestyle": "--", "zorder": 2.5},
+    "default": {"color": BLACK, "linewidth": 1.8, "linestyle": "-.", "zorder": 2.6},
+    "best": {"color": ORANGE, "linewidth": 2.8, "linestyle": "-", "zorder": 2.8},
+}
+"""Looks of learning curves by what the trial is."""
+
+
+def _draw_curve(axes: Axes, trial: Trial, role: str | None = None) -> None:
+    """Draw a learning curve.
+
+    Args:
+        axes: Where to draw.
+        trial: The trial.
+        role: `best` or `default`. A trial that failed is drawn as such all the same.
+    """
+    kinds = {"failed": "failed or NaN", "nan": "failed or NaN", "running": "running"}
+    kind = kinds.get(trial.state, "stopped")
     if trial.state == "finished":
         kind = "finalists" if trial.stage == "finalists" else "finished"
-    epochs, aps = zip(*trial.curve, strict=True)
-    given = {**looks[kind], **look} if trial.state not in ENDED_BADLY else looks[kind]
-    named = name if name and trial.state not in ENDED_BADLY else kind
-    order = {"stopped": 2.0, "finished": 2.2, "finalists": 2.4, "default": 2.6, "best": 2.8}
-    shown = [100 * ap for ap in aps]
-    axes.plot(epochs, shown, label=named, zorder=order.get(named, 2.5), **given)
-    if kind == "failed or NaN":
-        axes.plot(epochs[-1], shown[-1], marker="X", color=BLACK, markersize=8, zorder=3)
+    has_failed = kind == "failed or NaN"
+    name = kind if has_failed else role or kind
+    look = CURVES[kind] | CURVES[name]
+    epochs, values = zip(*trial.curve, strict=True)
+    percent = [100 * value for value in values]
+    axes.plot(epochs, percent, label=name, **look)
+    if has_failed:
+        axes.plot(epochs[-1], percent[-1], marker="X", color=BLACK, markersize=8, zorder=3)
     elif len(epochs) == 1:
-        axes.plot(epochs, shown, marker=".", color=given["color"], zorder=2)
+        axes.plot(epochs, percent, marker=".", color=look["color"], zorder=2)
 
 
-def draw_importance(found: Analysis) -> Picture | None:
+def draw_importance(analysis: Analysis) -> Picture | None:
     """Draw the share of variance that each key explains."""
-    if not found.importance:
+    if not analysis.importance:
         return None
     figure, axes = canvas()
-    figure.set_size_inches(6, 1.6 + 0.5 * len(found.importance))
-    names = list(found.importance)[::-1]
-    shares = [100 * found.importance[name] for name in names]
+    figure.set_size_inches(6, 1.6 + 0.5 * len(analysis.importance))
+    names = list(analysis.importance)[::-1]
+    shares = [100 * analysis.importance[name] for name in names]
     axes.barh(names, shares, color=BLUE, height=0.6)
     for row, share in enumerate(shares):
         axes.text(share + 1, row, f"{share:.0f} %", va="center")
-    axes.set(xlabel=f"share of the variance of {found.objective}, %", xlim=(0, 115))
+    axes.set(xlabel=f"share of the variance of {analysis.objective}, %", xlim=(0, 115))
     axes.set_xticks(range(0, 101, 20))
     axes.grid(visible=False, axis="y")
     caption = (
-        f"How much of the variance of {found.objective} over the finished trials each key "
+        f"How much of the variance of {analysis.objective} over the finished trials each key "
         "explains (fANOVA on a random forest); interactions are shared among their keys."
     )
     return Picture("importance", "Importance of the keys", caption, figure)
 
 
-def draw_front(found: Analysis) -> Picture | None:
+def draw_front(analysis: Analysis) -> Picture | None:
     """Draw mean AP against mean FPS of each point; the front's points are numbered."""
-    if not found.front:
+    if not analysis.front:
         return None
     figure, axes = canvas()
-    known = [point for point in found.points if {"AP", "fps"} <= set(point.figures)]
-    front = {id(point) for point in found.front}
-    behind = [point for point in known if id(point) not in front]
+    known = [point for point in analysis.points if {"AP", "fps"} <= point.figures.keys()]
+    beaten = [point for point in known if all(point is not other for other in analysis.front)]
     default = [point for point in known if point.default]
     looks: list[tuple[list[PointSummary], dict[str, Any]]] = [
-        (behind, {"marker": "o", "color": GREY, "label": "beaten in both"}),
+        (beaten, {"marker": "o", "color": GREY, "label": "beaten in both"}),
         (default, {"marker": "*", "color": BLACK, "label": "default", "markersize": 16}),
     ]
     for points, look in looks:
         if points:
-            axes.plot(*_ap_and_fps(points), linestyle="none", zorder=4, **look)
-    speeds, aps = _ap_and_fps(found.front)
+            axes.plot(*_speeds_and_aps(points), linestyle="none", zorder=4, **look)
+    speeds, aps = _speeds_and_aps(analysis.front)
     axes.plot(
         speeds, aps, "D-", drawstyle="steps-pre", color=ORANGE, zorder=3, label="Pareto front"
     )
-    for number, (x, y) in enumerate(zip(speeds, aps, strict=True), start=1):
-        if len(found.front) <= 15:
-            axes.annotate(f"{number}", (x, y), (6, 6), textcoords="offset points", zorder=5)
+    if len(analysis.front) <= MOST_NUMBERED:
+        for number, place in enumerate(zip(speeds, aps, strict=True), start=1):
+            axes.annotate(f"{number}", place, (6, 6), textcoords="offset points", zorder=5)
     axes.margins(0.1, 0.12)
     axes.set(xlabel=f"{NAMES['fps']}, {UNITS['fps']}", ylabel="AP, %")
     legend_above(axes)
-    named_points = "; ".join(
+    legend = "; ".join(
         f"{number}: {point_label(point.point)}"
-        for number, point in enumerate(found.front[:15], start=1)
+        for number, point in enumerate(analysis.front[:MOST_NUMBERED], start=1)
     )
-    caption = f"Means of each point. No point beats those of the front in both: {named_points}."
+    caption = f"Means of each point. No point beats those of the front in both: {legend}."
     return Picture("pareto", "AP and speed", caption, figure)
 
 
-def _ap_and_fps(points: Sequence[PointSummary]) -> tuple[list[float], list[float]]:
+def _speeds_and_aps(points: Sequence[PointSummary]) -> tuple[list[float], list[float]]:
     figures = [point.figures for point in points]
-    return [each["fps"].mean for each in figures], [100 * each["AP"].mean for each in figures]
+    return [row["fps"].mean for row in figures], [100 * row["AP"].mean for row in figures]
 
 
-def draw_published(found: Analysis) -> Picture | None:
+def draw_published(analysis: Analysis) -> Picture | None:
     """Draw differences from the reference row, the paper's and ours, of the first common metric."""
-    rows = found.published
-    metrics = [metric for row in rows for metric in row.our_difference]
-    if not any(not row.reference for row in rows if row.our_difference):
+    rows = analysis.published
+    if not any(row.our_difference and not row.reference for row in rows):
         return None
-    metric = metrics[0]
+    metric = next(metric for row in rows for metric in row.our_difference)
     figure, axes = canvas()
-    places = _place_rows(axes, found)
-    for number, (name, sides) in enumerate(
-        {
-            "paper": [row.paper_difference for row in rows],
-            "ours": [row.our_difference for row in rows],
-        }.items()
-    ):
+    places = _place_rows(axes, analysis)
+    sides = [
+        ("paper", "--", BLUE, [row.paper_difference for row in rows]),
+        ("ours", "-", ORANGE, [row.our_difference for row in rows]),
+    ]
+    for marker, (name, linestyle, colour, differences) in zip(MARKERS, sides, strict=False):
         pairs = sorted(
-            (x, side[metric]) for x, side in zip(places, sides, strict=True) if metric in side
+            (place, difference[metric])
+            for place, difference in zip(places, differences, strict=True)
+            if metric in difference
         )
-        axes.plot(
-            *zip(*pairs, strict=True),
-            linestyle=("--", "-")[number],
-            marker=MARKERS[number],
-            color=(BLUE, ORANGE)[number],
-            label=name,
-        )
+        xs, ys = zip(*pairs, strict=True)
+        axes.plot(xs, ys, linestyle=linestyle, marker=marker, color=colour, label=name)
     axes.axhline(0, color=BLACK, linewidth=0.8)
     reference = next(point_label(row.point) for row in rows if row.reference)
     axes.set_ylabel(f"difference, {unit_of_difference(metric)}")
@@ -548,9 +540,9 @@ def draw_published(found: Analysis) -> Picture | None:
     return Picture("published", "The paper's figures and ours", caption, figure)
 
 
-def _place_rows(axes: Axes, found: Analysis) -> list[float]:
+def _place_rows(axes: Axes, analysis: Analysis) -> list[float]:
     """Return where the paper's rows lie: along the one key that they name, or side by side."""
-    rows, space = found.published, found.results.sweep.space
+    rows, space = analysis.published, analysis.results.sweep.space
     keys = list(dict.fromkeys(key for row in rows for key in row.point))
     if len(keys) == 1 and keys[0] in space and all(row.point for row in rows):
         values = [row.point[keys[0]] for row in rows]
@@ -559,6 +551,8 @@ def _place_rows(axes: Axes, found: Analysis) -> list[float]:
         axes.set_xlabel(keys[0])
         return [scale.position(value) for value in values]
     names = short_names(keys)
-    ticks = ["\n".join(f"{names[k]} {label(v, 16)}" for k, v in row.point.items()) for row in rows]
+    ticks = [
+        "\n".join(f"{names[key]} {tick(value)}" for key, value in row.point.items()) for row in rows
+    ]
     axes.set_xticks(range(len(rows)), ticks)
     return [float(number) for number, _ in enumerate(rows)]

@@ -39,7 +39,7 @@ LAST_COLUMNS = ("seconds", "devices", "config_hash", "run_id", "checkpoint")
 
 
 def trials_csv(results: SweepResults) -> str:
-    """Return a row for each trial; values of keys that are no text or number are JSON."""
+    """Return a table with a row for each trial; values of swept keys are texts or JSON."""
     keys = list(results.sweep.space)
     metrics = list(dict.fromkeys(name for trial in results.trials for name in trial.figures))
     text = io.StringIO()
@@ -59,26 +59,26 @@ def trials_csv(results: SweepResults) -> str:
     return text.getvalue()
 
 
-def results_json(found: Analysis) -> str:
-    """Return all statistics and trials; what is no number, such as NaN, is null."""
-    results = found.results
+def results_json(analysis: Analysis) -> str:
+    """Return all statistics and trials as JSON; NaN and infinity become null."""
+    results = analysis.results
     content = {
         "name": results.name,
         "sweep": results.sweep.model_dump(mode="json"),
         "defaults": results.defaults,
         "device": results.device,
         "epochs": results.epochs,
-        "cost": asdict(found.cost),
-        "best": _point(found.best) if found.best else None,
-        "points": [_point(point) for point in found.points],
-        "verdicts": [asdict(verdict) for verdict in found.verdicts],
-        "importance": found.importance,
-        "pareto_front": [point.point for point in found.front],
+        "cost": asdict(analysis.cost),
+        "best": _point(analysis.best) if analysis.best else None,
+        "points": [_point(point) for point in analysis.points],
+        "verdicts": [asdict(verdict) for verdict in analysis.verdicts],
+        "importance": analysis.importance,
+        "pareto_front": [point.point for point in analysis.front],
         "identical": [
             {"seed": group.seed, "keys": group.keys, "trials": [trial.id for trial in group.trials]}
-            for group in found.identical
+            for group in analysis.identical
         ],
-        "published": [asdict(row) for row in found.published],
+        "published": [asdict(row) for row in analysis.published],
         "trials": [{**asdict(trial), "epochs": trial.epochs} for trial in results.trials],
     }
     return json.dumps(_finite(content), indent=1, default=str, allow_nan=False) + "\n"
@@ -96,9 +96,9 @@ def _point(point: PointSummary) -> dict[str, Any]:
 
 def _finite(value: Any) -> Any:
     if isinstance(value, Mapping):
-        return {str(key): _finite(each) for key, each in value.items()}
+        return {str(key): _finite(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_finite(each) for each in value]
+        return [_finite(item) for item in value]
     return None if isinstance(value, float) and not isfinite(value) else value
 
 
@@ -117,8 +117,8 @@ def write_report(results: SweepResults, folder: Path) -> list[Path]:
     Returns:
         The files, report.html first.
     """
-    found = analyse(results)
-    pictures = draw_all(found)
+    analysis = analyse(results)
+    pictures = draw_all(analysis)
     folder.mkdir(parents=True, exist_ok=True)
     pngs = {_file_name(picture): _render(picture, "png") for picture in pictures}
     sources = [
@@ -128,8 +128,8 @@ def write_report(results: SweepResults, folder: Path) -> list[Path]:
     for name, png in pngs.items():
         _write_bytes(folder / name, png)
     texts = {
-        "report.html": render_html(found, pictures, sources),
-        "results.json": results_json(found),
+        "report.html": render_html(analysis, pictures, sources),
+        "results.json": results_json(analysis),
         "trials.csv": trials_csv(results),
     }
     for name, text in texts.items():
@@ -137,8 +137,14 @@ def write_report(results: SweepResults, folder: Path) -> list[Path]:
     return [folder / name for name in (*texts, *pngs)]
 
 
-def render_html(found: Analysis, pictures: Sequence[Picture], sources: Sequence[str]) -> str:
-    """Return the page, `sources` being the pictures as URLs."""
+def render_html(analysis: Analysis, pictures: Sequence[Picture], sources: Sequence[str]) -> str:
+    """Return the page.
+
+    Args:
+        analysis: All statistics of the sweep.
+        pictures: The figures.
+        sources: The figures as URLs, in the same order.
+    """
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
     environment = Environment(
@@ -151,24 +157,24 @@ def render_html(found: Analysis, pictures: Sequence[Picture], sources: Sequence[
     environment.filters.update(label=label, point=point_label)
     environment.globals.update(shown=shown, axis_name=axis_name, figure_of=figure_of)
     environment.globals.update(unit_of_difference=unit_of_difference, seed_count=seed_count)
-    # As the trials did: BatchNorm that trains depends on how many share a batch.
-    where = {"cluster.workers": found.results.job.cluster.workers or 1}
-    metrics = dict.fromkeys((*found.results.sweep.objectives, "AP", "AP50", "AP75", "fps"))
+    # The trials' number of workers: BatchNorm that trains depends on how many share a batch.
+    where = {"cluster.workers": analysis.results.job.cluster.workers or 1}
+    metrics = dict.fromkeys((*analysis.results.sweep.objectives, "AP", "AP50", "AP75", "fps"))
     return environment.get_template(TEMPLATE).render(
-        found=found,
-        results=found.results,
-        sweep=found.results.sweep,
-        keys=list(found.results.sweep.space),
-        metrics=[m for m in metrics if any(m in point.figures for point in found.points)],
-        warnings=warnings_of(found),
-        reproduce=[overrides(found.best.point | where, seed) for seed in found.best.seeds[:1]]
-        if found.best
+        analysis=analysis,
+        results=analysis.results,
+        sweep=analysis.results.sweep,
+        keys=list(analysis.results.sweep.space),
+        metrics=[m for m in metrics if any(m in point.figures for point in analysis.points)],
+        warnings=warnings_of(analysis),
+        reproduce=[overrides(analysis.best.point | where, seed) for seed in analysis.best.seeds[:1]]
+        if analysis.best
         else [],
         figures=list(zip(pictures, sources, strict=True)),
         confidence=f"{CONFIDENCE:.0%}",
         best_shown=BEST_SHOWN,
-        cost_line=cost_line(found),
-        has_fps=any("fps" in trial.figures for trial in found.results.trials),
+        cost_line=cost_line(analysis),
+        has_fps=any("fps" in trial.figures for trial in analysis.results.trials),
     )
 
 
@@ -181,12 +187,12 @@ def _render(picture: Picture, kind: str) -> bytes:
     metadata = {"Date": None} if kind == "svg" else {}
     with style():
         picture.figure.savefig(buffer, format=kind, dpi=DPI, metadata=metadata)
-    picture.figure.set_layout_engine("none")  # which a second rendering need not find again
+    picture.figure.set_layout_engine("none")  # the layout is kept for a second rendering
     return buffer.getvalue()
 
 
 def _smaller(png: bytes, svg: bytes) -> str:
-    """Return the smaller picture as a URL; an `img` keeps the names inside an SVG to itself."""
+    """Return the smaller of the two as a URL, for an `img` that keeps ids inside an SVG apart."""
     kind, content = ("svg+xml", svg) if len(svg) <= len(png) else ("png", png)
     return f"data:image/{kind};base64,{base64.b64encode(content).decode()}"
 

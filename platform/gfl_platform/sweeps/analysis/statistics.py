@@ -102,11 +102,6 @@ def seed_count(point: PointSummary) -> str:
     return f"{len(point.seeds)}{lost}"
 
 
-def unfinished(results: SweepResults) -> list[Trial]:
-    """Return the trials that are left out of every comparison."""
-    return [trial for trial in results.trials if trial.state != "finished"]
-
-
 def ranking(results: SweepResults, points: Sequence[PointSummary]) -> list[PointSummary]:
     """Return the points that have the first objective by its mean, the best first.
 

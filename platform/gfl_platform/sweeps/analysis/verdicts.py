@@ -27,7 +27,6 @@ from gfl_platform.sweeps.analysis.statistics import (
     pareto_front,
     ranking,
     summarize,
-    unfinished,
 )
 from gfl_platform.sweeps.formatting import (
     axis_name,
@@ -338,7 +337,7 @@ def analyse(results: SweepResults) -> Analysis:
         cost=cost(results),
         identical=identical_trials(results),
         published=compare_published(results),
-        unfinished=unfinished(results),
+        unfinished=[trial for trial in results.trials if trial.state != "finished"],
     )
 
 
