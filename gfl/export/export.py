@@ -16,6 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.functional import pad
+from torchvision.ops import clip_boxes_to_image
 
 from gfl.data.dataset import SIZE_MULTIPLE, as_sample, build_transforms
 from gfl.data.images import read_image
@@ -32,8 +33,9 @@ from gfl.export.exportable import (
     trace,
 )
 from gfl.inference.predictor import Model
-from gfl.model.boxes import grid_points, ltrb_to_xyxy
+from gfl.model.boxes import flatten_levels, level_points
 from gfl.model.detector import Detector
+from gfl.model.postprocess import decode
 from gfl.structures import Predictions, Rows, coco_rows
 
 BOX_PX, SCORE = 0.01, 1e-4
@@ -165,16 +167,15 @@ def _eager(detector: Detector, image: Tensor, form: Form) -> Outputs:
         return {name: getattr(found, name).numpy() for name in form.outputs}
     with torch.no_grad():
         cls_levels, reg_levels = detector(inputs)
-        cells = tuple((level.shape[2], level.shape[3]) for level in cls_levels)
-        points = grid_points(cells, image.device)
-        cls_logits, reg_logits = (
-            torch.cat([level.flatten(2).transpose(1, 2) for level in levels], dim=1)
-            for levels in (cls_levels, reg_levels)
-        )  # (B, P, C), (B, P, 4 * R)
-        ltrb, _, distributions = detector.integral.describe(reg_logits)
-        boxes = ltrb_to_xyxy(points.xy, ltrb * points.stride).clamp(min=0)
-        boxes = boxes.minimum(torch.tensor([width, height, width, height]))
-    outputs = {"boxes": boxes, "scores": cls_logits.sigmoid(), "distributions": distributions}
+    points = level_points(cls_levels)
+    boxes, _, distributions = decode(
+        flatten_levels(reg_levels), points.xy, points.stride, detector.integral
+    )  # (B, P, 4), _, (B, P, 4, R)
+    outputs = {
+        "boxes": clip_boxes_to_image(boxes, (height, width)),
+        "scores": flatten_levels(cls_levels).sigmoid(),  # (B, P, C)
+        "distributions": distributions,
+    }
     return {name: outputs[name].numpy() for name in form.outputs}
 
 

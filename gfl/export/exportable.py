@@ -20,14 +20,15 @@ import torch
 from torch import Tensor, nn
 from torch.fx.experimental import _config as fx_config
 from torch.nn.functional import pad
-from torchvision.ops import nms
+from torchvision.ops import clip_boxes_to_image, nms
 
 from gfl.checkpoint.files import About
 from gfl.config.loader import config_hash
 from gfl.config.schema import Config
 from gfl.data.dataset import SIZE_MULTIPLE
-from gfl.model.boxes import STRIDES, grid_points, ltrb_to_xyxy
+from gfl.model.boxes import STRIDES, flatten_levels, level_points
 from gfl.model.detector import Detector
+from gfl.model.postprocess import decode
 
 OPSET = 20
 METADATA = "gfl.json"
@@ -101,31 +102,22 @@ class Exportable(nn.Module):
         inputs = (images.float() - self.detector.pixel_mean) / self.detector.pixel_std
         inputs = pad(inputs, (0, _padded(width) - width, 0, _padded(height) - height))
         cls_levels, reg_levels = self.detector(inputs)
-        sizes = tuple((level.shape[2], level.shape[3]) for level in cls_levels)
-        points = grid_points.__wrapped__(sizes, images.device)
-        reg_logits = torch.cat([level.flatten(2).transpose(1, 2) for level in reg_levels], dim=1)
+        points = level_points(cls_levels)
+        reg_logits = flatten_levels(reg_levels)
+        integral = self.detector.integral
         if not self.form.with_nms:
-            boxes, _, distributions = self._decode(
-                reg_logits, points.xy, points.stride, height, width
-            )
-            scores = torch.cat([level.flatten(2) for level in cls_levels], dim=2)
-            scores = scores.transpose(1, 2).sigmoid()
+            boxes, _, distributions = decode(reg_logits, points.xy, points.stride, integral)
+            boxes = clip_boxes_to_image(boxes, (height, width))
+            scores = flatten_levels(cls_levels).sigmoid()
             return (boxes, scores, distributions)[: len(self.form.outputs)]
         scores, labels, location = self._candidates(cls_levels)
-        boxes, edge_std, distributions = self._decode(
-            reg_logits[0, location], points.xy[location], points.stride[location], height, width
+        boxes, edge_std, distributions = decode(
+            reg_logits[0, location], points.xy[location], points.stride[location], integral
         )
+        boxes = clip_boxes_to_image(boxes, (height, width))
         # Classes far apart do not suppress each other, as in torchvision's `batched_nms`.
         apart = labels.to(boxes).unsqueeze(1) * (torch.sym_max(height, width) + 1)
         return self._select(boxes + apart, boxes, scores, labels, edge_std, distributions)
-
-    def _decode(
-        self, logits: Tensor, xy: Tensor, stride: Tensor, height: int, width: int
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        mean, std, distributions = self.detector.integral.describe(logits)
-        x1, y1, x2, y2 = ltrb_to_xyxy(xy, mean * stride).unbind(-1)
-        inside = [x1.clamp(0, width), y1.clamp(0, height), x2.clamp(0, width), y2.clamp(0, height)]
-        return torch.stack(inside, dim=-1), std * stride, distributions
 
     def _candidates(self, cls_levels: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         """Return score, class and location, (K,), of the best per level above the threshold."""

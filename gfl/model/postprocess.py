@@ -44,13 +44,13 @@ def postprocess(
     scores, labels, location = _candidates(cls_logits, config.candidates_per_level)
     logits = torch.cat(reg_logits, dim=1)
     logits = logits.gather(1, location.unsqueeze(-1).expand(-1, -1, logits.shape[-1]))
-    mean, std, distributions = integral.describe(logits)  # (B, K, 4), distributions (B, K, 4, R)
-    stride = points.stride[location]  # (B, K, 1)
+    boxes, edge_std, distributions = decode(
+        logits, points.xy[location], points.stride[location], integral
+    )  # (B, K, 4), (B, K, 4), (B, K, 4, R)
     limit = sizes.flip(-1).repeat(1, 2).unsqueeze(1)  # (B, 1, 4) as x, y, x, y
     rescale = (original_sizes / sizes).flip(-1).repeat(1, 2).unsqueeze(1)
-    boxes = ltrb_to_xyxy(points.xy[location], mean * stride)
     boxes = boxes.clamp(min=0).minimum(limit) * rescale
-    edge_std = std * stride * rescale
+    edge_std = edge_std * rescale
     filled = ((boxes[..., 2:] - boxes[..., :2]) > 0).all(dim=-1)
     keep = filled & (scores > config.score_threshold)
     if centerness_logits is not None:
@@ -60,6 +60,24 @@ def postprocess(
         _suppress(Predictions(*fields).select(mask), config)
         for mask, *fields in zip(keep, boxes, scores, labels, edge_std, distributions, strict=True)
     ]
+
+
+def decode(
+    logits: Tensor, xy: Tensor, stride: Tensor, integral: Integral | Dirac
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return boxes, standard deviations of their edges, and distributions of some locations.
+
+    Boxes (..., 4) are `xyxy` in px of the network's input, not clipped to the image; standard
+    deviations (..., 4) are in px too; distributions are (..., 4, R).
+
+    Args:
+        logits: Logits of edges, (..., 4 * R).
+        xy: Positions of the locations in px, (..., 2).
+        stride: Strides of their levels in px, (..., 1).
+        integral: Turns the logits into distances in strides.
+    """
+    mean, std, distributions = integral.describe(logits)
+    return ltrb_to_xyxy(xy, mean * stride), std * stride, distributions
 
 
 def _candidates(cls_logits: list[Tensor], per_level: int) -> tuple[Tensor, Tensor, Tensor]:

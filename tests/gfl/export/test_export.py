@@ -15,9 +15,11 @@ from gfl.config.loader import derive
 from gfl.data.images import list_images
 from gfl.data.split import load_splits
 from gfl.export import export as export_module
+from gfl.export import exportable as exportable_module
 from gfl.export.export import compare, export, open_onnx, open_pt2, quantize
 from gfl.export.exportable import METADATA, Exportable, ExportError, Form
 from gfl.inference.predictor import Model
+from gfl.model.postprocess import decode
 from tests.support.detectors import attentive_detector
 
 ABOUT = About(["rectangle", "ellipse", "triangle"], [1, 2, 3], 0, 0, {})
@@ -178,13 +180,12 @@ def test_a_graph_that_decodes_wrongly_is_found_without_nms(model, monkeypatch):
             return [output.numpy() for output in Exportable(model.detector, form)(image)]
 
     assert compare(model, run, form, images()).box_px < 0.01
-    right = Exportable._decode
 
-    def wrong(self, logits, xy, stride, height, width):
-        boxes, std, distributions = right(self, logits, xy, stride, height, width)
-        return boxes + 1, std, distributions
+    def shifted(*location):
+        boxes, edge_std, distributions = decode(*location)
+        return boxes + 1, edge_std, distributions
 
-    monkeypatch.setattr(Exportable, "_decode", wrong)
+    monkeypatch.setattr(exportable_module, "decode", shifted)
     with pytest.raises(ExportError, match=r"boxes differ by up to 1 px and scores by .*e-"):
         compare(model, run, form, images())
 
