@@ -150,6 +150,7 @@ def test_foreign_objects_beside_the_weights_are_skipped(tiny, tmp_path, monkeypa
     saved, other = gfl.Detector(tiny), gfl.Detector(tiny)
     content = {
         "meta": {"config": ForeignDictionary(lr=1), "hook": Foreign(), "harm": Harmful()},
+        "epochs": range(12),  # of another name in pickle's protocol 2
         "state_dict": saved.state_dict(),
         "message_hub": {
             "history": [Foreign(), np.float64(1), deque([1]), defaultdict(list, a=[1])]
