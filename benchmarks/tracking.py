@@ -140,7 +140,7 @@ def fit(overrides: list[str], root: Path) -> dict[str, list[float]]:
         ):
             turns = Turns({"checkpoint": on, "off": None, "on": on, "down": down})
             with pumped(turns.handle) as events:
-                run(job, fetch_sources(job), resources.allot(job), folder, events)
+                run(job, fetch_sources(job, store), resources.allot(job), folder, events)
     finally:
         server.kill()
     return turns.seconds()

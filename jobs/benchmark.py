@@ -66,6 +66,7 @@ def benchmark(arguments: argparse.Namespace) -> None:
     from gfl_platform.registry import models
     from gfl_platform.storage.files import write_atomically
     from gfl_platform.storage.storage import Storage
+    from gfl_platform.tracking.client import Store
     from jobs.console.progress import Progress
     from jobs.console.tables import draw_latencies, show_benchmark
 
@@ -73,17 +74,18 @@ def benchmark(arguments: argparse.Namespace) -> None:
     source, given = arguments.model, arguments.overrides
     untrained = source.endswith((".yaml", ".yml"))
     where = load_job(source, given) if untrained else job_of(given)
-    with Storage(where.storage).scratch_folder() as scratch, Progress() as progress:
-        model = models.resolve(where, source)  # an alias may move during the measurement
-        checkpoint = None if untrained else models.fetch_checkpoint(where, model, scratch)
+    store = Store(where.tracking, Storage(where.storage))
+    with store.storage.scratch_folder() as scratch, Progress() as progress:
+        model = models.resolve(store, source)  # an alias may move during the measurement
+        checkpoint = None if untrained else models.fetch_checkpoint(store, model, scratch)
         job = derive(JobConfig, read_config(checkpoint), given) if checkpoint else where
         images = arguments.images or IMAGES
         figures = benchmark.benchmark(job, checkpoint, variants, images, progress.show)
-    run_id = models.run_of(where, model)
+    run_id = models.run_of(store, model) or benchmark.run_of_benchmarks(job, store, source)
     with tempfile.TemporaryDirectory(prefix="gfl-benchmark-") as folder:
         picture = Path(folder) / "latency.png"
         draw_latencies(figures, picture)
-        comparison = benchmark.keep(job, source, run_id, figures, picture)
+        comparison = benchmark.keep(store, run_id, figures, picture)
     if arguments.out:
         write_atomically(arguments.out, json.dumps(benchmark.as_json(figures), indent=1) + "\n")
     show_benchmark(source, figures)

@@ -40,7 +40,7 @@ def demo(arguments: argparse.Namespace) -> None:
     with Progress() as progress:
         name = time.strftime("demo-%Y%m%d-%H%M%S")
         result = train.train(job, name, resume=False, watch=progress.show)
-    model = models.load(f"models:/{MODEL}@champion", job)
+    model = models.load(f"models:/{MODEL}@champion", store)
     val = load_splits(storage.cache.localized(job))[1]
     images = [read_image(record.path) for record in val.records[:PICTURED]]
     predictions = [detections.predictions for detections in model.predict(images)]

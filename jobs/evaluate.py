@@ -34,11 +34,13 @@ def evaluate(arguments: argparse.Namespace) -> None:
     from gfl_platform.registry import models
     from gfl_platform.storage.files import write_atomically
     from gfl_platform.storage.storage import Storage
+    from gfl_platform.tracking.client import Store
     from jobs.console.progress import Progress
 
     where = job_of(arguments.overrides)
-    with Storage(where.storage).scratch_folder() as scratch, Progress() as progress:
-        checkpoint = models.fetch_checkpoint(where, arguments.model, scratch)
+    store = Store(where.tracking, Storage(where.storage))
+    with store.storage.scratch_folder() as scratch, Progress() as progress:
+        checkpoint = models.fetch_checkpoint(store, arguments.model, scratch)
         job = derive(JobConfig, read_config(checkpoint), arguments.overrides)
         figures = evaluate_checkpoint(
             checkpoint,

@@ -41,6 +41,7 @@ def export(arguments: argparse.Namespace) -> None:
     from gfl_platform.config import JobConfig, job_of
     from gfl_platform.registry import model_card, models
     from gfl_platform.storage.storage import Storage
+    from gfl_platform.tracking.client import Store
     from jobs.console.progress import Progress
 
     if arguments.int8 and (arguments.no_nms or "onnx" not in arguments.format):
@@ -48,9 +49,10 @@ def export(arguments: argparse.Namespace) -> None:
     if arguments.check < 1:
         raise ValueError(f"--check {arguments.check}: expected at least 1")
     where = job_of(arguments.overrides)
-    with Storage(where.storage).scratch_folder() as scratch:
-        resolved = models.resolve(where, arguments.model)  # an alias may move during the export
-        checkpoint = models.fetch_checkpoint(where, resolved, scratch)
+    store = Store(where.tracking, Storage(where.storage))
+    with store.storage.scratch_folder() as scratch:
+        resolved = models.resolve(store, arguments.model)  # an alias may move during the export
+        checkpoint = models.fetch_checkpoint(store, resolved, scratch)
         job = derive(JobConfig, read_config(checkpoint), arguments.overrides)
         model = gfl.load(checkpoint, job, device="cpu")
     images = list_images(arguments.images) if arguments.images else []
@@ -59,7 +61,7 @@ def export(arguments: argparse.Namespace) -> None:
         images = images or [record.path for record in val.records]
     images = images[: arguments.check]
     form = Form(not arguments.no_nms, arguments.distributions)
-    protocol = model_card.protocol_of(where, resolved)
+    protocol = model_card.protocol_of(store, resolved)
     comparisons = export_checked(model, arguments.out, arguments.format, form, images, protocol)
     for name, figures in comparisons.items():
         show_table(str(arguments.out / name), {"images": len(images), **figures})

@@ -52,6 +52,7 @@ def predict(arguments: argparse.Namespace) -> None:
     from gfl_platform.config import JobConfig, job_of
     from gfl_platform.registry import models
     from gfl_platform.storage.storage import Storage
+    from gfl_platform.tracking.client import Store
     from jobs.console.progress import Progress
 
     files = image_files(arguments.images)
@@ -60,8 +61,9 @@ def predict(arguments: argparse.Namespace) -> None:
     for file in files:
         read_image(file)  # a damaged file is an error before anything is written
     where = job_of(arguments.overrides)
-    with Storage(where.storage).scratch_folder() as scratch:
-        checkpoint = models.fetch_checkpoint(where, arguments.model, scratch)
+    store = Store(where.tracking, Storage(where.storage))
+    with store.storage.scratch_folder() as scratch:
+        checkpoint = models.fetch_checkpoint(store, arguments.model, scratch)
         job = derive(JobConfig, read_config(checkpoint), arguments.overrides)
         model = gfl.load(checkpoint, job)
     with Progress() as progress:

@@ -11,6 +11,7 @@ from jobs.console.cli import console, show_table
 if TYPE_CHECKING:
     from gfl_platform.config import JobConfig
     from gfl_platform.registry.history import Decision
+    from gfl_platform.tracking.client import Store
 import re
 from pathlib import Path
 
@@ -21,11 +22,11 @@ UNITS = (("d", 86400), ("h", 3600), ("min", 60), ("s", 1))
 CLASSES_SHOWN = 20
 
 
-def show_versions(job: "JobConfig", arguments: argparse.Namespace) -> None:
+def show_versions(job: "JobConfig", store: "Store", arguments: argparse.Namespace) -> None:
     """Print registered versions, a line each."""
     from gfl_platform.registry import models
 
-    versions = models.list_versions(job, arguments.name)
+    versions = models.list_versions(store, arguments.name)
     table = Table("model", "version", "aliases", "AP", "FPS", "protocol", "data", "run", "age")
     for version in versions:
         figures = (version.tags.get(key, "") for key in ("AP", "fps", "protocol", "data"))
@@ -37,15 +38,15 @@ def show_versions(job: "JobConfig", arguments: argparse.Namespace) -> None:
         console.print("FPS with different protocols do not compare.")
 
 
-def show(job: "JobConfig", arguments: argparse.Namespace) -> None:
+def show(job: "JobConfig", store: "Store", arguments: argparse.Namespace) -> None:
     """Print the card of a version."""
     from gfl_platform.registry import model_card, models
 
-    version = models.find(job, arguments.name, arguments.version)
-    show_table(f"{version.name} version {version.version}", model_card.describe(job, version))
+    version = models.find(store, arguments.name, arguments.version)
+    show_table(f"{version.name} version {version.version}", model_card.describe(store, version))
 
 
-def promote(job: "JobConfig", arguments: argparse.Namespace) -> None:
+def promote(job: "JobConfig", store: "Store", arguments: argparse.Namespace) -> None:
     """Make a version champion if it passes the gate.
 
     Raises:
@@ -54,9 +55,9 @@ def promote(job: "JobConfig", arguments: argparse.Namespace) -> None:
     from gfl_platform.registry import gate, models
     from jobs.console.progress import Progress
 
-    version = models.find(job, arguments.name, arguments.version)
+    version = models.find(store, arguments.name, arguments.version)
     with Progress() as progress:
-        decision = gate.promote(job, version.name, version.version, progress.show)
+        decision = gate.promote(job, store, version.name, version.version, progress.show)
     show_decision(version.name, decision)
     if decision.action == "refused":
         raise ValueError(
@@ -64,20 +65,19 @@ def promote(job: "JobConfig", arguments: argparse.Namespace) -> None:
         )
 
 
-def rollback(job: "JobConfig", arguments: argparse.Namespace) -> None:
+def rollback(job: "JobConfig", store: "Store", arguments: argparse.Namespace) -> None:
     """Make the previous champion champion again."""
     from gfl_platform.registry import gate
 
-    show_decision(arguments.name, gate.rollback(job, arguments.name, arguments.why))
+    show_decision(arguments.name, gate.rollback(store, arguments.name, arguments.why))
 
 
-def history(job: "JobConfig", arguments: argparse.Namespace) -> None:
+def history(job: "JobConfig", store: "Store", arguments: argparse.Namespace) -> None:
     """Print the promotion history of a model."""
     from gfl_platform.registry import history, models
-    from gfl_platform.tracking.client import connect
 
-    models.list_versions(job, arguments.name)  # raises if there is no such model
-    past = history.settle(connect(job), arguments.name)
+    models.list_versions(store, arguments.name)  # raises if there is no such model
+    past = history.settle(store.client, arguments.name)
     table = Table("", "when", "decision", "champion", "why", "by", "commit", title=arguments.name)
     for decision in past.decisions:
         when = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(decision.time_ms / 1000))
@@ -95,17 +95,17 @@ def history(job: "JobConfig", arguments: argparse.Namespace) -> None:
         console.print(sentence)
 
 
-def alias(job: "JobConfig", arguments: argparse.Namespace) -> None:
+def alias(job: "JobConfig", store: "Store", arguments: argparse.Namespace) -> None:
     """Point an alias, but `champion` and `previous`, at a version."""
     from gfl_platform.registry import models
 
-    version = models.find(job, arguments.name, arguments.version)
-    before = models.set_alias(job, version.name, version.version, arguments.alias)
+    version = models.find(store, arguments.name, arguments.version)
+    before = models.set_alias(store, version.name, version.version, arguments.alias)
     was = f" (was version {before})" if before else ""
     console.print(f"{version.name}@{arguments.alias} is version {version.version}{was}")
 
 
-def compare(job: "JobConfig", arguments: argparse.Namespace) -> None:
+def compare(job: "JobConfig", store: "Store", arguments: argparse.Namespace) -> None:
     """Print how a version differs from another, and draw where they disagree.
 
     Raises:
@@ -117,9 +117,9 @@ def compare(job: "JobConfig", arguments: argparse.Namespace) -> None:
 
     if arguments.out.suffix != ".png":
         raise ValueError(f"--out {arguments.out}: expected a file that ends in .png")
-    a, b = (models.find(job, arguments.name, v) for v in (arguments.version, arguments.other))
+    a, b = (models.find(store, arguments.name, v) for v in (arguments.version, arguments.other))
     with Progress() as progress:
-        comparison = compare.compare(job, a, b, arguments.out, progress.show)
+        comparison = compare.compare(job, store, (a, b), arguments.out, progress.show)
     gain = comparison.gain
     noise = ", within the noise" if gain.is_noise else ""
     show_table(
@@ -205,13 +205,15 @@ def main() -> None:
 def registry(arguments: argparse.Namespace) -> None:
     """Run one command of the registry."""
     from gfl_platform.config import job_of, load_job
+    from gfl_platform.storage.storage import Storage
+    from gfl_platform.tracking.client import Store
 
     given = arguments.overrides
     job = load_job(arguments.config, given) if arguments.config else job_of(given)
     for word in given:
         if re.split("[.=]", word)[0] not in SECTIONS:
             raise ValueError(f"{word}: has no effect here; {', '.join(SECTIONS)} have")
-    arguments.run(job, arguments)
+    arguments.run(job, Store(job.tracking, Storage(job.storage)), arguments)
 
 
 if __name__ == "__main__":

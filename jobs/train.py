@@ -24,11 +24,15 @@ def train(arguments: argparse.Namespace) -> None:
     """Train a model, and register it if the configuration names a registered model."""
     from gfl_platform.config import job_of, load_job
     from gfl_platform.registry.model_card import recipe
+    from gfl_platform.storage.storage import Storage
+    from gfl_platform.tracking.client import Store
 
     source = arguments.config or f"runs:/{arguments.like}"
     digests: dict[str, str] = {}
     if source.startswith(("models:/", "runs:/")):
-        card_recipe = recipe(job_of(arguments.overrides), source, arguments.overrides)
+        where = job_of(arguments.overrides)
+        store = Store(where.tracking, Storage(where.storage))
+        card_recipe = recipe(where, store, source, arguments.overrides)
         job, digests = card_recipe.job, card_recipe.digests
         for line in card_recipe.differences:
             console.print(f"not as it was then: {line}", soft_wrap=True)

@@ -151,6 +151,7 @@ def trained(ray_cluster, tiny_file, tmp_path_factory):
     from gfl_platform.config import load_job
     from gfl_platform.registry import models
     from gfl_platform.training import train
+    from tests.support.tracking import store_of
 
     root, events = tmp_path_factory.mktemp("outputs"), []
     register = "registry={name: shapes, alias: champion}"
@@ -159,7 +160,7 @@ def trained(ray_cluster, tiny_file, tmp_path_factory):
         patch.delenv("MLFLOW_TRACKING_URI", raising=False)
         result = train.train(job, "first", resume=False, watch=events.append)
         figures = {"AP": result.metrics["AP"], "fps": result.fps, "data": "d", "protocol": "p"}
-        models.register(job, "shapes", result.checkpoint, result.run_id, figures)
+        models.register(store_of(job), "shapes", result.checkpoint, result.run_id, figures)
     return job, result, events
 
 

@@ -143,18 +143,18 @@ def job(tmp_path):
 
 
 def test_weights_come_from_a_path_or_from_torchvision(job, tmp_path, monkeypatch):
-    assert fetch_weights(job, "some/file.pth") == Path("some/file.pth")
+    assert fetch_weights(store_of(job), "some/file.pth") == Path("some/file.pth")
     with pytest.raises(StorageError, match="torchvision has no such model"):
-        fetch_weights(job, "torchvision://resnet9000")
+        fetch_weights(store_of(job), "torchvision://resnet9000")
     with pytest.raises(StorageError, match=r"ftp://x: expected a file, s3://"):
-        fetch_weights(job, "ftp://x")
+        fetch_weights(store_of(job), "ftp://x")
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")
     with pytest.raises(StorageError, match=r"cannot be downloaded .* put the file at"):
-        fetch_weights(job, "torchvision://resnet18")
+        fetch_weights(store_of(job), "torchvision://resnet18")
     (tmp_path / "hub" / "checkpoints").mkdir(parents=True)
     (tmp_path / "hub" / "checkpoints" / "resnet18-f37072fd.pth").write_bytes(b"cached")
-    assert fetch_weights(job, "torchvision://resnet18").read_bytes() == b"cached"
+    assert fetch_weights(store_of(job), "torchvision://resnet18").read_bytes() == b"cached"
 
 
 @pytest.mark.usefixtures("new_client")
@@ -173,23 +173,23 @@ def test_weights_come_from_s3_once(job, monkeypatch):
         s3.create_bucket(Bucket="models")
         s3.put_object(Bucket="models", Key="a/gfl.pth", Body=b"weights")
         s3.put_object(Bucket="models", Key="c/gfl.pth", Body=b"others")
-        path = fetch_weights(job, "s3://models/a/gfl.pth")
-        assert fetch_weights(job, "s3://models/c/gfl.pth").read_bytes() == b"others"
+        path = fetch_weights(store_of(job), "s3://models/a/gfl.pth")
+        assert fetch_weights(store_of(job), "s3://models/c/gfl.pth").read_bytes() == b"others"
         assert path.read_bytes() == b"weights"
         with pytest.raises(S3Error, match=r"s3://models/b\.pth: nothing is there"):
-            fetch_weights(job, "s3://models/b.pth")
+            fetch_weights(store_of(job), "s3://models/b.pth")
         assert [file.name for file in path.parent.iterdir()] == ["gfl.pth"]
         s3.put_object(Bucket="models", Key="a/gfl.pth", Body=b"changed")
-        assert fetch_weights(job, "s3://models/a/gfl.pth").read_bytes() == b"changed"
+        assert fetch_weights(store_of(job), "s3://models/a/gfl.pth").read_bytes() == b"changed"
     finally:
         server.stop()
 
 
 def test_what_stays_random_although_it_is_frozen_is_said_before_training(job, tmp_path, caplog):
-    assert fetch_sources(job) == {"weights": None, "teacher": None}
+    assert fetch_sources(job, store_of(job)) == {"weights": None, "teacher": None}
     assert caplog.text == ""
     frozen = derive(JobConfig, job, ["model.backbone.frozen_stages=1"])
-    fetch_sources(frozen)
+    fetch_sources(frozen, store_of(frozen))
     assert "model.pretrained is null" in caplog.text
 
 
@@ -201,9 +201,9 @@ def test_weights_that_do_not_fit_are_refused_before_training(job, tmp_path, monk
     )
     starting = derive(JobConfig, job, [f"model.pretrained={path}"])
     with pytest.raises(ValueError, match=r"num_classes 7, the model has 3.*reset_classifier=true"):
-        fetch_sources(starting)
+        fetch_sources(starting, store_of(starting))
     reset = derive(JobConfig, starting, ["model.reset_classifier=true"])
-    assert fetch_sources(reset)["weights"] == path
+    assert fetch_sources(reset, store_of(reset))["weights"] == path
 
 
 def test_no_file_of_ours_shadows_the_standard_library():

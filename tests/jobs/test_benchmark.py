@@ -17,7 +17,7 @@ from gfl.model.detector import Detector
 from gfl_platform.config import JobConfig
 from gfl_platform.evaluation import benchmark as benchmark_room
 from gfl_platform.registry import models
-from gfl_platform.tracking.client import connect
+from tests.support.tracking import store_of
 
 
 def words(**given):
@@ -75,7 +75,7 @@ def test_benchmarks_of_a_folder_go_to_a_run_with_its_configuration(
     said = " ".join(capsys.readouterr().out.split())
     assert "median latency +20.0 % against the last benchmark, same protocol" in said
     assert "took +20.0 % for a fixed convolution beside it, which leaves +0.0 % of the mean" in said
-    client = connect(JobConfig(storage={"root": f"{tmp_path}/outputs"}))
+    client = store_of(JobConfig(storage={"root": f"{tmp_path}/outputs"})).client
     (run,) = client.search_runs([client.get_experiment_by_name("gfl").experiment_id])
     assert run.data.params["seed"] == "7"
 
@@ -129,7 +129,7 @@ def test_a_model_is_benchmarked_twice_and_compared(trained, tmp_path, monkeypatc
     assert set(found["timings"][0]["percentiles_ms"]) == {"p50", "p90", "p99"}
     assert "against the last benchmark, same protocol" in run()
     assert "does not compare with the last benchmark: postprocess" in run("postprocess.nms_iou=0.5")
-    client = connect(job)
+    client = store_of(job).client
     kept = [entry.path for entry in client.list_artifacts(result.run_id, "benchmarks")]
     pictures = [path for path in kept if path.endswith(".png")]
     assert len(pictures) == 3

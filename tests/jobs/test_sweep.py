@@ -14,8 +14,7 @@ import pytest
 from gfl_platform.config import load_job
 from gfl_platform.sweeps.space import grid_points
 from gfl_platform.sweeps.trials import read_trial, trial_name
-from gfl_platform.tracking.client import connect
-from tests.support.tracking import history
+from tests.support.tracking import history, store_of
 
 BETA, BINS = "loss.qfl.beta", "model.reg_max"
 
@@ -159,7 +158,7 @@ def test_a_sweep_that_is_killed_in_every_way_ends_as_if_it_had_not_been(
             if trial.state == "finished":  # and was not trained again
                 assert rough[name].seconds == trial.seconds
 
-    client = connect(load_job(sweep_file, [f"storage.root={root}"]))
+    client = store_of(load_job(sweep_file, [f"storage.root={root}"])).client
     experiment = client.get_experiment_by_name("gfl").experiment_id
     runs = client.search_runs([experiment], max_results=100)
     children = {r.info.run_id for r in runs if "mlflow.parentRunId" in r.data.tags}
@@ -181,7 +180,7 @@ def test_ctrl_c_leaves_a_sweep_that_says_how_to_go_on(start, sweep_file, tmp_pat
     command = re.search(r"interrupted - python -m (jobs.sweep .* --resume) continues", error)
     assert command, error
     trial = next(iter(trials_of(tmp_path).values()))
-    client = connect(load_job(sweep_file, [f"storage.root={tmp_path}"]))
+    client = store_of(load_job(sweep_file, [f"storage.root={tmp_path}"])).client
     assert client.get_run(trial.run_id).info.status == "KILLED"
     parent = json.loads((tmp_path / "sweeps/s/run.json").read_text())["run_id"]
     assert client.get_run(parent).info.status == "KILLED"

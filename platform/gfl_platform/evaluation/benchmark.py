@@ -40,7 +40,7 @@ from gfl_platform.cluster.events import VariantsMeasured, Watcher
 from gfl_platform.config import JobConfig
 from gfl_platform.storage.files import read_json
 from gfl_platform.storage.storage import Storage
-from gfl_platform.tracking.client import Store, connect
+from gfl_platform.tracking.client import Store
 from gfl_platform.tracking.metadata import describe
 from gfl_platform.tracking.run import RunTracker
 
@@ -162,20 +162,18 @@ def benchmark(
     return found
 
 
-def keep(job: JobConfig, model: str, run_id: str | None, found: Benchmark, picture: Path) -> str:
+def keep(store: Store, run_id: str, found: Benchmark, picture: Path) -> str:
     """Log a benchmark to the model's run; return what compares it with the last.
 
     Args:
-        job: How it was measured; says which tracking store.
-        model: What was measured, as the user calls it.
-        run_id: The run that trained it; if that is not known, there is one for its benchmarks.
+        store: Where the run is.
+        run_id: The run that trained the model, or what `run_of_benchmarks` returns.
         found: What was measured.
         picture: The histogram.
     """
-    client = connect(job)
+    client = store.client
     with tempfile.TemporaryDirectory(prefix="gfl-benchmark-") as scratch:
-        run_id = run_id or _run_of_benchmarks(job, model, Path(scratch))
-        said = _compare(found, _last(job, run_id, Path(scratch)))
+        said = _compare(found, _last(store, run_id, Path(scratch)))
         when = time.strftime("%Y%m%d-%H%M%S", time.localtime(found.time_s))
         name = f"{when}-{found.standard.hash}"
         path = Path(scratch) / f"{name}.json"
@@ -204,29 +202,38 @@ def as_json(found: Benchmark) -> dict[str, Any]:
     return vars(found) | {"timings": timings}
 
 
-def _run_of_benchmarks(job: JobConfig, model: str, folder: Path) -> str:
-    """Return the run that benchmarks of `model` go to; a new one, for which `folder` is needed."""
-    client = connect(job)
-    if experiment := client.get_experiment_by_name(job.tracking.experiment):
+def run_of_benchmarks(job: JobConfig, store: Store, model: str) -> str:
+    """Return the run of the benchmarks of a model that no run of the store trained.
+
+    Args:
+        job: Configuration of the benchmark.
+        store: Where the run is; a new one is made for the first benchmark.
+        model: The model, as the user calls it.
+    """
+    client = store.client
+    if experiment := client.get_experiment_by_name(store.experiment):
         for run in client.search_runs([experiment.experiment_id], "tags.kind = 'benchmark'"):
             if run.data.tags.get("model") == model:
                 return str(run.info.run_id)
     tags = {"kind": "benchmark", "model": model}
-    store = Store(job.tracking, Storage(job.storage))
-    with RunTracker(store, folder, describe(job, "benchmark", tags)) as tracker:
+    opened = describe(job, "benchmark", tags)
+    with (
+        tempfile.TemporaryDirectory(prefix="gfl-benchmark-") as folder,
+        RunTracker(store, Path(folder), opened) as tracker,
+    ):
         return tracker.require_run()
 
 
-def recall_fps(job: JobConfig, run_id: str, protocol: str) -> float | None:
+def recall_fps(store: Store, run_id: str, protocol: str) -> float | None:
     """Return the FPS of a run's latest benchmark under the protocol of this hash, if any."""
     with tempfile.TemporaryDirectory(prefix="gfl-benchmark-") as scratch:
-        found = _last(job, run_id, Path(scratch), protocol)
+        found = _last(store, run_id, Path(scratch), protocol)
     return found["timings"][0]["fps"] if found else None
 
 
-def _last(job: JobConfig, run_id: str, scratch: Path, protocol: str = "") -> dict[str, Any]:
+def _last(store: Store, run_id: str, scratch: Path, protocol: str = "") -> dict[str, Any]:
     """Return the run's latest benchmark, maybe of one protocol; empty if it has none."""
-    client = connect(job)
+    client = store.client
     names = [entry.path for entry in client.list_artifacts(run_id, FOLDER)]
     kept = sorted(name for name in names if name.endswith(f"{protocol}.json"))
     return (

@@ -23,6 +23,7 @@ from gfl_platform.registry.measurement import (
     recall,
 )
 from gfl_platform.registry.models import Version
+from gfl_platform.tracking.client import Store
 
 PICTURED = 6
 """Number of images in the picture."""
@@ -47,13 +48,17 @@ class Comparison:
     protocols: list[str]
 
 
-def compare(job: JobConfig, a: Version, b: Version, picture: Path, watch: Watcher) -> Comparison:
-    """Compare two versions on the images of `a`; draw those on which they disagree most.
+def compare(
+    job: JobConfig, store: Store, versions: tuple[Version, Version], picture: Path, watch: Watcher
+) -> Comparison:
+    """Compare the versions `a` and `b` on the images of `a`.
+
+    The images on which they disagree most are drawn.
 
     Args:
-        job: Where to measure, and which registry.
-        a: One version.
-        b: The other version.
+        job: Where to measure.
+        store: The registry.
+        versions: The version `a` and the version `b`.
         picture: The PNG file to write.
         watch: Called with the events of the measurements.
 
@@ -61,11 +66,13 @@ def compare(job: JobConfig, a: Version, b: Version, picture: Path, watch: Watche
         ValueError: a checkpoint, the dataset or the cluster cannot be used.
         JobFailedError: a worker stopped.
     """
-    job_a, job_b = own_job(job, a), own_job(job, b)
+    a, b = versions
+    job_a, job_b = own_job(job, store, a), own_job(job, store, b)
     kept_key = f"{a.tags.get('data')}-{a.tags.get('protocol')}"
-    of_a = recall(job, a, kept_key) or measure(job_a, a, watch)
-    of_b = recall(job, b, of_a.key) or measure(at_settings_of(job_b, job_a), b, watch)
-    split = images_of(job_a, list(of_a.ap_by_class))
+    of_a = recall(store, a, kept_key) or measure(job_a, store, a, watch)
+    of_b = recall(store, b, of_a.key)
+    of_b = of_b or measure(at_settings_of(job_b, job_a), store, b, watch)
+    split = images_of(job_a, store.storage.cache, list(of_a.ap_by_class))
     gain = measure_gain(split, of_b.rows, of_a.rows, job_a)
     score_a, score_b = (score_images(split, rows, job_a) for rows in (of_a.rows, of_b.rows))
     largest = np.argsort(-np.abs(score_a - score_b), kind="stable")[:PICTURED]

@@ -30,7 +30,7 @@ from gfl_platform.registry.measurement import (
     recall,
 )
 from gfl_platform.registry.models import RegistryError, Version
-from gfl_platform.tracking.client import connect
+from gfl_platform.tracking.client import Store
 
 PICKLES = frozenset({".pkl", ".pickle", ".pt", ".pth", ".bin", ".joblib", ".ckpt"})
 """Endings of files that may hold a pickle, which runs code when it is loaded."""
@@ -200,9 +200,9 @@ def pickle_faults(paths: Iterable[str]) -> list[str]:
 class Examiner:
     """Measures a candidate and its champion, each way of measuring once."""
 
-    def __init__(self, job: JobConfig, candidate: Version, watch: Watcher) -> None:
+    def __init__(self, job: JobConfig, store: Store, candidate: Version, watch: Watcher) -> None:
         """Take the candidate, the job that says where to measure, and who watches progress."""
-        self._job = job
+        self._job, self._store = job, store
         self._candidate = candidate
         self._watch = watch
         self._measurements: dict[tuple[int, str], Measurement] = {}
@@ -224,7 +224,7 @@ class Examiner:
     def gather_evidence(self, champion: int | None) -> Evidence:
         """Measure the candidate and, where the gate compares, the champion."""
         gate, candidate = self._job.registry.gate, self._candidate
-        own = own_job(self._job, candidate)
+        own = own_job(self._job, self._store, candidate)
         job = _with_images(own, gate)
         measurement = self._measure(job, candidate)
         logged_ap = candidate.tags.get("AP")
@@ -237,7 +237,7 @@ class Examiner:
             logged_ap=None if logged_ap is None else float(logged_ap),
             repeated_ap=self._measure(own, candidate).metrics["AP"],
             benchmark_fps=recall_fps(
-                self._job, candidate.run_id, protocol_hash(measurement.protocol)
+                self._store, candidate.run_id, protocol_hash(measurement.protocol)
             ),
             champion=champion,
             rival=rival,
@@ -246,9 +246,9 @@ class Examiner:
     def _file_faults(self) -> list[str]:
         """Return what makes the candidate's artifacts unfit to be loaded."""
         name, number = self._candidate.name, self._candidate.version
-        faults = pickle_faults(_artifact_paths(self._job, self._candidate))
+        faults = pickle_faults(_artifact_paths(self._store, self._candidate))
         try:
-            models.load(f"models:/{name}/{number}", self._job, "cpu")
+            models.load(f"models:/{name}/{number}", self._store, "cpu")
         except ValueError as error:
             faults.append(f"It cannot be loaded: {error}.")
         return faults
@@ -260,7 +260,7 @@ class Examiner:
         files are gone, is a result; an unusable cluster is an error.
         """
         rival, gate = Rival(champion), job.registry.gate
-        split = images_of(job, list(candidate.ap_by_class))
+        split = images_of(job, self._store.storage.cache, list(candidate.ap_by_class))
 
         def compared(measurement: Measurement) -> Compared:
             rows, draws = (candidate.rows, measurement.rows), gate.draws
@@ -268,8 +268,8 @@ class Examiner:
             return measurement, gain
 
         try:
-            version = models.find(self._job, self._candidate.name, str(champion))
-            own = own_job(self._job, version)
+            version = models.find(self._store, self._candidate.name, str(champion))
+            own = own_job(self._job, self._store, version)
             alike, itself = at_settings_of(own, job), on_images_of(own, job)
             rival.alike = compared(self._measure(alike, version, candidate.key))
             rival.changes = _changes(own, alike)
@@ -286,8 +286,8 @@ class Examiner:
         """Return the measurement of a version; one that is kept under `key` is used again."""
         way = (version.version, config_hash(job))
         if way not in self._measurements:
-            kept = recall(job, version, key) if key else None
-            self._measurements[way] = kept or measure(job, version, self._watch)
+            kept = recall(self._store, version, key) if key else None
+            self._measurements[way] = kept or measure(job, self._store, version, self._watch)
         return self._measurements[way]
 
 
@@ -314,9 +314,9 @@ def _changes(own: JobConfig, job: JobConfig) -> list[str]:
     return [f"{k} {before.get(k)} -> {now[k]}" for k in now if before.get(k) != now[k]]
 
 
-def _artifact_paths(job: JobConfig, version: Version) -> Iterator[str]:
+def _artifact_paths(store: Store, version: Version) -> Iterator[str]:
     """Yield the paths of all files that belong to a version."""
-    client = connect(job)
+    client = store.client
     import mlflow
 
     location = client.get_model_version_download_uri(version.name, str(version.version))
@@ -331,7 +331,7 @@ def _artifact_paths(job: JobConfig, version: Version) -> Iterator[str]:
                 yield str(path)
 
 
-def promote(job: JobConfig, name: str, number: int, watch: Watcher) -> Decision:
+def promote(job: JobConfig, store: Store, name: str, number: int, watch: Watcher) -> Decision:
     """Make a version champion if it passes the gate; return the decision, also a refusal.
 
     If the version is champion already, as after a crash, the decision that made it champion is
@@ -339,7 +339,8 @@ def promote(job: JobConfig, name: str, number: int, watch: Watcher) -> Decision:
     with that one.
 
     Args:
-        job: Where to measure, and which registry; `job.registry.gate` is the gate.
+        job: Where to measure; `job.registry.gate` is the gate.
+        store: The registry.
         name: Name of the model.
         number: Number of the candidate's version.
         watch: Called with the events of the measurements.
@@ -349,8 +350,8 @@ def promote(job: JobConfig, name: str, number: int, watch: Watcher) -> Decision:
             somebody made champion by hand. No decision is recorded then.
         JobFailedError: a worker stopped.
     """
-    client = connect(job)
-    examiner = Examiner(job, models.find(job, name, str(number)), watch)
+    client = store.client
+    examiner = Examiner(job, store, models.find(store, name, str(number)), watch)
     past = history.settle(client, name)
     while (champion := past.champion) != number:
         verdict = examiner.examine(champion)
@@ -368,14 +369,14 @@ def promote(job: JobConfig, name: str, number: int, watch: Watcher) -> Decision:
     return move
 
 
-def rollback(job: JobConfig, name: str, why: str) -> Decision:
+def rollback(store: Store, name: str, why: str) -> Decision:
     """Make the previous champion champion again; return the decision.
 
     If this command finishes a rollback that a crash interrupted, or another rollback comes first,
     the decision of that rollback is returned.
 
     Args:
-        job: Says which registry.
+        store: The registry.
         name: Name of the model.
         why: The reason, a sentence for the promotion history.
 
@@ -383,15 +384,15 @@ def rollback(job: JobConfig, name: str, why: str) -> Decision:
         RegistryError: there is no previous champion, it cannot be loaded, or the champion changed
             in the meantime.
     """
-    client = connect(job)
-    models.list_versions(job, name)  # raises if there is no such model
+    client = store.client
+    models.list_versions(store, name)  # raises if there is no such model
     champion = history.read_history(client, name).champion
     past = history.settle(client, name)
     if past.champion == champion:
         number = past.aliases.get("previous")
         if champion is None or number is None:
             raise RegistryError(f"{name}: no champion before this one, so nothing to go back to")
-        models.load(f"models:/{name}/{number}", job, "cpu")
+        models.load(f"models:/{name}/{number}", store, "cpu")
         past = history.settle(client, name)
         if past.champion == champion:
             return history.record(

@@ -22,8 +22,8 @@ from gfl_platform.config import JobConfig
 from gfl_platform.evaluation.evaluate import evaluate_checkpoint
 from gfl_platform.registry import models
 from gfl_platform.registry.models import Version
-from gfl_platform.storage.storage import Storage
-from gfl_platform.tracking.client import connect
+from gfl_platform.storage.cache import Cache
+from gfl_platform.tracking.client import Store
 
 FOLDER = "evaluations"
 """Folder for measurements among the artifacts of a run, one file for each version and key."""
@@ -61,14 +61,14 @@ class Measurement:
         return f"{self.digest[:12]}-{protocol_hash(self.protocol)}"
 
 
-def own_job(where: JobConfig, version: Version) -> JobConfig:
+def own_job(where: JobConfig, store: Store, version: Version) -> JobConfig:
     """Return the configuration that a version was trained with, with the other sections of `where`.
 
     Raises:
         ValueError: the checkpoint of the version cannot be read.
     """
     with tempfile.TemporaryDirectory(prefix="gfl-model-") as scratch:
-        config = read_config(models.fetch_checkpoint(where, _uri(version), Path(scratch)))
+        config = read_config(models.fetch_checkpoint(store, _uri(version), Path(scratch)))
     sections = ("cluster", "storage", "tracking", "registry")
     return derive(JobConfig, config, []).model_copy(
         update={section: getattr(where, section) for section in sections}
@@ -90,28 +90,27 @@ def at_settings_of(job: JobConfig, other: JobConfig) -> JobConfig:
     return job.model_copy(update=changed)
 
 
-def images_of(job: JobConfig, classes: Sequence[str]) -> Split:
+def images_of(job: JobConfig, cache: Cache, classes: Sequence[str]) -> Split:
     """Return the images on which `job` evaluates a model with `classes`, as local files.
 
     Raises:
         ValueError: the dataset cannot be used.
     """
     render_shapes(job)
-    cache = Storage(job.storage).cache
     here = {key: str(cache.local(place)) for key, place in job.data.val}
     data = job.data.model_copy(update={"val": SplitConfig(**here)})
     return read_split(data, "val", job.model.num_classes, classes)
 
 
-def measure(job: JobConfig, version: Version, watch: Watcher) -> Measurement:
+def measure(job: JobConfig, store: Store, version: Version, watch: Watcher) -> Measurement:
     """Evaluate a version as `job` says, and keep the measurement among the artifacts of its run.
 
     Raises:
         ValueError: the checkpoint, dataset or cluster cannot be used.
         JobFailedError: a worker stopped.
     """
-    with Storage(job.storage).scratch_folder() as scratch:
-        checkpoint = models.fetch_checkpoint(job, _uri(version), scratch)
+    with store.storage.scratch_folder() as scratch:
+        checkpoint = models.fetch_checkpoint(store, _uri(version), scratch)
         result = evaluate_checkpoint(checkpoint, job, watch)
     measurement = Measurement(
         metrics=result["metrics"],
@@ -121,13 +120,13 @@ def measure(job: JobConfig, version: Version, watch: Watcher) -> Measurement:
         digest=result["digest"],
         rows=result["detections"],
     )
-    _keep(job, version, measurement)
+    _keep(store, version, measurement)
     return measurement
 
 
-def recall(job: JobConfig, version: Version, key: str) -> Measurement | None:
+def recall(store: Store, version: Version, key: str) -> Measurement | None:
     """Return the measurement of a version that is kept under `key`, if there is one."""
-    client = connect(job)
+    client = store.client
     from mlflow.exceptions import MlflowException
 
     name = f"{FOLDER}/{version.name}-{version.version}-{key}.npz"
@@ -140,14 +139,14 @@ def recall(job: JobConfig, version: Version, key: str) -> Measurement | None:
             return Measurement(**json.loads(str(kept["figures"])), rows=kept["rows"])
 
 
-def _keep(job: JobConfig, version: Version, measurement: Measurement) -> None:
+def _keep(store: Store, version: Version, measurement: Measurement) -> None:
     figures = {name: value for name, value in vars(measurement).items() if name != "rows"}
     content = io.BytesIO()
     np.savez_compressed(content, figures=json.dumps(figures), rows=measurement.rows)
     with tempfile.TemporaryDirectory(prefix="gfl-measured-") as scratch:
         path = Path(scratch) / f"{version.name}-{version.version}-{measurement.key}.npz"
         path.write_bytes(content.getvalue())
-        connect(job).log_artifact(version.run_id, str(path), FOLDER)
+        store.client.log_artifact(version.run_id, str(path), FOLDER)
 
 
 def _uri(version: Version) -> str:

@@ -19,7 +19,7 @@ from gfl_platform.provenance import COMMIT, git_state
 from gfl_platform.registry import models
 from gfl_platform.registry.history import read_history
 from gfl_platform.registry.models import RegistryError, Version
-from gfl_platform.tracking.client import connect
+from gfl_platform.tracking.client import Store
 from gfl_platform.tracking.metadata import CONFIG_FILE, DIFF_FILE, PACKAGES_FILE, PROTOCOL
 
 DIGEST_TAGS = ("data.train.digest", "data.val.digest", "weights.pretrained", "weights.teacher")
@@ -46,9 +46,9 @@ class Recipe:
     differences: list[str]
 
 
-def describe(job: JobConfig, version: Version) -> dict[str, str]:
+def describe(store: Store, version: Version) -> dict[str, str]:
     """Return the card of a version: origin, measurements and decisions, by key."""
-    client = connect(job)
+    client = store.client
     facts: dict[str, str] = {}
     packages = []
     if version.run_id:
@@ -56,7 +56,7 @@ def describe(job: JobConfig, version: Version) -> dict[str, str]:
         tags = {k: v for k, v in run.data.tags.items() if not k.startswith("mlflow.")}
         metrics = {key: _shown(key, value) for key, value in sorted(run.data.metrics.items())}
         facts = {"restarts": "0"} | metrics | tags
-        packages = _artifact(job, version.run_id, PACKAGES_FILE).split()
+        packages = _artifact(store, version.run_id, PACKAGES_FILE).split()
         if tags.get("git.changed", "nothing") != "nothing":
             facts["git.diff"] = f"runs:/{version.run_id}/git.diff"
     facts |= version.tags
@@ -100,21 +100,22 @@ def lineage(config: Config, workers: Workers, sources: dict[str, Path | None]) -
     return tags
 
 
-def recipe(where: JobConfig, model: str, overrides: Sequence[str]) -> Recipe:
+def recipe(where: JobConfig, store: Store, model: str, overrides: Sequence[str]) -> Recipe:
     """Return how a model was trained.
 
     Args:
-        where: The registry, and the sections `storage` and `tracking` of the new training.
+        where: The sections `storage` and `tracking` of the new training.
+        store: The registry.
         model: `models:/NAME@ALIAS`, `models:/NAME/VERSION` or `runs:/RUN_ID`.
         overrides: Changes to the configuration, "key=value" each.
 
     Raises:
         ValueError: there is no such model, or its run holds no configuration.
     """
-    run_id = models.run_of(where, model)
+    run_id = models.run_of(store, model)
     if not run_id:
         raise RegistryError(f"{model}: no run is known that trained it")
-    text = _artifact(where, run_id, CONFIG_FILE)
+    text = _artifact(store, run_id, CONFIG_FILE)
     if not text:
         raise RegistryError(f"{model}: run {run_id} holds no {CONFIG_FILE}; is it one of ours?")
     with tempfile.TemporaryDirectory(prefix="gfl-recipe-") as scratch:
@@ -123,13 +124,13 @@ def recipe(where: JobConfig, model: str, overrides: Sequence[str]) -> Recipe:
         anew = ("run={name: null}", "registry={name: null, alias: null}", "sweep=null")
         job = load_job(path, [*anew, *overrides])
     job = job.model_copy(update={"storage": where.storage, "tracking": where.tracking})
-    tags = connect(where).get_run(run_id).data.tags
+    tags = store.client.get_run(run_id).data.tags
     commit, changed, diff = git_state()
     state = {COMMIT: commit, "git.changed": changed or "nothing"}
     differing = [f"{k} {tags.get(k)} -> {v}" for k, v in state.items() if tags.get(k) != v]
-    if _artifact(where, run_id, DIFF_FILE).splitlines() != diff.splitlines():
+    if _artifact(store, run_id, DIFF_FILE).splitlines() != diff.splitlines():
         differing.append(f"{DIFF_FILE}: what is not committed is not what runs:/{run_id} had")
-    for line in _artifact(where, run_id, PACKAGES_FILE).split():
+    for line in _artifact(store, run_id, PACKAGES_FILE).split():
         package, _, version = line.partition("==")
         if (present := _installed(package)) != version:
             differing.append(f"{package} {version} -> {present}")
@@ -143,17 +144,17 @@ def _installed(package: str) -> str:
         return "not installed"
 
 
-def protocol_of(job: JobConfig, model: str) -> dict[str, Any]:
+def protocol_of(store: Store, model: str) -> dict[str, Any]:
     """Return the protocol of a model's FPS in its training, empty if it is not known."""
-    run_id = models.run_of(job, model)
-    tags = connect(job).get_run(run_id).data.tags if run_id else {}
+    run_id = models.run_of(store, model)
+    tags = store.client.get_run(run_id).data.tags if run_id else {}
     protocol: dict[str, Any] = json.loads(tags.get(PROTOCOL, "{}"))
     return protocol
 
 
-def _artifact(job: JobConfig, run_id: str, name: str) -> str:
+def _artifact(store: Store, run_id: str, name: str) -> str:
     """Return the text of a run's artifact, empty if there is no such artifact."""
-    client: Any = connect(job)
+    client: Any = store.client
     from mlflow.exceptions import MlflowException
 
     with tempfile.TemporaryDirectory(prefix="gfl-card-") as scratch:

@@ -14,10 +14,10 @@ import gfl
 import gfl_platform
 from gfl.checkpoint.files import TRAINING
 from gfl.evaluation.protocol import data_digest, protocol_hash
-from gfl_platform.config import JobConfig, require_alias
+from gfl_platform.config import StorageConfig, TrackingConfig, require_alias
 from gfl_platform.registry.history import DECISION, GATED_ALIASES
 from gfl_platform.storage.storage import Storage, is_there
-from gfl_platform.tracking.client import connect, on_all_pages, reason_of
+from gfl_platform.tracking.client import Store, on_all_pages, reason_of
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -58,7 +58,7 @@ class Version:
     tags: dict[str, str]
 
 
-def set_alias(job: JobConfig, name: str, version: int, alias: str) -> int | None:
+def set_alias(store: Store, name: str, version: int, alias: str) -> int | None:
     """Point `alias` at a version that can be loaded; return the version it pointed at before.
 
     Raises:
@@ -68,32 +68,32 @@ def set_alias(job: JobConfig, name: str, version: int, alias: str) -> int | None
     require_alias(alias)
     if alias in GATED_ALIASES:
         raise RegistryError(f"alias '{alias}': only `jobs.registry promote` and `rollback` move it")
-    client = connect(job)
+    client = store.client
     _version(client, name, version)  # raises if there is no such version
-    load(f"models:/{name}/{version}", job, "cpu")
+    load(f"models:/{name}/{version}", store, "cpu")
     before = next((v.version for v in _versions(client, name) if alias in v.aliases), None)
     client.set_registered_model_alias(name, alias, str(version))
     return before
 
 
-def list_versions(job: JobConfig, name: str | None = None) -> list[Version]:
+def list_versions(store: Store, name: str | None = None) -> list[Version]:
     """Return the versions of the model `name`, or of all models, newest first.
 
     Raises:
         RegistryError: the model does not exist.
     """
-    client = connect(job)
+    client = store.client
     names = [name] if name else _names(client)
     return [version for model in names for version in _versions(client, model)]
 
 
-def find(job: JobConfig, name: str, reference: str) -> Version:
+def find(store: Store, name: str, reference: str) -> Version:
     """Return the version of the model `name` with the number or alias `reference`.
 
     Raises:
         RegistryError: there is no such model or version; the message suggests one.
     """
-    client = connect(job)
+    client = store.client
     if reference.isdigit():
         return _version(client, name, int(reference))
     versions = _versions(client, name)
@@ -104,27 +104,29 @@ def find(job: JobConfig, name: str, reference: str) -> Version:
     raise RegistryError(f"{name}@{reference}: no such alias; {_suggest(reference, aliases)}")
 
 
-def load(model: str, job: JobConfig | None = None, device: str | None = None) -> "Model":
+def load(model: str, store: Store | None = None, device: str | None = None) -> "Model":
     """Return the model behind `model`, ready to predict.
 
     Args:
         model: A checkpoint folder, `models:/NAME@ALIAS`, `models:/NAME/VERSION` or `runs:/RUN_ID`.
-        job: Configuration that names the registry, by default that of MLFLOW_TRACKING_URI, or
-            without that variable the one in `outputs`.
+        store: The registry, by default that of MLFLOW_TRACKING_URI, or without that variable the
+            one in `outputs`.
         device: Device of the model, by default the first GPU if there is one.
 
     Raises:
         ValueError: there is no such model, or it is damaged.
     """
+    store = store or Store(TrackingConfig(), Storage(StorageConfig()))
     with tempfile.TemporaryDirectory(prefix="gfl-model-") as scratch:
-        return gfl.load(fetch_checkpoint(job or JobConfig(), model, Path(scratch)), device=device)
+        checkpoint = fetch_checkpoint(store, model, Path(scratch))
+        return gfl.load(checkpoint, device=device)
 
 
-def fetch_checkpoint(job: JobConfig, model: str, scratch: Path) -> Path:
+def fetch_checkpoint(store: Store, model: str, scratch: Path) -> Path:
     """Return a local folder with the checkpoint of a model.
 
     Args:
-        job: Configuration that names the registry.
+        store: The registry.
         model: A checkpoint folder or any other form that `load` takes.
         scratch: Folder for the checkpoint if it has to be fetched.
 
@@ -133,9 +135,9 @@ def fetch_checkpoint(job: JobConfig, model: str, scratch: Path) -> Path:
     """
     model = _complete(model)
     if model.startswith("models:/"):
-        return _fetch_registered(job, model.removeprefix("models:/").strip("/"), scratch)
+        return _fetch_registered(store, model.removeprefix("models:/").strip("/"), scratch)
     if model.startswith("runs:/"):
-        return _checkpoint_of_run(job, model.removeprefix("runs:/").strip("/"))
+        return _checkpoint_of_run(store, model.removeprefix("runs:/").strip("/"))
     if "://" in model or model.split("/")[0].endswith(":"):
         raise RegistryError(f"{model}: expected {SCHEMES}")
     folder = Path(model)
@@ -144,19 +146,19 @@ def fetch_checkpoint(job: JobConfig, model: str, scratch: Path) -> Path:
     return folder
 
 
-def run_of(job: JobConfig, model: str) -> str | None:
+def run_of(store: Store, model: str) -> str | None:
     """Return the run that trained `models:/...` or `runs:/...`, None for a checkpoint folder."""
     model = _complete(model)
     if model.startswith("models:/"):
-        return find(job, *_split(model.removeprefix("models:/").strip("/"))).run_id
+        return find(store, *_split(model.removeprefix("models:/").strip("/"))).run_id
     return model.removeprefix("runs:/").strip("/") if model.startswith("runs:/") else None
 
 
-def resolve(job: JobConfig, model: str) -> str:
+def resolve(store: Store, model: str) -> str:
     """Return `models:/NAME/VERSION` for a registered model, any other form unchanged."""
     if not model.startswith("models:/"):
         return model
-    version = find(job, *_split(model.removeprefix("models:/").strip("/")))
+    version = find(store, *_split(model.removeprefix("models:/").strip("/")))
     return f"models:/{version.name}/{version.version}"
 
 
@@ -175,9 +177,9 @@ def _split(reference: str) -> tuple[str, str]:
     return name, which
 
 
-def _fetch_registered(job: JobConfig, reference: str, scratch: Path) -> Path:
+def _fetch_registered(store: Store, reference: str, scratch: Path) -> Path:
     """Return a folder below `scratch` with the checkpoint of NAME@ALIAS or NAME/VERSION."""
-    version = find(job, *_split(reference))
+    version = find(store, *_split(reference))
     import mlflow
     from mlflow.exceptions import MlflowException
 
@@ -194,9 +196,9 @@ def _fetch_registered(job: JobConfig, reference: str, scratch: Path) -> Path:
     return Path(folder)
 
 
-def _checkpoint_of_run(job: JobConfig, run_id: str) -> Path:
+def _checkpoint_of_run(store: Store, run_id: str) -> Path:
     """Return the checkpoint of a run with the best AP, among those that still exist."""
-    client = connect(job)
+    client = store.client
     from mlflow.exceptions import MlflowException
 
     try:
@@ -215,7 +217,7 @@ def _checkpoint_of_run(job: JobConfig, run_id: str) -> Path:
     ]
     if not checkpoints:
         raise RegistryError(f"runs:/{run_id}: no checkpoint of this run is there any more")
-    return Storage(job.storage).cache.local(max(checkpoints)[1])
+    return store.storage.cache.local(max(checkpoints)[1])
 
 
 def _names(client: "MlflowClient") -> list[str]:
@@ -268,20 +270,20 @@ def _suggest(text: str, known: list[str]) -> str:
 
 
 def register(
-    job: JobConfig, name: str, checkpoint: Path, run_id: str, facts: Mapping[str, float | str]
+    store: Store, name: str, checkpoint: Path, run_id: str, facts: Mapping[str, float | str]
 ) -> int:
     """Register a checkpoint as a new version of the model `name`, and return the version.
 
     The registered model holds its weights without a pickle, and the code that reads them.
 
     Args:
-        job: Configuration that names the registry.
+        store: The registry.
         name: Name of the model, which is created if it does not exist.
         checkpoint: Folder of the checkpoint.
         run_id: The run that trained it.
         facts: Tags of the version: AP, fps, `protocol` (its hash) and `data` (a digest).
     """
-    client = connect(job)
+    client = store.client
     import mlflow
 
     package = Path(gfl_platform.__file__).parent
@@ -304,29 +306,29 @@ def register(
             )
         client.update_run(run_id, status=status)  # `start_run` has ended the run
     version = int(logged.registered_model_version)
-    tag(job, name, version, facts)
+    tag(store, name, version, facts)
     return version
 
 
-def tag(job: JobConfig, name: str, version: int, facts: Mapping[str, float | str]) -> None:
+def tag(store: Store, name: str, version: int, facts: Mapping[str, float | str]) -> None:
     """Set the tags `facts` (see `register`) of a version."""
-    client = connect(job)
+    client = store.client
     for key, value in facts.items():
         text = value if isinstance(value, str) else f"{value:.6g}"
         client.set_model_version_tag(name, str(version), key, text)
 
 
 def register_once(
-    job: JobConfig, name: str, checkpoint: Path, run_id: str, facts: dict[str, float | str]
+    store: Store, name: str, checkpoint: Path, run_id: str, facts: dict[str, float | str]
 ) -> int:
     """Return the latest version of `name` that a run trained; register one if there is none."""
     of_this_run = f"name = '{name}' and run_id = '{run_id}'"
-    versions = connect(job).search_model_versions(of_this_run)
+    versions = store.client.search_model_versions(of_this_run)
     if not versions:
-        return register(job, name, checkpoint, run_id, facts)
+        return register(store, name, checkpoint, run_id, facts)
     latest = max(versions, key=lambda version: int(version.version))
     if facts.keys() - latest.tags.keys():  # its registration was interrupted before its tags
-        tag(job, name, int(latest.version), facts)
+        tag(store, name, int(latest.version), facts)
     return int(latest.version)
 
 

@@ -69,9 +69,10 @@ def register_best(results: SweepResults, model: str) -> int:
     assert trial.checkpoint
     ap, fps = trial.figures["AP"], trial.figures["fps"]
     facts = models.figures_of_version(ap, fps, trial.protocol)
-    checkpoint = Storage(results.job.storage).cache.local(trial.checkpoint)
-    version = models.register_once(results.job, model, checkpoint, trial.run_id, facts)
-    models.set_alias(results.job, model, version, CHALLENGER)
+    store = Store(results.job.tracking, Storage(results.job.storage))
+    checkpoint = store.storage.cache.local(trial.checkpoint)
+    version = models.register_once(store, model, checkpoint, trial.run_id, facts)
+    models.set_alias(store, model, version, CHALLENGER)
     return version
 
 
@@ -161,7 +162,7 @@ def _prepare(job: JobConfig, store: Store, name: str, *, resume: bool) -> tuple[
     if not resources.in_cluster():  # here workers see the same files: say at once what is wrong
         check_data(first, workers.count, sweep_of(job).objectives)
     store.require_answer()
-    fetch_sources(first)
+    fetch_sources(first, store)
     if not resume:
         store.storage.open_run_folder(name, resume=False, kind="sweeps")
         require_same(folder / CONFIG_FILE, asked, "sweep")

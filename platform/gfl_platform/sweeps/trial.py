@@ -14,7 +14,9 @@ from gfl_platform.cluster.launch import DivergedError, JobFailedError, one_line
 from gfl_platform.cluster.resources import Workers
 from gfl_platform.config import JobConfig
 from gfl_platform.storage.files import read_json, write_atomically
+from gfl_platform.storage.storage import Storage
 from gfl_platform.sweeps.space import trial_job
+from gfl_platform.tracking.client import Store
 from gfl_platform.training import fit
 from gfl_platform.training.sources import fetch_sources
 
@@ -90,7 +92,7 @@ def train_with_ray(job: JobConfig, folder: Path, workers: Workers, events: Event
     """Train on `workers`; go on from the latest checkpoint in `folder` if there is one."""
     from ray.tune.integration.ray_train import TuneReportCallback
 
-    sources = fetch_sources(job)
+    sources = fetch_sources(job, Store(job.tracking, Storage(job.storage)))
     callbacks = [TuneReportCallback()] if workers.stoppable else []
     measured, checkpoint, metrics = fit.run(job, sources, workers, folder, events, callbacks)
     speed = {"fps": measured["fps"], "latency_ms": 1000 / measured["fps"]}

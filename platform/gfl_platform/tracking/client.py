@@ -13,7 +13,7 @@ import re
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from gfl_platform.config import JobConfig, TrackingConfig
+from gfl_platform.config import TrackingConfig
 from gfl_platform.storage.storage import Storage
 
 if TYPE_CHECKING:
@@ -125,11 +125,6 @@ class Store:
         logging.getLogger("urllib3").setLevel(logging.ERROR)  # It reports every attempt.
         _make_current(self.uri)
         return mlflow.MlflowClient()
-
-
-def connect(job: JobConfig) -> "MlflowClient":
-    """Return the client of a job's store."""
-    return Store(job.tracking, Storage(job.storage)).client
 
 
 def without_password(text: str) -> str:

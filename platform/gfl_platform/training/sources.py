@@ -18,14 +18,14 @@ from gfl_platform.config import JobConfig
 from gfl_platform.registry import models
 from gfl_platform.storage.files import StorageError
 from gfl_platform.storage.s3 import is_remote
-from gfl_platform.storage.storage import Storage
+from gfl_platform.tracking.client import Store
 
 logger = logging.getLogger(__name__)
 
 TORCHVISION = "torchvision://"
 
 
-def fetch_sources(job: JobConfig) -> dict[str, Path | None]:
+def fetch_sources(job: JobConfig, store: Store) -> dict[str, Path | None]:
     """Return the weights to start from and the teacher's checkpoint, where all nodes see them.
 
     Raises:
@@ -33,7 +33,7 @@ def fetch_sources(job: JobConfig) -> dict[str, Path | None]:
     """
     weights, backbone, distillation = None, job.model.backbone, job.loss.distillation
     if job.model.pretrained is not None:
-        weights = fetch_weights(job, job.model.pretrained)
+        weights = fetch_weights(store, job.model.pretrained)
         if not resources.in_cluster():  # where nodes' files may be elsewhere
             reset = job.model.reset_classifier
             load_weights(Detector(reproducible(job)), weights, reset_classifier=reset)
@@ -44,26 +44,26 @@ def fetch_sources(job: JobConfig) -> dict[str, Path | None]:
         )
     return {
         "weights": weights,
-        "teacher": fetch_model(job, distillation.teacher) if distillation else None,
+        "teacher": fetch_model(store, distillation.teacher) if distillation else None,
     }
 
 
-def fetch_weights(job: JobConfig, location: str) -> Path:
+def fetch_weights(store: Store, location: str) -> Path:
     """Return a file of the weights at `location` that all nodes see.
 
     Remote ones are kept in the folder `weights` of the storage, and fetched only once.
 
     Args:
-        job: Says where the storage and the registry are.
+        store: The registry, and the storage that keeps remote weights.
         location: A path, `s3://BUCKET/KEY`, `https://...`, `torchvision://resnet50`, or one of our
             models: a checkpoint folder, `models:/NAME@ALIAS`, `runs:/ID`.
 
     Raises:
         StorageError: a location that cannot be reached.
     """
-    storage = Storage(job.storage)
+    storage = store.storage
     if location.startswith(("models:/", "runs:/")):
-        return fetch_model(job, location) / WEIGHTS
+        return fetch_model(store, location) / WEIGHTS
     if "://" not in location:
         path = Path(location).expanduser()
         return path / WEIGHTS if path.is_dir() else path
@@ -95,14 +95,14 @@ def fetch_weights(job: JobConfig, location: str) -> Path:
     return path
 
 
-def fetch_model(job: JobConfig, location: str) -> Path:
+def fetch_model(store: Store, location: str) -> Path:
     """Return the checkpoint folder of one of our models (see `registry.fetch_checkpoint`)."""
-    name = models.resolve(job, location)
-    folder = Storage(job.storage).root / "weights" / name.replace("models:/", "").replace("/", "-")
+    name = models.resolve(store, location)
+    folder = store.storage.root / "weights" / name.replace("models:/", "").replace("/", "-")
     if not name.startswith("models:/") or not folder.exists():
         folder.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".fetch-", dir=folder.parent) as scratch:
-            fetched = models.fetch_checkpoint(job, name, Path(scratch))
+            fetched = models.fetch_checkpoint(store, name, Path(scratch))
             if not fetched.is_relative_to(scratch):
                 return fetched
             fetched.replace(folder)

@@ -81,7 +81,7 @@ def train(job: JobConfig, name: str, *, resume: bool, watch: Watcher) -> Trainin
     share_of_batch(config, workers.count)
     if not store.may_be_away:
         store.require_answer()  # before anything is written
-    sources = fetch_sources(job)
+    sources = fetch_sources(job, store)
     logger.info("learning rate %g for %d images a step", scaled_lr(config), config.data.batch)
     folder = storage.open_run_folder(name, resume=resume)
     require_same(folder / CONFIG_FILE, config, "run")
@@ -102,10 +102,10 @@ def train(job: JobConfig, name: str, *, resume: bool, watch: Watcher) -> Trainin
         version = None
         if model := job.registry.name:
             facts = models.figures_of_version(metrics["AP"], fps, measured["protocol"])
-            version = _register(job, model, checkpoint, tracker, facts)
+            version = _register(store, model, checkpoint, tracker, facts)
     decision = None
     if version is not None and job.registry.alias:
-        decision = _point(job, version, job.registry.alias, watch)
+        decision = _point(job, store, version, job.registry.alias, watch)
     seconds = time.perf_counter() - started
     return TrainingResult(tracker.run_id, checkpoint, metrics, fps, seconds, version, decision)
 
@@ -138,7 +138,7 @@ def event_handler(tracker: RunTracker, status: StatusFile, watch: Watcher) -> Wa
 
 
 def _register(
-    job: JobConfig,
+    store: Store,
     model: str,
     checkpoint: Path,
     tracker: RunTracker,
@@ -150,7 +150,7 @@ def _register(
         TrackingError: the store does not answer, or where its artifacts lie.
     """
     try:
-        return models.register_once(job, model, checkpoint, tracker.require_run(), facts)
+        return models.register_once(store, model, checkpoint, tracker.require_run(), facts)
     except (MlflowException, OSError, client.TrackingError) as error:
         raise client.TrackingError(
             f"model {model}: not registered ({client.reason_of(error)}); the training is done "
@@ -158,11 +158,14 @@ def _register(
         ) from error
 
 
-def _point(job: JobConfig, version: int, alias: str, watch: Watcher) -> Decision | None:
+def _point(
+    job: JobConfig, store: Store, version: int, alias: str, watch: Watcher
+) -> Decision | None:
     """Point an alias at a version; `champion` only through the gate, whose decision is returned."""
     model = job.registry.name
     assert model
+    store.require_answer()  # It answered long ago, when the training began.
     if alias == "champion":
-        return promote(job, model, version, watch)
-    models.set_alias(job, model, version, alias)
+        return promote(job, store, model, version, watch)
+    models.set_alias(store, model, version, alias)
     return None

@@ -27,8 +27,9 @@ from gfl_platform.provenance import git_state
 from gfl_platform.registry import gate, history, measurement, models
 from gfl_platform.registry.gate import Evidence, Rival, Verdict, decide
 from gfl_platform.registry.measurement import Measurement
-from gfl_platform.tracking.client import connect
+from gfl_platform.storage.storage import Storage
 from tests.support.detections import as_rows
+from tests.support.tracking import store_of
 
 CLASSES = ["rectangle", "ellipse", "triangle"]
 
@@ -167,7 +168,7 @@ def store(tiny, tmp_path_factory):
         patch.delenv("MLFLOW_TRACKING_URI", raising=False)
         job = derive(JobConfig, tiny, [f"storage.root={root}", "registry.gate.draws=20"])
         artifacts = f"file://{root}/artifacts"
-        yield job, connect(job).create_experiment("e", artifact_location=artifacts)
+        yield job, store_of(job).client.create_experiment("e", artifact_location=artifacts)
 
 
 @pytest.fixture
@@ -177,7 +178,7 @@ def job(store):
 
 @pytest.fixture
 def client(job):
-    return connect(job)
+    return store_of(job).client
 
 
 NUMBERS = count(1)
@@ -190,11 +191,12 @@ def name():
 
 
 def promote(job, name, number, *overrides):
-    return gate.promote(derive(type(job), job, overrides), name, number, lambda _: None)
+    job = derive(type(job), job, overrides)
+    return gate.promote(job, store_of(job), name, number, lambda _: None)
 
 
 def champion_of(job, name):
-    return models.find(job, name, "champion").version
+    return models.find(store_of(job), name, "champion").version
 
 
 class MadeUpExaminer:
@@ -208,7 +210,7 @@ class MadeUpExaminer:
     unbeaten: set[int] = set()  # noqa: RUF012
     meanwhile = None
 
-    def __init__(self, job, candidate, watch):
+    def __init__(self, job, store, candidate, watch):
         pass
 
     def examine(self, champion):
@@ -255,7 +257,7 @@ def test_promotions_refusals_and_rollbacks_move_the_aliases(job, name, client):
     assert decision.aliases == {"champion": 2, "previous": 1}
     MadeUpExaminer.unbeaten = {2}
     assert promote(job, name, 3).action == "refused"
-    decision = gate.rollback(job, name, "worse in the field")
+    decision = gate.rollback(store_of(job), name, "worse in the field")
     assert (decision.version, decision.reasons) == (1, ["worse in the field"])
     assert history.settle(client, name).aliases == {"champion": 1, "previous": 2}
     actions = [(d.action, d.version) for d in history.settle(client, name).decisions]
@@ -279,7 +281,7 @@ def test_a_promotion_that_a_crash_interrupted_is_finished_by_another(
     job, name, client, interrupted
 ):
     interrupted(promote, job, name, 1)
-    assert models.find(job, name, "1").aliases == []
+    assert models.find(store_of(job), name, "1").aliases == []
     MadeUpExaminer.unbeaten = {1}
     decision = promote(job, name, 2)
     assert (decision.action, decision.figures) == ("refused", {"compared": 1})
@@ -310,10 +312,10 @@ def test_a_promotion_is_weighed_against_what_became_champion_meanwhile(job, name
 def test_without_a_previous_champion_nothing_is_rolled_back(job, name, client):
     for _ in range(2):
         with pytest.raises(models.RegistryError, match="no champion before this one"):
-            gate.rollback(job, name, "why not")
+            gate.rollback(store_of(job), name, "why not")
         promote(job, name, 1)
     with pytest.raises(models.RegistryError, match="absent: no such model"):
-        gate.rollback(job, "absent", "why not")
+        gate.rollback(store_of(job), "absent", "why not")
     assert len(history.settle(client, name).decisions) == 1
 
 
@@ -326,11 +328,11 @@ def champions(job, name, versions):
 
 @pytest.mark.usefixtures("champions")
 def test_a_rollback_that_was_interrupted_is_not_done_twice(job, name, interrupted):
-    interrupted(gate.rollback, job, name, "worse")
+    interrupted(gate.rollback, store_of(job), name, "worse")
     assert champion_of(job, name) == 3
-    assert gate.rollback(job, name, "worse").reasons == ["worse"]
+    assert gate.rollback(store_of(job), name, "worse").reasons == ["worse"]
     assert champion_of(job, name) == 2
-    assert gate.rollback(job, name, "it was the better one").version == 3
+    assert gate.rollback(store_of(job), name, "it was the better one").version == 3
     assert champion_of(job, name) == 3
 
 
@@ -340,12 +342,12 @@ def test_a_rollback_does_not_undo_what_came_first(job, name, monkeypatch):
         commands = [command]
         monkeypatch.setattr(models, "load", lambda *_: commands and commands.pop()())
 
-    overtake(lambda: gate.rollback(job, name, "the first"))
-    assert gate.rollback(job, name, "the second").reasons == ["the first"]
+    overtake(lambda: gate.rollback(store_of(job), name, "the first"))
+    assert gate.rollback(store_of(job), name, "the second").reasons == ["the first"]
     assert champion_of(job, name) == 2
     overtake(lambda: promote(job, name, 4))
     with pytest.raises(models.RegistryError, match="champion is version 4 now; nothing rolled"):
-        gate.rollback(job, name, "the third")
+        gate.rollback(store_of(job), name, "the third")
     assert champion_of(job, name) == 4
 
 
@@ -353,7 +355,7 @@ def test_a_rollback_does_not_undo_what_came_first(job, name, monkeypatch):
 def register(store, name, tmp_path):
     """Return a function that registers an untrained detector as the next version of `name`."""
     job, experiment = store
-    client = connect(job)
+    client = store_of(job).client
 
     def register(ap, *overrides):
         config = reproducible(derive(type(job), job, overrides))
@@ -363,7 +365,7 @@ def register(store, name, tmp_path):
         take_snapshot(Detector(config), config, about, {}).write(checkpoint)
         run = client.create_run(experiment).info.run_id
         client.set_terminated(run)
-        return models.register(job, name, checkpoint, run, {"AP": ap, "fps": 30.0})
+        return models.register(store_of(job), name, checkpoint, run, {"AP": ap, "fps": 30.0})
 
     return register
 
@@ -375,7 +377,7 @@ def make_up_evaluations(monkeypatch):
     def patch(share):
         def evaluate(checkpoint, job, watch):
             fraction = share(read_config(checkpoint), job)
-            split = measurement.images_of(job, CLASSES)
+            split = measurement.images_of(job, Storage(job.storage).cache, CLASSES)
             records = [
                 {"image_id": record.image_id, "score": 0.9,
                  "bbox": [x1, y1, x2 - x1, y2 - y1], "category_id": split.category_ids[label]}
@@ -399,7 +401,7 @@ def protocol_of(job):
 
 
 def artifacts_of(job, name, number):
-    location = connect(job).get_model_version_download_uri(name, str(number))
+    location = store_of(job).client.get_model_version_download_uri(name, str(number))
     return Path(urlparse(location).path)
 
 
@@ -440,8 +442,8 @@ def test_a_benchmark_under_the_same_protocol_counts(
 
     def benchmark(fps, **changed):
         timing = Timing("float32", fps, {"p50": 1.0}, 0, protocol_of(job) | changed, [1.0])
-        run_id = models.find(job, name, "1").run_id
-        keep(job, name, run_id, Benchmark([timing], 1, 1, (64, 64), time.time()), picture)
+        run_id = models.find(store_of(job), name, "1").run_id
+        keep(store_of(job), run_id, Benchmark([timing], 1, 1, (64, 64), time.time()), picture)
 
     benchmark(50.0, images=7)
     decision = promote(job, name, 1, "registry.gate.fps_floor=40")
@@ -512,7 +514,7 @@ def test_a_version_with_unfit_files_is_refused_before_it_is_measured(
 @pytest.mark.usefixtures("ray_cluster")
 def test_versions_are_promoted_and_rolled_back_on_a_cluster(trained):
     job, result, _ = trained
-    job, client = derive(JobConfig, job, ["cluster.workers=1"]), connect(job)
+    job, client = derive(JobConfig, job, ["cluster.workers=1"]), store_of(job).client
     first = history.settle(client, "shapes").decisions[0]
     assert (first.action, first.version, first.aliases) == ("promoted", 1, {"champion": 1})
     assert first.figures["candidate"]["AP"] == pytest.approx(result.metrics["AP"], abs=1e-9)
@@ -525,6 +527,6 @@ def test_versions_are_promoted_and_rolled_back_on_a_cluster(trained):
     assert history.settle(client, "shapes").aliases == {"champion": 2, "previous": 1}
     kept = json.loads(client.get_model_version("shapes", "2").tags.popitem()[1])
     assert kept["figures"] == decision.figures
-    gate.rollback(job, "shapes", "worse in the field")
+    gate.rollback(store_of(job), "shapes", "worse in the field")
     assert history.settle(client, "shapes").aliases == {"champion": 1, "previous": 2}
-    assert [version.name for version in models.list_versions(job)] == ["shapes", "shapes"]
+    assert [version.name for version in models.list_versions(store_of(job))] == ["shapes", "shapes"]

@@ -36,20 +36,20 @@ def test_a_training_is_done_again_where_it_is_asked_for(tiny, tmp_path, monkeypa
     tracker.handle(TagsSet({"weights.pretrained": "w (sha256 123)"}))
     tracker.close("FINISHED")
     where = JobConfig(storage={"root": f"{tmp_path}/now"}, tracking={"experiment": "again"})
-    again = model_card.recipe(where, f"runs:/{tracker.run_id}", ["seed=3"])
+    again = model_card.recipe(where, store_of(where), f"runs:/{tracker.run_id}", ["seed=3"])
     assert (again.job.data, again.job.seed) == (then.data, 3)
     assert (again.job.storage, again.job.tracking) == (where.storage, where.tracking)
     assert again.differences == []
     assert again.digests == {"weights.pretrained": "w (sha256 123)"}
     code("a.py", "+2\n")  # the same file, changed otherwise
-    (told,) = model_card.recipe(where, f"runs:/{tracker.run_id}", []).differences
+    (told,) = model_card.recipe(where, store_of(where), f"runs:/{tracker.run_id}", []).differences
     assert told.startswith("git.diff: what is not committed is not what")
     code("a.py", "+1\n")
     installed = model_card._installed
     monkeypatch.setattr(
         model_card, "_installed", lambda name: "9" if name == "torch" else installed(name)
     )
-    (told,) = model_card.recipe(where, f"runs:/{tracker.run_id}", []).differences
+    (told,) = model_card.recipe(where, store_of(where), f"runs:/{tracker.run_id}", []).differences
     assert told == f"torch {installed('torch')} -> 9"
 
 
@@ -85,7 +85,7 @@ def test_new_code_is_part_of_the_diff(tmp_path):
 @pytest.mark.ray
 def test_the_card_tells_what_a_model_was_made_of(trained):
     job, result, _ = trained
-    described = model_card.describe(job, models.find(job, "shapes", "1"))
+    described = model_card.describe(store_of(job), models.find(store_of(job), "shapes", "1"))
     assert described["run"] == result.run_id
     assert described["git.commit"] == git_state()[0]
     assert described["workers"] == "2 (CPU)"
@@ -102,13 +102,18 @@ def test_the_card_tells_what_a_model_was_made_of(trained):
 def test_a_training_is_done_again_from_its_card(trained):
     job, result, _ = trained
     where = JobConfig(storage=job.storage)
-    again = model_card.recipe(where, "models:/shapes@champion", ["schedule.epochs=2"])
+    again = model_card.recipe(
+        where, store_of(where), "models:/shapes@champion", ["schedule.epochs=2"]
+    )
     assert again.job.schedule.epochs == 2
     assert again.job.data == job.data
     assert again.job.registry.name is None
     assert again.digests.keys() == {"data.train.digest", "data.val.digest"}
     # The tree that the tests run in may change meanwhile; the installed packages do not.
     assert [line for line in again.differences if not line.startswith("git.")] == []
-    assert model_card.recipe(where, f"runs:/{result.run_id}", []).job.schedule == job.schedule
+    assert (
+        model_card.recipe(where, store_of(where), f"runs:/{result.run_id}", []).job.schedule
+        == job.schedule
+    )
     with pytest.raises(ValueError, match=r"config\.yaml; is it one of ours"):
-        model_card.recipe(where, "runs:/0123", [])
+        model_card.recipe(where, store_of(where), "runs:/0123", [])

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from gfl_platform.config import JobConfig
 from gfl_platform.registry import models
-from gfl_platform.tracking.client import connect
+from tests.support.tracking import store_of
 
 MORE_THAN_A_PAGE = 101
 
@@ -14,7 +14,7 @@ def test_models_and_checkpoints_beyond_the_first_page_are_found(tmp_path, monkey
 
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     job = JobConfig(storage={"root": str(tmp_path)})
-    client = connect(job)
+    client = store_of(job).client
     experiment = client.create_experiment("e", artifact_location=f"file://{tmp_path}/artifacts")
     run_id = client.create_run(experiment).info.run_id
     (best := tmp_path / "best").mkdir()
@@ -26,19 +26,19 @@ def test_models_and_checkpoints_beyond_the_first_page_are_found(tmp_path, monkey
             client.log_batch(run_id, metrics=[ap])
     assert len(models._names(client)) == MORE_THAN_A_PAGE
     for way in (f"runs:/{run_id}", run_id):
-        assert models.fetch_checkpoint(job, way, tmp_path) == best
-        assert models.run_of(job, way) == run_id
+        assert models.fetch_checkpoint(store_of(job), way, tmp_path) == best
+        assert models.run_of(store_of(job), way) == run_id
 
 
 def test_a_registration_that_was_interrupted_before_its_tags_is_finished(tmp_path, monkeypatch):
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     job = JobConfig(storage={"root": str(tmp_path)})
-    client = connect(job)
+    client = store_of(job).client
     experiment = client.create_experiment("e", artifact_location=f"file://{tmp_path}/artifacts")
     run_id = client.create_run(experiment).info.run_id
     client.create_registered_model("m")
     client.create_model_version("m", "file:///absent", run_id)
     facts = {"AP": 1.0, "fps": 30.0}
     for _ in range(2):
-        assert models.register_once(job, "m", Path("unread"), run_id, facts) == 1
-    assert models.find(job, "m", "1").tags == {"AP": "1", "fps": "30"}
+        assert models.register_once(store_of(job), "m", Path("unread"), run_id, facts) == 1
+    assert models.find(store_of(job), "m", "1").tags == {"AP": "1", "fps": "30"}

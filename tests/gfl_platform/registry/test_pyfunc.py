@@ -18,7 +18,6 @@ import pytest
 from PIL import Image
 
 from gfl_platform.registry import models
-from gfl_platform.tracking.client import connect
 from tests.support.tracking import store_of
 
 pytestmark = [pytest.mark.ray]
@@ -88,7 +87,7 @@ def huge_png():
 def test_paths_bytes_and_base64_give_the_same_in_a_process(trained, image, monkeypatch):
     job, _, _ = trained
     monkeypatch.setenv("MLFLOW_ALLOW_PICKLE_DESERIALIZATION", "false")
-    connect(job)
+    store_of(job).require_answer()
     import mlflow
     import pandas as pd
 
@@ -99,7 +98,7 @@ def test_paths_bytes_and_base64_give_the_same_in_a_process(trained, image, monke
     url = f"data:image/png;base64,{encoded(content)}"
     for form in ([content], [encoded(content)], [url], pd.DataFrame({"image": [str(image)]})):
         assert model.predict(form) == [expected]
-    (ours,) = models.load("models:/shapes@champion", job).predict(image)
+    (ours,) = models.load("models:/shapes@champion", store_of(job)).predict(image)
     assert expected.boxes == ours.boxes.tolist()
     assert expected.classes == ours.names
     assert model.metadata.signature is not None

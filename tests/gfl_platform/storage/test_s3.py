@@ -27,6 +27,7 @@ from gfl_platform.storage.s3 import (
 )
 from gfl_platform.storage.storage import Storage
 from gfl_platform.training import train
+from tests.support.tracking import store_of
 
 
 @pytest.fixture
@@ -211,7 +212,7 @@ def test_a_run_lives_on_s3(remote, tmp_path):
     saved = [event.step for event in events if isinstance(event, CheckpointSaved)]
     assert saved
     assert all(step % 3 == 0 for step in saved)
-    checkpoint = fetch_checkpoint(remote, f"runs:/{result.run_id}", tmp_path)
+    checkpoint = fetch_checkpoint(store_of(remote), f"runs:/{result.run_id}", tmp_path)
     names = {path.name for path in checkpoint.iterdir()}
     assert names >= {"weights.safetensors", "config.yaml", "about.json", "sha256.json"}
     with pytest.raises(StorageError, match=r"run 'far' exists"):

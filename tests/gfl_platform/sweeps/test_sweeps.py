@@ -25,7 +25,6 @@ from gfl_platform.sweeps.run import CONFIG_FILE, comparable, concurrency, run_sw
 from gfl_platform.sweeps.search import BudgetStopper, DrawnTrials, EarlyStopping
 from gfl_platform.sweeps.space import check_data, check_sweep, default_point, trial_job
 from gfl_platform.sweeps.trials import Trial, read_trial, trial_name, write_trial
-from gfl_platform.tracking.client import connect
 from gfl_platform.tracking.spool import backlog
 from gfl_platform.training import fit
 from gfl_platform.training.worker import WorkerListener
@@ -308,7 +307,7 @@ def test_a_sweep_trains_its_grid_stops_trials_and_repeats_the_finalists(dry_job,
     for kind in ("started", "ended"):
         assert sorted(name for name, k in events if k == kind) == sorted(trials)
 
-    client = connect(dry_job)
+    client = store_of(dry_job).client
     parents = children = 0
     experiment = client.get_experiment_by_name("gfl").experiment_id
     for run in client.search_runs([experiment]):
@@ -459,6 +458,6 @@ def test_what_a_stopped_training_still_says_is_not_noted(tmp_path):
     recorder.handle(OfTrial("000", TrialStarted(planned)))
     recorder.handle(OfTrial("000", TrialEnded("stopped early", planned=planned)))
     recorder.handle(OfTrial("000", StepsDone(9, 99, 1.5, 0.0, {"loss": 1.0})))
-    run = connect(job).get_run(recorder.trials["000"].run_id)
+    run = store_of(job).client.get_run(recorder.trials["000"].run_id)
     assert (run.info.status, run.data.metrics) == ("KILLED", {})
     assert recorder.trials["000"].state == "stopped early"

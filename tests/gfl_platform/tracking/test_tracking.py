@@ -57,7 +57,7 @@ def test_the_password_of_a_store_that_does_not_answer_is_told_to_nobody(tmp_path
     tracker = RunTracker(store_of(job), tmp_path, describe(job, "dead"), may_be_away=True)
     assert "u:***@127.0.0.1:9" in caplog.text
     with pytest.raises(TrackingError) as unregistered:
-        train._register(job, "m", tmp_path, tracker, {})
+        train._register(store_of(job), "m", tmp_path, tracker, {})
     tracker.close("FAILED")
     assert "secret" not in f"{told.value} {unregistered.value} {caplog.text}"
 
@@ -391,7 +391,7 @@ def test_a_model_that_could_not_be_registered_is_by_resuming(server, tiny_file, 
     server.start()
     result = train.train(job, "late", resume=True, watch=print)
     assert result.version == 1
-    again = models.register_once(job, "late", result.checkpoint, result.run_id, {})
+    again = models.register_once(store_of(job), "late", result.checkpoint, result.run_id, {})
     assert again == 1  # and nothing more
     (run,) = store_of(job).client.search_runs([experiment_of(job)])
     assert run.info.status == "FINISHED"

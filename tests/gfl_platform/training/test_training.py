@@ -34,7 +34,7 @@ from gfl_platform.evaluation.evaluate import evaluate_checkpoint
 from gfl_platform.registry import models
 from gfl_platform.storage.files import StorageError
 from gfl_platform.tracking import metadata
-from gfl_platform.tracking.client import TrackingError, connect
+from gfl_platform.tracking.client import TrackingError
 from gfl_platform.training import train
 from tests.support.detections import as_rows
 from tests.support.tracking import history, store_of
@@ -74,7 +74,7 @@ def test_the_queue_of_events_ends_with_its_job():
 
 def test_the_run_holds_all_that_reproduces_it(trained):
     job, result, events = trained
-    client = connect(job)
+    client = store_of(job).client
     run = client.get_run(result.run_id)
     assert run.info.status == "FINISHED"
     assert run.info.run_name == "first"
@@ -100,7 +100,7 @@ def test_the_run_holds_all_that_reproduces_it(trained):
 
 def test_every_epoch_is_a_model_that_stays_where_it_is(trained):
     job, result, _ = trained
-    client = connect(job)
+    client = store_of(job).client
     experiment = client.get_run(result.run_id).info.experiment_id
     models = client.search_logged_models([experiment], filter_string="metrics.AP >= 0")
     external = [m for m in models if m.name.startswith("epoch-")]
@@ -153,7 +153,7 @@ def test_a_model_is_looked_up_and_loaded_by_alias(trained):
         f"runs:/{result.run_id}",
         str(result.checkpoint),
     ):  # fmt: skip
-        found = models.load(model, job)
+        found = models.load(model, store_of(job))
         assert found.about.metrics == result.metrics
         for key, value in expected.state_dict().items():
             assert torch.equal(value, found.detector.state_dict()[key])
@@ -161,23 +161,23 @@ def test_a_model_is_looked_up_and_loaded_by_alias(trained):
 
 def test_the_registry_lists_versions_and_points_aliases(trained):
     job, result, _ = trained
-    listed = models.list_versions(job)
+    listed = models.list_versions(store_of(job))
     assert [(v.name, v.version) for v in listed] == [("shapes", 2), ("shapes", 1)]
     assert float(listed[0].tags["AP"]) == pytest.approx(result.metrics["AP"], rel=1e-5, abs=1e-9)
-    assert models.set_alias(job, "shapes", 1, "staging") is None
-    assert models.set_alias(job, "shapes", 2, "staging") == 1
-    assert models.find(job, "shapes", "staging").version == 2
+    assert models.set_alias(store_of(job), "shapes", 1, "staging") is None
+    assert models.set_alias(store_of(job), "shapes", 2, "staging") == 1
+    assert models.find(store_of(job), "shapes", "staging").version == 2
     with pytest.raises(models.RegistryError, match=r"only `jobs.registry promote` and"):
-        models.set_alias(job, "shapes", 2, "champion")
+        models.set_alias(store_of(job), "shapes", 2, "champion")
     for alias in ("v1", "LATEST", "7", "a b"):
         with pytest.raises(ValueError, match=f"alias '{alias}'"):
-            models.set_alias(job, "shapes", 1, alias)
+            models.set_alias(store_of(job), "shapes", 1, alias)
 
 
 def test_the_registered_model_predicts_as_pyfunc_without_pickle(trained, monkeypatch):
     job, _, _ = trained
     monkeypatch.setenv("MLFLOW_ALLOW_PICKLE_DESERIALIZATION", "false")
-    connect(job)
+    store_of(job).require_answer()
     import mlflow
 
     model = mlflow.pyfunc.load_model("models:/shapes@champion")
@@ -201,7 +201,7 @@ def test_the_registered_model_predicts_as_pyfunc_without_pickle(trained, monkeyp
 )
 def test_models_that_do_not_exist_are_named_with_a_suggestion(trained, model, message):
     with pytest.raises(models.RegistryError, match=message):
-        models.load(model, trained[0])
+        models.load(model, store_of(trained[0]))
 
 
 def test_a_run_name_that_exists_is_refused(trained):
@@ -276,7 +276,7 @@ def test_a_killed_worker_changes_no_digit(trained, tiny_file, tmp_path):
     assert any(isinstance(event, WorkerFailed) for event in events)
     for one, other in zip(checkpoints(result), checkpoints(again), strict=True):
         same_weights(one, other)
-    client = connect(job_of(tiny_file, tmp_path))
+    client = store_of(job_of(tiny_file, tmp_path)).client
     steps = [m.step for m in history(client, again.run_id, "loss")]
     assert steps == sorted(set(steps))
     assert len(history(client, again.run_id, "AP")) == 3
@@ -324,7 +324,7 @@ def test_a_nan_ends_the_job_with_one_line(tiny_file, tmp_path, caplog):
     saved = tmp_path / "runs" / "nan" / "non_finite"
     assert {p.name for p in saved.iterdir()} >= {"config.yaml", "batch-rank0.pt", "batch-rank1.pt"}
     run_id = json.loads((tmp_path / "runs" / "nan" / "run.json").read_text())["run_id"]
-    assert connect(job).get_run(run_id).info.status == "FAILED"
+    assert store_of(job).client.get_run(run_id).info.status == "FAILED"
     assert "warning: train: edges that model.reg_max 2 cannot reach" in caplog.text
 
 
@@ -356,7 +356,7 @@ def test_coco128_trains_through_the_true_pipeline_at_320_px(real_data, tmp_path)
     losses = [event.metrics["loss"] for event in events if isinstance(event, StepsDone)]
     assert len(losses) == 12
     assert sum(losses[-4:]) < 0.95 * sum(losses[:4])
-    facts = connect(job).get_run(result.run_id).data.tags
+    facts = store_of(job).client.get_run(result.run_id).data.tags
     assert int(facts["data.train.dropped.crowd boxes"]) >= 1
     assert int(facts["data.train.images"]) == len(chosen & annotated) < 24
     assert int(facts["data.val.images"]) == 24
@@ -377,10 +377,10 @@ def test_a_tracking_store_that_dies_does_not_hide_why_a_job_ends(tiny_file, tmp_
         patch.setattr("mlflow.MlflowClient.log_batch", fail)
         tracker.handle(SpeedMeasured(3.0, {"batch": 1}))
         tracker.flush()
-        assert connect(job).get_run(tracker.run_id).data.metrics == {}
+        assert store_of(job).client.get_run(tracker.run_id).data.metrics == {}
     with pytest.raises(RuntimeError, match="the reason"), tracker:
         raise RuntimeError("the reason")
-    run = connect(job).get_run(tracker.run_id)
+    run = store_of(job).client.get_run(tracker.run_id)
     assert run.data.metrics == {"fps": 3.0}
     assert run.info.status == "FAILED"
 
@@ -392,7 +392,7 @@ def test_an_evaluation_that_was_logged_in_part_is_completed(tiny_file, tmp_path,
     from gfl_platform.tracking.run import RunTracker
 
     job = job_of(tiny_file, tmp_path)
-    client = connect(job)
+    client = store_of(job).client
     event = EpochEvaluated(step=5, epoch=1, metrics={"AP": 0.5}, uri="x")
     refused = []
 
