@@ -1,4 +1,7 @@
-"""Benchmarks of a model on a worker of the cluster: latency, throughput, size; kept in MLflow."""
+"""Benchmarks of a model: latency, throughput and size, measured on one worker and kept in MLflow.
+
+`benchmark` runs in the driver and `benchmark_worker` in the worker; `keep` logs the result.
+"""
 
 import json
 import tempfile
@@ -44,14 +47,57 @@ from gfl_platform.tracking.client import Store
 from gfl_platform.tracking.metadata import describe
 from gfl_platform.tracking.run import RunTracker
 
+FOLDER = "benchmarks"
+"""Folder among the artifacts of a run, with a JSON file and a picture for each benchmark."""
+
 PERCENTILES = (50, 90, 99)
+"""Percentiles of the latency that are reported."""
 
 SECONDS = 60.0
-"""How long it goes over few images at least: machines drift by percents in a minute."""
+"""Shortest duration of a measurement, in seconds: machines drift by percents within a minute."""
+
+
+def benchmark(
+    job: JobConfig,
+    checkpoint: Path | None,
+    variants: Sequence[Variant],
+    images: int,
+    watch: Watcher,
+) -> Benchmark:
+    """Measure a checkpoint, or untrained weights, on the images that `job` evaluates on.
+
+    Args:
+        job: Configuration of the model, the images and the cluster.
+        checkpoint: Folder of the checkpoint; None for untrained weights.
+        variants: Ways to run the model, besides the standard one that is always measured.
+        images: Largest number of images.
+        watch: Shows the progress.
+
+    Raises:
+        ValueError: the checkpoint, dataset or cluster cannot be used.
+        JobFailedError: the worker stopped.
+    """
+    resources.connect()
+    one_worker = job.cluster.model_copy(update={"workers": 1})
+    workers = resources.allot(job.model_copy(update={"cluster": one_worker}))
+    storage = Storage(job.storage)
+    with storage.scratch_folder() as scratch, pumped(watch) as events:
+        settings = {
+            "config": dump_config(reproducible(job)),
+            "checkpoint": checkpoint and storage.shared(checkpoint),
+            "cache": storage.cache,
+            "variants": [Variant(), *(v for v in variants if v != Variant())],
+            "images": images,
+        }
+        result = launch.run_workers(
+            benchmark_worker, settings, workers, events, **storage.ray_options(scratch)
+        )
+    figures: Benchmark = result.return_value
+    return figures
 
 
 def benchmark_worker(settings: dict[str, Any]) -> Benchmark:
-    """Measure on this worker's device."""
+    """Measure all variants on the device of this worker."""
     config = parse_config(settings["config"], "job")
     device = resources.worker_device()
     cache, checkpoint = settings["cache"], settings["checkpoint"]
@@ -91,7 +137,7 @@ def benchmark_worker(settings: dict[str, Any]) -> Benchmark:
 
 
 def _end_to_end(model: Model, paths: Sequence[Path], images: int, standard: Timing) -> Timing:
-    """Time predictions from the image file on."""
+    """Time predictions that start with reading the image file."""
 
     def measure() -> list[float]:
         seconds = []
@@ -110,79 +156,44 @@ def _end_to_end(model: Model, paths: Sequence[Path], images: int, standard: Timi
 def _timing(
     name: str, seconds: Sequence[float], batch: int, peak: int, protocol: dict[str, Any]
 ) -> Timing:
-    milliseconds = [1000 * each for each in seconds]
+    milliseconds = [1000 * duration for duration in seconds]
     percentiles = np.percentile(milliseconds, PERCENTILES).tolist()
     named = {f"p{p}": value for p, value in zip(PERCENTILES, percentiles, strict=True)}
     return Timing(name, batch * len(seconds) / sum(seconds), named, peak, protocol, milliseconds)
 
 
 def _untrained(config: Config) -> tuple[Detector, About]:
-    """Return a detector of random weights."""
+    """Return a detector with random weights."""
     count = config.model.num_classes
     about = About([f"class {n}" for n in range(count)], list(range(1, count + 1)), 0, 0, {})
     return Detector(config).eval(), about
 
 
 def _padded(side: int) -> int:
+    """Return the length of an image's side after padding to a multiple of 32 pixels."""
     return -(-side // 32) * 32
 
 
-FOLDER = "benchmarks"
-"""Among the artifacts of a run: a JSON file for each benchmark, and its picture."""
-
-
-def benchmark(
-    job: JobConfig,
-    checkpoint: Path | None,
-    variants: Sequence[Variant],
-    images: int,
-    watch: Watcher,
-) -> Benchmark:
-    """Measure a checkpoint, or untrained weights, on the images that `job` evaluates on.
-
-    Raises:
-        ValueError: a checkpoint, dataset or cluster that cannot be used.
-        JobFailedError: the worker stopped.
-    """
-    resources.connect()
-    alone = job.model_copy(update={"cluster": job.cluster.model_copy(update={"workers": 1})})
-    workers, storage = resources.allot(alone), Storage(job.storage)
-    with storage.scratch_folder() as scratch, pumped(watch) as events:
-        settings = {
-            "config": dump_config(reproducible(job)),
-            "checkpoint": checkpoint and storage.shared(checkpoint),
-            "cache": storage.cache,
-            "variants": [Variant(), *(v for v in variants if v != Variant())],
-            "images": images,
-        }
-        result = launch.run_workers(
-            benchmark_worker, settings, workers, events, **storage.ray_options(scratch)
-        )
-    found: Benchmark = result.return_value
-    return found
-
-
-def keep(store: Store, run_id: str, found: Benchmark, picture: Path) -> str:
-    """Log a benchmark to the model's run; return what compares it with the last.
+def keep(store: Store, run_id: str, figures: Benchmark, picture: Path) -> str:
+    """Log a benchmark to the model's run; return a sentence that compares it with the last one.
 
     Args:
-        store: Where the run is.
-        run_id: The run that trained the model, or what `run_of_benchmarks` returns.
-        found: What was measured.
-        picture: The histogram.
+        store: The tracking store that has the run.
+        run_id: The run that trained the model, or the one that `run_of_benchmarks` returns.
+        figures: Result of the benchmark.
+        picture: File of the histogram, a PNG.
     """
     client = store.client
     with tempfile.TemporaryDirectory(prefix="gfl-benchmark-") as scratch:
-        said = _compare(found, _last(store, run_id, Path(scratch)))
-        when = time.strftime("%Y%m%d-%H%M%S", time.localtime(found.time_s))
-        name = f"{when}-{found.standard.hash}"
-        path = Path(scratch) / f"{name}.json"
-        path.write_text(json.dumps(as_json(found), indent=1) + "\n")
-        client.log_artifact(run_id, str(path), FOLDER)
-        drawn = path.with_suffix(".png")
-        drawn.write_bytes(picture.read_bytes())
-        client.log_artifact(run_id, str(drawn), FOLDER)
-    for timing in found.timings:
+        comparison = _compare(figures, _last(store, run_id, Path(scratch)))
+        moment = time.strftime("%Y%m%d-%H%M%S", time.localtime(figures.time_s))
+        file = Path(scratch) / f"{moment}-{figures.standard.hash}.json"
+        file.write_text(json.dumps(as_json(figures), indent=1) + "\n")
+        client.log_artifact(run_id, str(file), FOLDER)
+        picture_copy = file.with_suffix(".png")
+        picture_copy.write_bytes(picture.read_bytes())
+        client.log_artifact(run_id, str(picture_copy), FOLDER)
+    for timing in figures.timings:
         if not timing.unavailable:
             key = timing.name.replace(" ", "_")
             client.log_metric(run_id, f"benchmark.{key}.fps", timing.fps)
@@ -190,16 +201,16 @@ def keep(store: Store, run_id: str, found: Benchmark, picture: Path) -> str:
                 client.log_metric(run_id, f"benchmark.{key}.{percentile}_ms", value)
             if timing.peak_bytes:
                 client.log_metric(run_id, f"benchmark.{key}.peak_MiB", timing.peak_bytes / 2**20)
-    client.log_metric(run_id, "benchmark.parameters", found.parameters)
-    client.log_metric(run_id, "benchmark.flops", found.flops)
-    client.set_tag(run_id, "benchmark.protocol", found.standard.hash)
-    return said
+    client.log_metric(run_id, "benchmark.parameters", figures.parameters)
+    client.log_metric(run_id, "benchmark.flops", figures.flops)
+    client.set_tag(run_id, "benchmark.protocol", figures.standard.hash)
+    return comparison
 
 
-def as_json(found: Benchmark) -> dict[str, Any]:
-    """Return a benchmark as it is kept, the protocols with their hashes."""
-    timings = [vars(timing) | {"protocol_hash": timing.hash} for timing in found.timings]
-    return vars(found) | {"timings": timings}
+def as_json(figures: Benchmark) -> dict[str, Any]:
+    """Return a benchmark as a JSON object, with the hashes of its protocols."""
+    timings = [vars(timing) | {"protocol_hash": timing.hash} for timing in figures.timings]
+    return vars(figures) | {"timings": timings}
 
 
 def run_of_benchmarks(job: JobConfig, store: Store, model: str) -> str:
@@ -207,8 +218,8 @@ def run_of_benchmarks(job: JobConfig, store: Store, model: str) -> str:
 
     Args:
         job: Configuration of the benchmark.
-        store: Where the run is; a new one is made for the first benchmark.
-        model: The model, as the user calls it.
+        store: The tracking store; the first benchmark of a model makes a run there.
+        model: Name of the model, as the user gave it.
     """
     client = store.client
     if experiment := client.get_experiment_by_name(store.experiment):
@@ -227,36 +238,44 @@ def run_of_benchmarks(job: JobConfig, store: Store, model: str) -> str:
 def recall_fps(store: Store, run_id: str, protocol: str) -> float | None:
     """Return the FPS of a run's latest benchmark under the protocol of this hash, if any."""
     with tempfile.TemporaryDirectory(prefix="gfl-benchmark-") as scratch:
-        found = _last(store, run_id, Path(scratch), protocol)
-    return found["timings"][0]["fps"] if found else None
+        figures = _last(store, run_id, Path(scratch), protocol)
+    return figures["timings"][0]["fps"] if figures else None
 
 
 def _last(store: Store, run_id: str, scratch: Path, protocol: str = "") -> dict[str, Any]:
-    """Return the run's latest benchmark, maybe of one protocol; empty if it has none."""
+    """Return the latest benchmark of a run as JSON; empty if it has none.
+
+    Args:
+        store: The tracking store that has the run.
+        run_id: The MLflow run.
+        scratch: Folder to download to.
+        protocol: Hash of the protocol that the benchmark has to follow; empty for any.
+    """
     client = store.client
     names = [entry.path for entry in client.list_artifacts(run_id, FOLDER)]
-    kept = sorted(name for name in names if name.endswith(f"{protocol}.json"))
-    return (
-        read_json(Path(client.download_artifacts(run_id, kept[-1], str(scratch)))) if kept else {}
-    )
+    files = sorted(name for name in names if name.endswith(f"{protocol}.json"))
+    if not files:
+        return {}
+    return read_json(Path(client.download_artifacts(run_id, files[-1], str(scratch))))
 
 
-def _compare(found: Benchmark, last: dict[str, Any]) -> str:
+def _compare(figures: Benchmark, last: dict[str, Any]) -> str:
+    """Return a sentence that compares a benchmark with the last one, as `_last` returns it."""
     if not last:
         return "the first benchmark of this model"
-    before, now = last["timings"][0], found.standard
-    differing = differences(before["protocol"], now.protocol)
-    if differing:
-        return f"does not compare with the last benchmark: {', '.join(differing)}"
+    before, now = last["timings"][0], figures.standard
+    if protocol_changes := differences(before["protocol"], now.protocol):
+        return f"does not compare with the last benchmark: {', '.join(protocol_changes)}"
     median = np.median(now.milliseconds) / np.median(before["milliseconds"])
-    said = f"median latency {_percent(median)} against the last benchmark, same protocol"
-    if earlier := before["protocol"][STATE].get(YARDSTICK):
-        machine = now.protocol[STATE][YARDSTICK] / earlier
-        left = np.mean(now.milliseconds) / np.mean(before["milliseconds"]) / machine
-        said += f"; the machine took {_percent(machine)} for a fixed convolution beside it"
-        said += f", which leaves {_percent(left)} of the mean"
-    return said
+    text = f"median latency {_percent(median)} against the last benchmark, same protocol"
+    if yardstick_before := before["protocol"][STATE].get(YARDSTICK):
+        machine = now.protocol[STATE][YARDSTICK] / yardstick_before
+        model = np.mean(now.milliseconds) / np.mean(before["milliseconds"]) / machine
+        text += f"; the machine took {_percent(machine)} for a fixed convolution beside it"
+        text += f", which leaves {_percent(model)} of the mean"
+    return text
 
 
-def _percent(ratio: Any) -> str:
+def _percent(ratio: float) -> str:
+    """Return a ratio as a signed change in percent."""
     return f"{100 * (ratio - 1):+.1f} %"

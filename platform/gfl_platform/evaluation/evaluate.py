@@ -1,4 +1,8 @@
-"""Evaluation of a checkpoint on a Ray cluster: AP by all workers together, FPS by the first."""
+"""Evaluation of a checkpoint on a Ray cluster.
+
+`evaluate_checkpoint` runs in the driver and `evaluate_worker` in every worker. All workers detect
+objects on their shards of the images; rank 0 computes AP from all detections and measures FPS.
+"""
 
 import json
 from pathlib import Path
@@ -25,39 +29,6 @@ from gfl_platform.storage.files import write_atomically
 from gfl_platform.storage.storage import Storage
 
 
-def evaluate_worker(settings: dict[str, Any]) -> dict[str, Any]:
-    """Evaluate this worker's share; return what all of them found together."""
-    config = parse_config(settings["config"], "job")
-    device = resources.worker_device()
-    cache = settings["cache"]
-    config = cache.localized(config)
-    detector, about = load_checkpoint(cache.local(settings["checkpoint"]), config)
-    place(detector, device)
-    render_shapes(config)
-    split = read_split(config.data, "val", config.model.num_classes, about.classes)
-    require_same_classes("the model", about.classes, str(split.annotations), split.classes)
-    if not settings["results"] and not any(len(record.labels) for record in split.records):
-        raise DataError(
-            f"{split.annotations}: no annotations, so nothing can be measured; write the "
-            "detections with --results FILE"
-        )
-    rank, world = worker_rank()
-
-    def tell(images: int) -> None:
-        total = len(split.records)
-        settings["events"].tell(ImagesEvaluated(min(images * world, total), total))
-
-    loader = build_evaluation_loader(config, split, device)
-    rows = gather(detect(detector, split, loader, device, tell if rank == 0 else None))
-    if rows is None:
-        return {}
-    found = evaluate_split(split, rows, config, official=settings["official"])
-    fps, protocol = measure_fps(detector, split, config, device)
-    figures = {"fps": fps, "protocol": protocol, "images": len(split.records)}
-    figures["digest"] = data_digest(protocol)
-    return vars(found) | figures | {"detections": rows}
-
-
 def evaluate_checkpoint(
     checkpoint: Path,
     job: JobConfig,
@@ -66,17 +37,21 @@ def evaluate_checkpoint(
     official: bool = False,
     results: Path | None = None,
 ) -> dict[str, Any]:
-    """Return the `Evaluation` of a checkpoint on `job.data.val`, `fps`, `protocol`, `detections`.
+    """Measure AP and FPS of a checkpoint on the images `job.data.val`.
 
     Args:
-        checkpoint: Its folder.
-        job: How to evaluate, and where.
-        watch: Is told how far it is.
-        official: Measure with pycocotools.
-        results: File for the detections, in the format that COCO's evaluation server takes.
+        checkpoint: Folder of the checkpoint.
+        job: Configuration of the evaluation, and of the cluster and storage to use.
+        watch: Shows the progress.
+        official: Whether to compute AP with pycocotools.
+        results: File to write the detections to, in the format of COCO's evaluation server.
+
+    Returns:
+        The attributes of `Evaluation`, `fps`, its `protocol`, the number of `images`, the `digest`
+        of the data, and all `detections`.
 
     Raises:
-        ValueError: a checkpoint, dataset or cluster that cannot be used.
+        ValueError: the checkpoint, dataset or cluster cannot be used.
         JobFailedError: a worker stopped.
     """
     resources.connect()
@@ -97,3 +72,42 @@ def evaluate_checkpoint(
     if results:
         write_atomically(results, json.dumps(coco_records(figures["detections"])) + "\n")
     return figures
+
+
+def evaluate_worker(settings: dict[str, Any]) -> dict[str, Any]:
+    """Evaluate in one process of the cluster; return the figures of all on rank 0."""
+    config = parse_config(settings["config"], "job")
+    device = resources.worker_device()
+    cache = settings["cache"]
+    config = cache.localized(config)
+    detector, about = load_checkpoint(cache.local(settings["checkpoint"]), config)
+    place(detector, device)
+    render_shapes(config)
+    split = read_split(config.data, "val", config.model.num_classes, about.classes)
+    require_same_classes("the model", about.classes, str(split.annotations), split.classes)
+    if not settings["results"] and not any(len(record.labels) for record in split.records):
+        raise DataError(
+            f"{split.annotations}: no annotations, so nothing can be measured; write the "
+            "detections with --results FILE"
+        )
+    rank, world = worker_rank()
+
+    def tell_progress(images: int) -> None:
+        total = len(split.records)
+        settings["events"].tell(ImagesEvaluated(min(images * world, total), total))
+
+    loader = build_evaluation_loader(config, split, device)
+    progress = tell_progress if rank == 0 else None
+    detections = gather(detect(detector, split, loader, device, progress))
+    if detections is None:
+        return {}
+    evaluation = evaluate_split(split, detections, config, official=settings["official"])
+    fps, protocol = measure_fps(detector, split, config, device)
+    return {
+        **vars(evaluation),
+        "fps": fps,
+        "protocol": protocol,
+        "images": len(split.records),
+        "digest": data_digest(protocol),
+        "detections": detections,
+    }
