@@ -94,12 +94,12 @@ def train_with_ray(job: JobConfig, folder: Path, workers: Workers, events: Event
 
     sources = fetch_sources(job, Store(job.tracking, Storage(job.storage)))
     callbacks = [TuneReportCallback()] if workers.stoppable else []
-    measured, checkpoint, metrics = fit.run(job, sources, workers, folder, events, callbacks)
-    speed = {"fps": measured["fps"], "latency_ms": 1000 / measured["fps"]}
+    result = fit.run(job, sources, workers, folder, events, callbacks)
+    speed = {"fps": result.fps, "latency_ms": 1000 / result.fps}
     return {
         "state": "finished",
-        "figures": {**metrics, **speed},
-        "epochs": measured["epochs"],
-        "checkpoint": checkpoint,
-        "protocol": measured["protocol"],
+        "figures": {**result.metrics, **speed},
+        "epochs": result.epochs,
+        "checkpoint": result.checkpoint,
+        "protocol": result.protocol,
     }

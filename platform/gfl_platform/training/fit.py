@@ -1,8 +1,9 @@
-"""One training on Ray: what its workers are given, and the best checkpoint that they leave."""
+"""One training on Ray: the settings of its workers, and the best checkpoint that it leaves."""
 
 import logging
 from collections.abc import Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,26 @@ from gfl_platform.training.worker import train_worker
 logger = logging.getLogger(__name__)
 
 RAY_FOLDER = "ray"
-"""In a run's: the checkpoints, and what Ray notes of them."""
+"""Folder in a run's folder, with the checkpoints and Ray's notes about them."""
+
+
+@dataclass(frozen=True)
+class FitResult:
+    """A training that has ended.
+
+    Attributes:
+        checkpoint: Folder of the checkpoint with the best AP, a path or `s3://...`.
+        metrics: COCO statistics of that checkpoint.
+        fps: Frames per second of the last weights.
+        protocol: How `fps` was measured.
+        epochs: Number of epochs trained.
+    """
+
+    checkpoint: str
+    metrics: dict[str, float]
+    fps: float
+    protocol: dict[str, Any]
+    epochs: int
 
 
 def run(
@@ -30,22 +50,19 @@ def run(
     folder: Path,
     events: Events,
     callbacks: Sequence[UserCallback] = (),
-) -> tuple[dict[str, Any], str, dict[str, float]]:
-    """Train in `folder`, from the latest checkpoint there if there is one.
+) -> FitResult:
+    """Train, and continue from the latest checkpoint in `folder` if there is one.
 
     Args:
-        job: What to train.
-        sources: What `fetch_sources` returned.
-        workers: What to run on.
-        folder: Of the run.
-        events: Is told what happens.
-        callbacks: Of Ray's training controller.
-
-    Returns:
-        What rank 0 measured at the end, and where the best checkpoint lies, with its metrics.
+        job: Configuration of the training.
+        sources: Weights to start from, as `fetch_sources` returns them.
+        workers: The processes and devices to train on.
+        folder: Folder of the run.
+        events: The way to the driver.
+        callbacks: Further callbacks of Ray's training controller.
 
     Raises:
-        JobFailedError: training stopped.
+        JobFailedError: the training stopped.
     """
     config, storage = reproducible(job), Storage(job.storage)
     result = launch.run_workers(
@@ -71,25 +88,28 @@ def run(
             num_to_keep=job.storage.keep_checkpoints, checkpoint_score_attribute="AP"
         ),
     )
-    kept = [result.checkpoint, *(each for each, _ in result.best_checkpoints)]
+    kept = [result.checkpoint, *(checkpoint for checkpoint, _ in result.best_checkpoints)]
     discard_others(storage, folder / RAY_FOLDER, kept)
-    epochs = result.return_value["epochs"]
+    summary = result.return_value
+    epochs = summary["epochs"]
     if epochs < job.schedule.epochs:
         patience = job.schedule.patience
         logger.info("stopped after epoch %d: AP has not risen for %d epochs", epochs, patience)
-    measured = [pair for pair in result.best_checkpoints if "AP" in pair[1]]
-    # Of two that are alike the later: the first may be damaged, and its epoch trained again.
-    best, facts = max(measured, key=lambda pair: (pair[1]["AP"], pair[0].path))
-    return result.return_value, launch.uri_of(best), facts["metrics"]
+    evaluated = [pair for pair in result.best_checkpoints if "AP" in pair[1]]
+    # Of two with the same AP the later: the first may be damaged, and its epoch trained again.
+    best, facts = max(evaluated, key=lambda pair: (pair[1]["AP"], pair[0].path))
+    return FitResult(
+        launch.uri_of(best), facts["metrics"], summary["fps"], summary["protocol"], epochs
+    )
 
 
 def discard_others(storage: Storage, folder: Path, kept: Sequence[Any]) -> None:
-    """Delete checkpoints in `folder` that Ray did not keep: killed workers left them.
+    """Delete checkpoints that killed workers have left in `folder`, and that Ray did not keep.
 
     Args:
-        storage: Where nodes see the folder.
-        folder: Of a training that has ended.
-        kept: The latest, from which the run would go on, and the best.
+        storage: The storage that `folder` belongs to.
+        folder: Folder of the checkpoints of a training that has ended.
+        kept: The latest checkpoint, from which the run could continue, and the best ones.
     """
     names = {Path(checkpoint.path).name for checkpoint in kept}
     with suppress(OSError, S3Error):  # they only take room
@@ -99,14 +119,20 @@ def discard_others(storage: Storage, folder: Path, kept: Sequence[Any]) -> None:
 
 
 def _for_workers(storage: Storage, path: Path | None, origin: str | None) -> str | None:
-    """Return from where workers take what lies at `path`: each from S3 if it is from there."""
+    """Return the location from which every worker can read the file or folder at `path`.
+
+    Args:
+        storage: The storage that all nodes see.
+        path: The file or folder on this node; None if there is none.
+        origin: Where it was fetched from; workers read from S3 themselves.
+    """
     if path is None or (origin and is_remote(origin)):
         return origin
     return storage.shared(path)
 
 
 class HashCheck(UserCallback):
-    """Ends a training whose workers train another configuration than they were given."""
+    """Ends a training in which a worker trains another configuration than it was given."""
 
     def __init__(self, config: Config) -> None:
         self._expected = config_hash(config)
@@ -114,7 +140,11 @@ class HashCheck(UserCallback):
     def after_report(
         self, run_context: Any, metrics: list[dict[str, Any]], checkpoint: Any
     ) -> None:
-        """Compare what every worker says that it trains with."""
+        """Compare the hash of every worker's configuration with the expected one.
+
+        Raises:
+            JobFailedError: they differ.
+        """
         for rank, facts in enumerate(metrics):
             if facts["config_hash"] != self._expected:
                 raise launch.JobFailedError(

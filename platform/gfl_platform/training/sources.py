@@ -1,4 +1,4 @@
-"""Weights to start from, fetched once: files, published ones, our own models."""
+"""Weights that a training starts from: files, published weights and our own models."""
 
 import hashlib
 import logging
@@ -23,18 +23,22 @@ from gfl_platform.tracking.client import Store
 logger = logging.getLogger(__name__)
 
 TORCHVISION = "torchvision://"
+"""Prefix of the locations of torchvision's weights."""
 
 
 def fetch_sources(job: JobConfig, store: Store) -> dict[str, Path | None]:
-    """Return the weights to start from and the teacher's checkpoint, where all nodes see them.
+    """Fetch the `weights` to start from and the checkpoint folder of the `teacher`.
+
+    Returns:
+        Their paths where all nodes see them, None for what the configuration does not name.
 
     Raises:
-        ValueError: what cannot be fetched or loaded; before anything is written for the run.
+        ValueError: a file cannot be fetched, or its weights do not fit the model.
     """
     weights, backbone, distillation = None, job.model.backbone, job.loss.distillation
     if job.model.pretrained is not None:
         weights = fetch_weights(store, job.model.pretrained)
-        if not resources.in_cluster():  # where nodes' files may be elsewhere
+        if not resources.in_cluster():  # on a cluster, only the workers may see the file
             reset = job.model.reset_classifier
             load_weights(Detector(reproducible(job)), weights, reset_classifier=reset)
     elif backbone.frozen_stages >= 0 or backbone.norm_eval:
@@ -49,17 +53,17 @@ def fetch_sources(job: JobConfig, store: Store) -> dict[str, Path | None]:
 
 
 def fetch_weights(store: Store, location: str) -> Path:
-    """Return a file of the weights at `location` that all nodes see.
+    """Return a file with the weights at `location` that all nodes see.
 
-    Remote ones are kept in the folder `weights` of the storage, and fetched only once.
+    Downloads are kept in the folder `weights` of the storage.
 
     Args:
-        store: The registry, and the storage that keeps remote weights.
+        store: The registry, and the storage that keeps downloads.
         location: A path, `s3://BUCKET/KEY`, `https://...`, `torchvision://resnet50`, or one of our
             models: a checkpoint folder, `models:/NAME@ALIAS`, `runs:/ID`.
 
     Raises:
-        StorageError: a location that cannot be reached.
+        StorageError: the location cannot be read.
     """
     storage = store.storage
     if location.startswith(("models:/", "runs:/")):
@@ -75,7 +79,7 @@ def fetch_weights(store: Store, location: str) -> Path:
         raise StorageError(
             f"{location}: expected a file, s3://, https://, torchvision:// or models:/"
         )
-    # Many files are called latest.pth: what tells them apart is where they are.
+    # Many files are called latest.pth; only their locations differ.
     folder = hashlib.sha256(location.encode()).hexdigest()[:12]
     path = storage.root / "weights" / folder / Path(location).name
     if path.exists():
@@ -85,7 +89,7 @@ def fetch_weights(store: Store, location: str) -> Path:
         partial = Path(scratch) / path.name
         try:
             _download(location, partial)
-        except Exception as error:  # urllib and the checksum each have their own
+        except Exception as error:  # urllib and the check of the checksum raise many types
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise StorageError(
                 f"{location}: cannot be downloaded ({reason}); put the file at {path}, or set "
@@ -96,7 +100,7 @@ def fetch_weights(store: Store, location: str) -> Path:
 
 
 def fetch_model(store: Store, location: str) -> Path:
-    """Return the checkpoint folder of one of our models (see `registry.fetch_checkpoint`)."""
+    """Return the checkpoint folder of one of our models, where all nodes see it."""
     name = models.resolve(store, location)
     folder = store.storage.root / "weights" / name.replace("models:/", "").replace("/", "-")
     if not name.startswith("models:/") or not folder.exists():
@@ -122,7 +126,7 @@ def _download(url: str, path: Path) -> None:
     if cached.exists():
         shutil.copy(cached, path)
         return
-    # Names of published files end in the beginning of their checksum.
+    # The name of a published file ends with the first digits of its checksum.
     checksum = torch.hub.HASH_REGEX.search(path.name)
     torch.hub.download_url_to_file(
         url, str(path), hash_prefix=checksum[1] if checksum else None, progress=False

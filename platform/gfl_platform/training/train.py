@@ -1,4 +1,4 @@
-"""The training job: `gfl.train.engine.fit` in workers, reports to MLflow, checkpoints stored."""
+"""The driver of a training: checks, workers, MLflow run, registration of the best checkpoint."""
 
 import logging
 import time
@@ -46,13 +46,13 @@ class TrainingResult:
     """A finished training.
 
     Attributes:
-        run_id: The MLflow run; none if no store has answered yet.
+        run_id: The MLflow run; None if no store has answered yet.
         checkpoint: Folder of the checkpoint with the best AP.
         metrics: COCO statistics of that checkpoint.
-        fps: Frames per second of the last weights (the same for all).
-        seconds: Wall time, start of the workers and registration included.
-        version: Of the registered model, if the configuration names one.
-        decision: Of the gate, if the configuration wants it as champion.
+        fps: Frames per second of the last weights, which hold for all checkpoints.
+        seconds: Wall time in seconds, including start of the workers and registration.
+        version: Version of the registered model, if the configuration names a model.
+        decision: Decision of the gate, if the model was proposed as champion.
     """
 
     run_id: str | None
@@ -65,17 +65,24 @@ class TrainingResult:
 
 
 def train(job: JobConfig, name: str, *, resume: bool, watch: Watcher) -> TrainingResult:
-    """Train `job` as the run `name`, or go on with it; register the model if `job` names one.
+    """Train, and register the model if the configuration names one.
+
+    Args:
+        job: The configuration.
+        name: Name of the run.
+        resume: Whether to continue the run of that name; else the name must be new.
+        watch: Shows events.
 
     Raises:
-        ValueError: a configuration, dataset, cluster or tracking store that cannot be used.
-        JobFailedError: training stopped.
+        ValueError: the configuration, dataset, cluster or tracking store cannot be used.
+        JobFailedError: the training stopped.
     """
     started = time.perf_counter()
     config, storage = reproducible(job), Storage(job.storage)
     store = Store(job.tracking, storage)
     if not resources.in_cluster():
-        load_splits(storage.cache.localized(config))  # workers see the same: say what is wrong
+        # Workers on this machine see the same files, so errors in the data are found here.
+        load_splits(storage.cache.localized(config))
     resources.connect()
     workers = resources.allot(job)
     share_of_batch(config, workers.count)
@@ -95,19 +102,25 @@ def train(job: JobConfig, name: str, *, resume: bool, watch: Watcher) -> Trainin
         tracker.handle(origins)
         watch(origins)
         with pumped(event_handler(tracker, status, watch)) as events:
-            measured, best, metrics = run(job, sources, workers, folder, events)
-        checkpoint = storage.cache.local(best)  # comes here if it lies on S3
-        fps = measured["fps"]
-        tracker.handle(SpeedMeasured(fps, measured["protocol"]))
+            result = run(job, sources, workers, folder, events)
+        checkpoint = storage.cache.local(result.checkpoint)  # a copy if it is on S3
+        tracker.handle(SpeedMeasured(result.fps, result.protocol))
         version = None
         if model := job.registry.name:
-            facts = models.figures_of_version(metrics["AP"], fps, measured["protocol"])
-            version = _register(store, model, checkpoint, tracker, facts)
+            figures = models.figures_of_version(result.metrics["AP"], result.fps, result.protocol)
+            version = _register(store, model, checkpoint, tracker, figures)
     decision = None
     if version is not None and job.registry.alias:
         decision = _point(job, store, version, job.registry.alias, watch)
-    seconds = time.perf_counter() - started
-    return TrainingResult(tracker.run_id, checkpoint, metrics, fps, seconds, version, decision)
+    return TrainingResult(
+        run_id=tracker.run_id,
+        checkpoint=checkpoint,
+        metrics=result.metrics,
+        fps=result.fps,
+        seconds=time.perf_counter() - started,
+        version=version,
+        decision=decision,
+    )
 
 
 def event_handler(tracker: RunTracker, status: StatusFile, watch: Watcher) -> Watcher:
@@ -115,7 +128,7 @@ def event_handler(tracker: RunTracker, status: StatusFile, watch: Watcher) -> Wa
 
     Args:
         tracker: The training's MLflow run.
-        status: Notes where the training stands.
+        status: The file that says where the training stands.
         watch: Shows the events.
     """
 
@@ -142,15 +155,15 @@ def _register(
     model: str,
     checkpoint: Path,
     tracker: RunTracker,
-    facts: dict[str, float | str],
+    figures: dict[str, float | str],
 ) -> int:
-    """Register a training's best checkpoint.
+    """Register the best checkpoint of a training; return the version.
 
     Raises:
-        TrackingError: the store does not answer, or where its artifacts lie.
+        TrackingError: the tracking store or the storage of its artifacts does not answer.
     """
     try:
-        return models.register_once(store, model, checkpoint, tracker.require_run(), facts)
+        return models.register_once(store, model, checkpoint, tracker.require_run(), figures)
     except (MlflowException, OSError, client.TrackingError) as error:
         raise client.TrackingError(
             f"model {model}: not registered ({client.reason_of(error)}); the training is done "
@@ -161,7 +174,7 @@ def _register(
 def _point(
     job: JobConfig, store: Store, version: int, alias: str, watch: Watcher
 ) -> Decision | None:
-    """Point an alias at a version; `champion` only through the gate, whose decision is returned."""
+    """Set an alias of a version; return the decision of the gate if the alias is `champion`."""
     model = job.registry.name
     assert model
     store.require_answer()  # It answered long ago, when the training began.

@@ -18,11 +18,11 @@ def test_the_latest_checkpoint_stays_with_the_best(tiny_file, tmp_path, monkeypa
     result = SimpleNamespace(
         checkpoint=Checkpoint(latest),
         best_checkpoints=[(Checkpoint(best), {"AP": 0.6, "metrics": {"AP": 0.6}})],
-        return_value={"epochs": 3},
+        return_value={"epochs": 3, "fps": 9.0, "protocol": {"batch": 1}},
     )
     monkeypatch.setattr(launch, "run_workers", lambda *_, **__: result)
     job = load_job(tiny_file, [f"storage.root={tmp_path}"])
     sources = {"weights": None, "teacher": None}
-    _, uri, metrics = fit.run(job, sources, Workers(1, 1, False, 1), tmp_path / "run", None)
-    assert (uri, metrics) == (str(best), {"AP": 0.6})
+    trained = fit.run(job, sources, Workers(1, 1, False, 1), tmp_path / "run", None)
+    assert trained == fit.FitResult(str(best), {"AP": 0.6}, 9.0, {"batch": 1}, 3)
     assert {path.name for path in best.parent.iterdir()} == {"another", best.name, latest.name}
