@@ -1,4 +1,7 @@
-"""A training worker on the Ray cluster: `gfl.train.engine.fit`, its reports and checkpoints."""
+"""One process of a training on Ray: it runs `gfl.train.engine.fit`, reports and stores checkpoints.
+
+`train_worker` is what Ray runs in every worker.
+"""
 
 import json
 import shutil
@@ -6,7 +9,7 @@ import socket
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -45,10 +48,10 @@ from gfl_platform.storage.files import StorageError, space_required
 from gfl_platform.storage.s3 import patiently
 
 LEAVE_SECONDS = 90.0
-"""For the last checkpoint before a node goes: less than the notice of two minutes."""
+"""Time to store the last checkpoint before a node goes: less than the notice of two minutes."""
 
 UNSTORED = "gfl-unstored-"
-"""Begins the names of folders, among the node's temporary files, of checkpoints to be stored."""
+"""Prefix of the names of temporary folders with checkpoints that are not stored yet."""
 
 UNSTORED_SECONDS = 3600.0
 """Age of such a folder after which nobody is storing it any more."""
@@ -57,14 +60,14 @@ COPY_CHUNK_BYTES = 64 * 2**20
 """Size of the parts in which the files of a checkpoint are copied to where they are stored."""
 
 REPORTS_FILE = "reports.json"
-"""In a checkpoint: the reports of steps since the one before."""
+"""File in a checkpoint with the events since the checkpoint before, as JSON."""
 
 
 class WorkerListener:
-    """Reports what a worker's `fit` does: steps to the driver, checkpoints to Ray.
+    """Reports the steps of a worker to the driver, and its checkpoints to Ray.
 
-    Training waits for a checkpoint's copy into the host's memory, and for the one before if that
-    is not stored by then; a thread writes it.
+    Training waits while a checkpoint is copied into the host's memory. A thread of Ray writes it
+    to storage meanwhile; the next checkpoint waits until that is done.
     """
 
     def __init__(self, events: Events) -> None:
@@ -75,18 +78,18 @@ class WorkerListener:
         self._storing = threading.Semaphore()
 
     def on_steps(self, report: StepReport) -> None:
-        """Tell the driver; without waiting."""
+        """Tell the driver about some steps, without waiting."""
         if self.is_first:
             steps = StepsDone(**vars(report))
             self._since_checkpoint.append(steps)
             self._events.tell(steps)
 
     def repeat(self, checkpoint: Path, uri: str) -> None:
-        """Tell of a checkpoint, and what led to it, again: a driver that died may not have heard.
+        """Repeat the events that led to a checkpoint: a driver that died may have missed them.
 
         Args:
-            checkpoint: A copy of it.
-            uri: Where it lies.
+            checkpoint: Folder of a copy of the checkpoint on this node.
+            uri: Folder of the checkpoint, a path or `s3://...`.
         """
         if not self.is_first:
             return
@@ -98,16 +101,16 @@ class WorkerListener:
                     self._events.tell(replace(evaluated, uri=uri, repeated=True))
 
     def on_damage(self, reason: str) -> None:
-        """Tell of a checkpoint that is damaged; all workers see the same."""
+        """Tell the driver that a checkpoint is damaged, which all workers have agreed on."""
         if self.is_first:
             self._events.tell(CheckpointDamaged(reason))
 
     def on_checkpoint(self, report: CheckpointReport) -> None:
-        """Hand over a checkpoint within an epoch."""
+        """Report a checkpoint within an epoch."""
         self._hand_over(report, None)
 
     def on_epoch(self, report: EpochReport) -> None:
-        """Hand over the checkpoint of an epoch; Ray keeps those of the best AP."""
+        """Report the checkpoint of an epoch; Ray keeps those with the best AP."""
         self._hand_over(report, report.metrics)
 
     def wait_until_written(self) -> None:
@@ -116,17 +119,17 @@ class WorkerListener:
             pass
 
     def _hand_over(self, report: CheckpointReport, metrics: dict[str, float] | None) -> None:
-        """Report a checkpoint to Ray; `metrics` are those of an epoch that has been evaluated."""
+        """Report a checkpoint to Ray, with the metrics of the epoch at whose end it was made."""
         facts: dict[str, Any] = {"epoch": report.epoch, "step": report.step}
         facts["config_hash"] = config_hash(report.config)
         if metrics is not None:
-            # Ray Train and Ray Tune look at what is not nested.
+            # Ray Train and Ray Tune read metrics that are not nested.
             facts |= {"metrics": metrics, **metrics}
         checkpoint = store = None
         if self.is_first:
             started = time.perf_counter()
             self._storing.acquire()
-            # Ray wants a folder at once, and deletes it when `store` has filled and copied it.
+            # Ray takes a folder now, and deletes it after `store` has filled and copied it.
             checkpoint = Checkpoint.from_directory(tempfile.mkdtemp(prefix=UNSTORED))
             snapshot = report.snapshot()
             blocked_seconds = time.perf_counter() - started
@@ -167,7 +170,7 @@ class WorkerListener:
                 with space_required(run_folder):
                     patiently(lambda: _copy(folder, stored), OSError)
             except BaseException:
-                with suppress(OSError):  # a half, which on a full device would be in the way
+                with suppress(OSError):  # half a checkpoint would take space on a full device
                     filesystem.delete_dir(stored.path)
                 raise
             finally:
@@ -183,7 +186,7 @@ class WorkerListener:
 
 
 def remove_abandoned() -> None:
-    """Delete checkpoints that killed workers had not stored: they would fill the device."""
+    """Delete old temporary folders of workers that were killed: they would fill the device."""
     for folder in Path(tempfile.gettempdir()).glob(f"{UNSTORED}*"):
         with suppress(OSError):  # another worker may delete it, too
             if folder.stat().st_mtime < time.time() - UNSTORED_SECONDS:
@@ -191,10 +194,10 @@ def remove_abandoned() -> None:
 
 
 def _require_shared(filesystem: pyarrow.fs.FileSystem, folder: str) -> None:
-    """Check that this node sees the run's folder, which the training controller has made.
+    """Check that this node sees the folder that the training controller has made for the run.
 
     Raises:
-        StorageError: it does not.
+        StorageError: the folder is not there.
     """
     if filesystem.get_file_info(folder).type == pyarrow.fs.FileType.NotFound:
         raise StorageError(
@@ -204,7 +207,7 @@ def _require_shared(filesystem: pyarrow.fs.FileSystem, folder: str) -> None:
 
 
 def _copy(folder: Path, stored: Checkpoint) -> None:
-    """Copy a checkpoint on this node to where it is stored."""
+    """Copy a checkpoint from a folder on this node to storage."""
     filesystem = stored.filesystem
     filesystem.create_dir(stored.path)
     pyarrow.fs.copy_files(
@@ -218,7 +221,14 @@ def _copy(folder: Path, stored: Checkpoint) -> None:
 
 
 def train_worker(settings: dict[str, Any]) -> dict[str, Any]:
-    """Train in one process of the cluster; return what rank 0 measured at the end."""
+    """Train in one process of the cluster.
+
+    Args:
+        settings: What `fit.run` passes on, and the way to the driver under `events`.
+
+    Returns:
+        On rank 0 `fps`, its `protocol` and the number of `epochs` trained; empty on others.
+    """
     config = parse_config(settings["config"], "job")
     events, cache = settings["events"], settings["cache"]
     device = resources.worker_device()
@@ -257,15 +267,15 @@ def train_worker(settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def _node_is_drained() -> bool:
-    """Return whether a node of this training is about to go away; the same on all workers.
+    """Return whether a node of this training is about to go away, the same on all workers.
 
-    To be called on every worker: they wait for each other, some milliseconds.
+    All workers must call this together; it takes some milliseconds.
     """
     return ray.train.get_preemption_info() is not None
 
 
 def _wait_until_stored() -> None:
-    """Wait until Ray has noted the last checkpoint, from which the others will go on."""
+    """Wait until Ray has noted the last checkpoint, from which training will continue."""
     committed = ray.train.CheckpointConsistencyMode.COMMITTED
     ray.train.get_all_reported_checkpoints(consistency_mode=committed, timeout_s=LEAVE_SECONDS)
 
@@ -280,17 +290,19 @@ def _describe(config: Config, splits: tuple[Split, Split]) -> DataDescribed:
     return DataDescribed(facts, findings)
 
 
-def _latest_whole_checkpoint(cache: Cache, tell: Callable[[str], None]) -> tuple[Path, str] | None:
-    """Return a copy of the latest checkpoint that is as it was written, and where it lies.
+def _latest_whole_checkpoint(
+    cache: Cache, on_damage: Callable[[str], None]
+) -> tuple[Path, str] | None:
+    """Return the latest undamaged checkpoint: the folder of a copy on this node, and its location.
 
-    It is the same on all workers, and None at first.
+    All workers return the same checkpoint, or None if the training has none yet.
 
     Args:
-        cache: Where the node keeps its copy of what lies on S3.
-        tell: Is told why another is passed over.
+        cache: This node's cache of files on S3.
+        on_damage: Function that is called with the reason why a checkpoint is not used.
 
     Raises:
-        StorageError: there are some, but all are damaged.
+        StorageError: all checkpoints are damaged.
     """
     latest = ray.train.get_checkpoint()
     if latest is None:
@@ -306,11 +318,13 @@ def _latest_whole_checkpoint(cache: Cache, tell: Callable[[str], None]) -> tuple
         reason = problem_of_any_worker(problem)
         if not reason:
             return folder, uri
-        tell(reason)
+        on_damage(reason)
     raise StorageError(f"{reason}; there is no other: start anew under another run.name")
 
 
-def _others_newest_first(latest: Any) -> Iterator[Any]:
-    known = ray.train.get_all_reported_checkpoints()
-    known.sort(key=lambda reported: reported.metrics["step"], reverse=True)
-    yield from (each.checkpoint for each in known if each.checkpoint.path != latest.path)
+def _others_newest_first(latest: Checkpoint) -> list[Checkpoint]:
+    """Return the other checkpoints that Ray keeps, the one with the most steps first."""
+    reports = ray.train.get_all_reported_checkpoints()
+    reports.sort(key=lambda report: report.metrics["step"], reverse=True)
+    checkpoints = [report.checkpoint for report in reports]
+    return [checkpoint for checkpoint in checkpoints if checkpoint.path != latest.path]
