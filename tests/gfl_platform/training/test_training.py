@@ -325,7 +325,7 @@ def test_a_nan_ends_the_job_with_one_line(tiny_file, tmp_path, caplog):
     assert {p.name for p in saved.iterdir()} >= {"config.yaml", "batch-rank0.pt", "batch-rank1.pt"}
     run_id = json.loads((tmp_path / "runs" / "nan" / "run.json").read_text())["run_id"]
     assert store_of(job).client.get_run(run_id).info.status == "FAILED"
-    assert "warning: train: edges that model.reg_max 2 cannot reach" in caplog.text
+    assert "warning: train: edges beyond the regression range of model.reg_max 2" in caplog.text
 
 
 @pytest.mark.slow
