@@ -1,4 +1,4 @@
-"""What the nodes of a training must have in common: code, packages, data, the time."""
+"""The pre-flight check: nodes that train together must have the same code, packages and data."""
 
 import hashlib
 import socket
@@ -9,14 +9,17 @@ from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+import ray
 import torch.distributed as dist
 
+import gfl
+import gfl_platform
 from gfl.data.split import Split
 from gfl.distributed import worker_rank
 from gfl_platform.storage.s3 import S3UnavailableError
 
 CLOCK_TOLERANCE = 60.0
-"""Seconds; far more than NTP leaves, less than S3 forgives."""
+"""Largest difference of clocks, in seconds: far more than NTP leaves, less than S3 accepts."""
 
 
 class DifferentNodesError(ValueError):
@@ -25,15 +28,15 @@ class DifferentNodesError(ValueError):
 
 @dataclass(frozen=True)
 class NodeFacts:
-    """What a worker says of its node.
+    """What the pre-flight check compares, as a worker sees it on its node.
 
     Attributes:
-        node: Name and address.
-        code: Digest of our sources.
-        versions: Of packages that results depend on.
-        data: Digests of the data; empty if they could not be read.
-        problem: Why not.
-        clock: Seconds since the epoch, at the same moment on all.
+        node: Name and address of the node.
+        code: Digest of the sources of `gfl` and `gfl_platform`.
+        versions: Versions of the packages that results depend on.
+        data: Digests of the data; empty if it could not be read.
+        problem: Why the data could not be read; empty if it could.
+        clock: Seconds since the epoch, read at the same moment on all nodes.
     """
 
     node: str
@@ -45,14 +48,17 @@ class NodeFacts:
 
 
 def same_on_all_nodes(load: Callable[[], tuple[Split, Split]]) -> tuple[Split, Split]:
-    """Return what `load` gives, once all workers have it and have everything else in common.
+    """Load the data on every worker, and check that all nodes have the same code and data.
 
-    To be called on every worker.
+    All workers must call this together.
+
+    Args:
+        load: Function that reads the data.
 
     Raises:
-        DifferentNodesError: they differ; the same words on all.
-        ValueError: none of them could load.
-        S3UnavailableError: this one could not, at the moment.
+        DifferentNodesError: the nodes differ; all workers raise the same message.
+        ValueError: the data cannot be read on any node.
+        S3UnavailableError: S3 does not answer this worker at the moment.
     """
     _, world = worker_rank()
     if world == 1:
@@ -60,15 +66,15 @@ def same_on_all_nodes(load: Callable[[], tuple[Split, Split]]) -> tuple[Split, S
     splits, problem = None, None
     try:
         splits = load()
-    except S3UnavailableError:  # no difference of nodes: all start again
+    except S3UnavailableError:  # nodes do not differ in that: all start again
         raise
     except ValueError as error:
         problem = error
     dist.barrier()  # so that clocks are read at the same time
     data = tuple(split.digest for split in splits or ())
-    found = [_facts(data, str(problem or ""))] * world
-    dist.all_gather_object(found, found[0])
-    if difference := find_difference(found):
+    nodes = [_facts(data, str(problem or ""))] * world
+    dist.all_gather_object(nodes, nodes[0])
+    if difference := find_difference(nodes):
         raise DifferentNodesError(difference)
     if splits is None:
         assert problem is not None
@@ -77,41 +83,41 @@ def same_on_all_nodes(load: Callable[[], tuple[Split, Split]]) -> tuple[Split, S
 
 
 def problem_of_any_worker(problem: str) -> str:
-    """Return the problem of the first worker that has one, on all of them; empty if none has.
+    """Return the problem of the first worker that has one, the same on all; empty if none has.
 
-    To be called on every worker.
+    All workers must call this together.
     """
     _, world = worker_rank()
-    found = [problem] * world
+    problems = [problem] * world
     if world > 1:
-        dist.all_gather_object(found, problem)
-    return next(filter(None, found), "")
+        dist.all_gather_object(problems, problem)
+    return next(filter(None, problems), "")
 
 
-def find_difference(found: Sequence[NodeFacts]) -> str | None:
-    """Return what one of the nodes has otherwise than most, in one line; None if nothing."""
-    well = [facts for facts in found if not facts.problem]
-    for facts in found if well else ():
-        if facts.problem:
-            return f"node {facts.node}: {facts.problem}; {well[0].node} has what is missing there"
-    first = found[0]
-    for name in first.versions:
-        if odd := _odd_one([facts.versions[name] for facts in found]):
-            here, other = (found[index] for index in odd)
+def find_difference(nodes: Sequence[NodeFacts]) -> str | None:
+    """Return in one line how one node differs from most others; None if all are the same."""
+    healthy = [node for node in nodes if not node.problem]
+    for node in nodes if healthy else ():
+        if node.problem:
+            return f"node {node.node}: {node.problem}; {healthy[0].node} has what is missing there"
+    for name in nodes[0].versions:
+        if odd := _odd_one([node.versions[name] for node in nodes]):
+            here, other = (nodes[index] for index in odd)
             return (
                 f"node {here.node}: {name} {here.versions[name]}, but {other.versions[name]} on "
                 f"{other.node}; install the packages of constraints.txt on every node"
             )
-    if odd := _odd_one([facts.code for facts in found]):
-        here, other = (found[index] for index in odd)
+    if odd := _odd_one([node.code for node in nodes]):
+        here, other = (nodes[index] for index in odd)
         return (
             f"node {here.node}: other code of gfl and gfl_platform than {other.node}; let the job "
             "bring it (--runtime-env), or install the same on every node"
         )
-    if odd := _odd_one([facts.data for facts in found]):
-        here, other = (found[index] for index in odd)
+    if odd := _odd_one([node.data for node in nodes]):
+        here, other = (nodes[index] for index in odd)
         return f"node {here.node}: other images or annotations than {other.node}; copy them again"
-    slow, fast = (pick(found, key=lambda facts: facts.clock) for pick in (min, max))
+    slow = min(nodes, key=lambda node: node.clock)
+    fast = max(nodes, key=lambda node: node.clock)
     if fast.clock - slow.clock > CLOCK_TOLERANCE:
         return (
             f"node {fast.node}: its clock is {fast.clock - slow.clock:.0f} s ahead of {slow.node}; "
@@ -127,8 +133,6 @@ def _odd_one(values: Sequence[object]) -> tuple[int, int] | None:
 
 
 def _facts(data: tuple[str, ...], problem: str) -> NodeFacts:
-    import ray
-
     where = f"{socket.gethostname()} ({ray.util.get_node_ip_address()})"
     versions = {name: _version(name) for name in ("torch", "torchvision", "ray")}
     return NodeFacts(where, code_digest(), versions, data, problem, time.time())
@@ -142,10 +146,7 @@ def _version(package: str) -> str:
 
 
 def code_digest() -> str:
-    """Return what tells apart the sources of `gfl` and `gfl_platform` that run here."""
-    import gfl
-    import gfl_platform
-
+    """Return the SHA-256 of the sources of `gfl` and `gfl_platform` that run here."""
     digest = hashlib.sha256()
     for package in (gfl, gfl_platform):
         folder = Path(str(package.__file__)).parent

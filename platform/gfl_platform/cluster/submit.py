@@ -1,4 +1,4 @@
-"""Submitting a job to a Ray cluster: what travels, what would go wrong, and how it went."""
+"""Submitting a job to a Ray cluster: checks, the files that travel, and the log of the job."""
 
 import asyncio
 import json
@@ -14,17 +14,19 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from aiohttp import ClientError
+from ray.job_submission import JobStatus, JobSubmissionClient
 
 from gfl_platform.cluster.launch import JobFailedError
 from gfl_platform.cluster.resources import ClusterError
 from gfl_platform.provenance import GIT_VARIABLES, USER, acting_user, git_state
 
 LARGEST = 100 * 2**20
-"""Bytes of a working directory that Ray takes, packed; here they are counted unpacked."""
+"""Largest working directory in bytes. Ray's limit is for the packed one; we count it unpacked."""
 
 LONGEST_DIFF, LONGEST_LIST = 70_000, 20_000
-"""Bytes, as JSON, of a diff and of a list of changed files that travel in environment variables:
-Ray hands all variables on in one string of JSON, and Linux takes 128 KiB a string."""
+"""Longest diff and longest list of changed files, in bytes of JSON. Both travel in environment
+variables. Ray passes all variables in one string of JSON, and Linux allows 128 KiB a string."""
 
 CUT = "\n(cut off here)\n"
 
@@ -37,27 +39,28 @@ PASSED_ON = (
     "MLFLOW_TRACKING_PASSWORD",
     "MLFLOW_TRACKING_TOKEN",
 )
-"""Variables that a job gets from the environment of who submits it."""
+"""Environment variables of the submitting process that the job gets."""
 
 GRACE_SECONDS = 40.0
-"""For a cancelled job to close its run; a little more than runtime-env.yaml gives it."""
+"""Time for a cancelled job to close its run: a little more than runtime-env.yaml allows."""
 
 
 class SubmissionError(ValueError):
-    """A job that would not run as it was meant to."""
+    """A job that could not run on the cluster as it does here."""
 
 
 def submit(words: Sequence[str], address: str, root: Path, say: Callable[[str], None]) -> None:
     """Run `python -m WORDS` on the cluster and follow its log; an interruption cancels it.
 
     Args:
-        words: Module and arguments.
-        address: Of the cluster's dashboard, http://HOST:8265.
-        root: The repository, which travels as `runtime-env.yaml` says.
-        say: Is told what the job prints.
+        words: Module and arguments of the job.
+        address: Address of the cluster's dashboard, http://HOST:8265.
+        root: Folder of the repository, which travels as `runtime-env.yaml` says.
+        say: Function that shows what the job prints.
 
     Raises:
-        SubmissionError: too large, shadows the standard library, a configuration that stays behind.
+        SubmissionError: the repository is too large, a file in it hides a module of the standard
+            library, or a configuration would not travel.
         ClusterError: no cluster answers, or it refuses the token.
         JobFailedError: the job failed.
     """
@@ -65,9 +68,6 @@ def submit(words: Sequence[str], address: str, root: Path, say: Callable[[str], 
     _require_sound(root, environment.get("excludes", []), words)
     environment["working_dir"] = str(root)
     environment["env_vars"] |= _variables()
-    from aiohttp import ClientError
-    from ray.job_submission import JobStatus, JobSubmissionClient
-
     entrypoint = shlex.join(["python", "-m", *words])
     try:
         client = JobSubmissionClient(address)
@@ -95,6 +95,11 @@ def submit(words: Sequence[str], address: str, root: Path, say: Callable[[str], 
 
 
 def _require_sound(root: Path, excludes: Sequence[str], words: Sequence[str]) -> None:
+    """Check the files that travel.
+
+    Raises:
+        SubmissionError: see `submit`.
+    """
     files = travelling(root, excludes)
     for shadow in shadows(files):
         raise SubmissionError(
@@ -108,8 +113,7 @@ def _require_sound(root: Path, excludes: Sequence[str], words: Sequence[str]) ->
         named = ", ".join(f"{name} {size >> 20} MiB" for name, size in folders.most_common(3))
         raise SubmissionError(
             f"{root}: {total >> 20} MiB would travel, {LARGEST >> 20} are allowed; largest: "
-            f"{named}; "
-            "add them to `excludes` in runtime-env.yaml"
+            f"{named}; add them to `excludes` in runtime-env.yaml"
         )
     for word in words:
         path = Path(word)
@@ -121,15 +125,15 @@ def _require_sound(root: Path, excludes: Sequence[str], words: Sequence[str]) ->
 
 
 def travelling(root: Path, excludes: Sequence[str]) -> set[str]:
-    """Return the files that Ray packs: all that git does not ignore, less what is excluded."""
+    """Return the files that Ray packs: those that git does not ignore, without `excludes`."""
     listed = subprocess.run(
         ["git", "-C", str(root), "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
         capture_output=True,
         text=True,
         check=True,
     ).stdout.split("\0")
-    left_out = tuple(f"{entry.strip('/')}/" for entry in excludes)
-    return {file for file in listed if file and not file.startswith(left_out)}
+    excluded = tuple(f"{entry.strip('/')}/" for entry in excludes)
+    return {file for file in listed if file and not file.startswith(excluded)}
 
 
 def shadows(files: set[str]) -> list[str]:
@@ -146,15 +150,15 @@ def shadows(files: set[str]) -> list[str]:
 
 
 def _variables() -> dict[str, str]:
-    """Return what the job's processes find in their environment: user, code's state, tokens."""
+    """Return the environment variables of the job: user, state of the code, tokens."""
     commit, changed, diff = git_state()
-    told = (commit, _cut(changed, LONGEST_LIST), _cut(diff, LONGEST_DIFF))
-    state = dict(zip(GIT_VARIABLES, told, strict=True)) | {USER: acting_user()}
+    values = (commit, _cut(changed, LONGEST_LIST), _cut(diff, LONGEST_DIFF))
+    state = dict(zip(GIT_VARIABLES, values, strict=True)) | {USER: acting_user()}
     return state | {name: os.environ[name] for name in PASSED_ON if name in os.environ}
 
 
 def _cut(text: str, longest: int) -> str:
-    """Return what of `text` takes at most `longest` bytes as JSON, and says so where it is cut."""
+    """Return `text`, cut where it would take more than `longest` bytes as JSON."""
     sizes = accumulate(len(json.dumps(character)) - 2 for character in text)
     kept = sum(1 for _ in takewhile(lambda size: size <= longest, sizes))
     return text if kept == len(text) else text[:kept] + CUT
