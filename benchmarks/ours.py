@@ -80,7 +80,7 @@ def losses_of(case: Case, detector: Detector, device: torch.device) -> Callable[
     def run() -> Any:
         for level in outputs[0] + outputs[1]:
             level.grad = None
-        losses = detector.objective(outputs, targets)
+        losses = detector.criterion.losses(outputs, targets)
         torch.stack(list(losses.values())).sum().backward()
         return losses
 

@@ -5,8 +5,8 @@ class DataError(ValueError):
     """A dataset that cannot be used; the message names the file, what is wrong and what to do."""
 
 
-class LeaveError(RuntimeError):
-    """Training stopped with a checkpoint because it was asked to; it can go on elsewhere."""
+class PreemptedError(RuntimeError):
+    """Training was preempted and stopped with a checkpoint, from which it can be continued."""
 
 
 class NonFiniteLossError(RuntimeError):

@@ -20,7 +20,7 @@ from torch import Tensor
 from gfl.config.schema import Config, DataConfig, ModelConfig
 from gfl.data.dataset import fitted_size
 from gfl.data.split import ImageRecord
-from gfl.model.assigner import assign
+from gfl.model.assigner import assign_targets
 from gfl.model.boxes import STRIDES, Points, grid_points, xyxy_to_ltrb
 from gfl.model.losses import TARGET_MARGIN
 from gfl.structures import pad_targets
@@ -193,7 +193,7 @@ def _edges(records: Sequence[ImageRecord], short: int, long: int, topk: int) -> 
     labels = [torch.tensor(r.labels) for r in records]
     targets = pad_targets(boxes, labels, torch.tensor(sizes))
     points = _cover(max(h for h, _ in sizes), max(w for _, w in sizes))
-    assigned = assign(points, targets, topk)  # (B, P)
+    assigned = assign_targets(points, targets, topk).truth_of_locations()  # (B, P)
     image, location = (assigned >= 0).nonzero(as_tuple=True)
     truth = assigned[image, location]
     stride = points.stride[location]

@@ -1,11 +1,13 @@
-"""ATSS: which locations learn which ground truth (Zhang et al., CVPR 2020), for a batch at once.
+"""ATSS: the locations that are trained on each ground truth (Zhang et al., CVPR 2020).
 
-Every step is dense tensor algebra on fixed shapes; nothing waits for the host. The nearest
-locations on a level lie in a small window around the object's centre, so the cost grows with the
-objects, not with the image.
+    assigned = assign_targets(points, targets, topk=9)
 
-Shapes: B images, G padded ground truths, L levels, K window cells, T candidates per level,
-P locations.
+Every step is dense tensor algebra on fixed shapes and works on a whole batch; nothing waits for the
+host. The locations nearest to an object lie in a small window around its centre, so the cost grows
+with the number of objects and not with the size of the image.
+
+Shapes: B images, G padded ground truths, L levels, K cells of a window, T candidates per level,
+N = G * L * T candidates of an image, P locations, C classes.
 """
 
 from dataclasses import dataclass
@@ -17,72 +19,82 @@ from gfl.model.boxes import Points, box_iou, xyxy_to_ltrb
 from gfl.structures import Targets
 
 PRIOR_SCALE = 8
-"""Side of a location's square prior, in strides."""
+"""Side of the square prior of a location, in strides."""
 
 INSIDE_MARGIN_PX = 0.01
-"""How far inside every edge of an object a positive location lies, at least."""
+"""Distance in px by which a positive location lies inside every edge of its object, at least."""
 
 
 @dataclass(frozen=True)
-class Candidates:
-    """The nearest locations of every ground truth: (B, G, L * T) each, `xy` (B, G, L * T, 2)."""
+class AssignedTargets:
+    """What is trained at the candidate locations of all ground truths.
 
-    index: Tensor
-    xy: Tensor
-    stride: Tensor
-    mask: Tensor
-
-
-@dataclass(frozen=True)
-class Matches:
-    """Who learns what, among the candidates of all ground truths: N = G * L * T of an image.
-
-    Nothing is learned at any other location, so losses of boxes need to look here only.
+    All other locations are negatives, so losses of boxes are computed for the candidates alone.
+    Geometry is in units of the candidate's stride.
 
     Attributes:
-        learns: Whether the location learns this ground truth; of a location, at most one does,
-            (B, N).
-        truth: Which ground truth, (B, N).
-        location: Index of the location, (B, N).
-        xy: Its position in px, (B, N, 2).
-        stride: Of its level in px, (B, N, 1).
+        positive: Whether the candidate is trained on its ground truth, (B, N). A location is
+            positive for one ground truth at most. Where it is False, the fields below that describe
+            the ground truth mean nothing.
+        valid: Whether a location lies on its image and takes part in training, (B, P).
+        location: Index of the candidate's location, (B, N).
+        truth: Index of the candidate's ground truth, (B, N).
+        label: Class of the ground truth, (B, N).
+        xy: Position of the candidate, (B, N, 2).
+        boxes: Box of the ground truth, `xyxy`, (B, N, 4).
+        ltrb: Distances from the candidate to the edges of the ground truth, (B, N, 4).
     """
 
-    learns: Tensor
-    truth: Tensor
+    positive: Tensor
+    valid: Tensor
     location: Tensor
+    truth: Tensor
+    label: Tensor
     xy: Tensor
-    stride: Tensor
+    boxes: Tensor
+    ltrb: Tensor
+
+    def at_candidates(self, values: Tensor) -> Tensor:
+        """Return the `values` (B, P, D) of all locations at the candidates, (B, N, D)."""
+        return values.gather(1, self.location.unsqueeze(-1).expand(-1, -1, values.shape[-1]))
+
+    def label_logits(self, logits: Tensor) -> Tensor:
+        """Return each candidate's logit of its own class, (B, N), from `logits` (B, P, C)."""
+        return logits.flatten(1).gather(1, self.location * logits.shape[2] + self.label)
+
+    def sum_over_locations(self, background: Tensor, change: Tensor) -> Tensor:
+        """Return the sum of a classification loss over all valid locations and all classes.
+
+        Args:
+            background: Loss of every location and class if there were no object, (B, P, C).
+            change: What an object of its class adds to the loss of each candidate, (B, N).
+        """
+        return (background.sum(dim=-1) * self.valid).sum() + self.sum_over_positives(change)
+
+    def sum_over_positives(self, values: Tensor) -> Tensor:
+        """Return the sum of `values` (B, N) over the positive candidates.
+
+        The sum runs in the order of locations, so padding of the ground truths changes no digit.
+        """
+        zeros = torch.zeros_like(self.valid, dtype=values.dtype)
+        return zeros.scatter_add(1, self.location, values * self.positive).sum()
+
+    def truth_of_locations(self) -> Tensor:
+        """Return the ground truth that every location is trained on, (B, P), -1 where none."""
+        none = torch.full_like(self.valid, -1, dtype=self.truth.dtype)
+        return none.scatter_reduce(1, self.location, self.truth.where(self.positive, -1), "amax")
 
 
-def padded_extent(sizes: Tensor) -> Tensor:
-    """Return image `sizes` (B, 2) rounded up to 32 px; locations beyond it are not trained."""
-    return (sizes + 31) // 32 * 32
+def assign_targets(points: Points, targets: Targets, topk: int) -> AssignedTargets:
+    """Return what the candidate locations of `targets` are trained on.
 
-
-def valid_locations(points: Points, sizes: Tensor) -> Tensor:
-    """Return (B, P): which locations lie on the image rounded up to 32 px."""
-    extent = padded_extent(sizes).flip(-1).unsqueeze(1)  # (B, 1, 2), as x, y
-    return (points.xy < extent).all(dim=-1)
-
-
-def assign(points: Points, targets: Targets, topk: int) -> Tensor:
-    """Return the ground truth that every location learns, (B, P) int64, -1 where none."""
-    matches = match(points, targets, topk)
-    nobody = matches.truth.new_full((len(matches.truth), len(points.xy)), -1)
-    truth = matches.truth.where(matches.learns, -1)
-    return nobody.scatter_reduce(1, matches.location, truth, "amax")
-
-
-def match(points: Points, targets: Targets, topk: int) -> Matches:
-    """Return which candidates learn their ground truth.
-
-    Per ground truth the `topk` nearest locations of every level are candidates; those whose prior
-    overlaps it by mean + standard deviation over all candidates, and which lie inside it, are
-    positive. A location that several claim goes to the highest overlap, on a tie to the first.
-    Equal distances go to the lowest index.
+    The candidates of a ground truth are the `topk` nearest locations of every level. Positive are
+    those whose prior overlaps the ground truth by at least mean + standard deviation over all of
+    its candidates, and which lie inside it. A location that is positive for several ground truths
+    goes to the one with the highest overlap and, on a tie, to the first. Of locations at equal
+    distances the one with the lowest index is nearer.
     """
-    candidates = nearest_locations(points, targets, topk)
+    candidates = _nearest_locations(points, targets, topk)
     boxes = targets.boxes.unsqueeze(2)  # (B, G, 1, 4)
     half = candidates.stride.unsqueeze(-1) * (PRIOR_SCALE / 2)
     priors = torch.cat([candidates.xy - half, candidates.xy + half], dim=-1)
@@ -96,25 +108,61 @@ def match(points: Points, targets: Targets, topk: int) -> Matches:
     truth = torch.arange(overlap.shape[1], device=overlap.device).view(1, -1, 1)
     truth, location = truth.expand_as(overlap).flatten(1), candidates.index.flatten(1)
     claim = overlap.where(positive, -1).flatten(1)
-    return Matches(
-        learns=_wins(location, claim, truth, locations=len(points.xy)),
-        truth=truth,
+    stride = candidates.stride.flatten(1).unsqueeze(-1)  # (B, N, 1)
+    xy = candidates.xy.flatten(1, 2) / stride
+    truth_boxes = targets.boxes.gather(1, truth.unsqueeze(-1).expand(-1, -1, 4)) / stride
+    return AssignedTargets(
+        positive=_wins(location, claim, truth, locations=len(points.xy)),
+        valid=valid_locations(points, targets.sizes),
         location=location,
-        xy=candidates.xy.flatten(1, 2),
-        stride=candidates.stride.flatten(1).unsqueeze(-1),
+        truth=truth,
+        label=targets.labels.gather(1, truth),
+        xy=xy,
+        boxes=truth_boxes,
+        ltrb=xyxy_to_ltrb(xy, truth_boxes),
     )
 
 
-def nearest_locations(points: Points, targets: Targets, topk: int) -> Candidates:
+def valid_locations(points: Points, sizes: Tensor) -> Tensor:
+    """Return which locations lie on their image, whose size is rounded up to 32 px, (B, P)."""
+    extent = _padded_extent(sizes).flip(-1).unsqueeze(1)  # (B, 1, 2), as x, y
+    return (points.xy < extent).all(dim=-1)
+
+
+def _padded_extent(sizes: Tensor) -> Tensor:
+    """Return image `sizes` (B, 2) rounded up to 32 px; locations beyond it are not trained."""
+    return (sizes + 31) // 32 * 32
+
+
+@dataclass(frozen=True)
+class _Candidates:
+    """The nearest locations of every ground truth.
+
+    Attributes:
+        index: Index of the location, (B, G, L * T).
+        xy: Position of the location in px, (B, G, L * T, 2).
+        stride: Stride of the location's level in px, (B, G, L * T).
+        mask: Whether the candidate exists: small levels have fewer than T locations, and padded
+            ground truths have no candidates, (B, G, L * T).
+    """
+
+    index: Tensor
+    xy: Tensor
+    stride: Tensor
+    mask: Tensor
+
+
+def _nearest_locations(points: Points, targets: Targets, topk: int) -> _Candidates:
     """Return the `topk` locations of every level nearest to each ground truth's centre."""
-    index, xy, distance = _window(points, targets, reach=topk)  # (B, G, L, K)
-    # Cells are in index order, so a stable sort gives ties to the lowest index; `topk` may not.
+    index, xy, distance = _window(points, targets, nearest=topk)  # (B, G, L, K)
+    # Cells are in the order of their index. A stable sort keeps that order where distances are
+    # equal; `topk` may not.
     distance, order = distance.sort(dim=-1, stable=True)
     distance, order = distance[..., :topk], order[..., :topk]
     stride = points.level_stride.expand_as(distance)
     mask = distance.isfinite() & targets.mask[:, :, None, None]
     xy = xy.gather(3, order.unsqueeze(-1).expand(*order.shape, 2))
-    return Candidates(
+    return _Candidates(
         index=index.gather(-1, order).flatten(2),
         xy=xy.flatten(2, 3),
         stride=stride.flatten(2),
@@ -122,20 +170,22 @@ def nearest_locations(points: Points, targets: Targets, topk: int) -> Candidates
     )
 
 
-def _window(points: Points, targets: Targets, reach: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Return index, position (px) and distance (px) of the cells around each centre.
+def _window(points: Points, targets: Targets, nearest: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the cells of every level around each ground truth's centre, in a square window.
 
-    The index is (B, G, L, K), likewise the distance, which is infinite where there is no cell; the
-    position is (B, G, L, K, 2).
+    The window holds the `nearest` cells: it spans the `nearest` columns that are closest to the
+    centre, and a cell in any other column is farther than `nearest` cells of its own row. The same
+    holds for rows. One more column and row on either side allow for rounding.
 
-    The `reach` nearest columns to the centre are consecutive, and a cell outside of them has
-    `reach` nearer ones in its own row; likewise for rows. One more on either side covers rounding.
+    Returns:
+        Index of each cell's location, (B, G, L, K); its position in px, (B, G, L, K, 2); its
+        distance from the centre in px, (B, G, L, K), infinite where the level has no such cell.
     """
     stride = points.level_stride
-    # An image that is smaller than its batch has fewer cells.
-    cells = torch.ceil(padded_extent(targets.sizes).flip(-1).unsqueeze(1) / stride)  # (B, L, 2)
+    # An image that is smaller than its batch has fewer cells than the level's map.
+    cells = torch.ceil(_padded_extent(targets.sizes).flip(-1).unsqueeze(1) / stride)  # (B, L, 2)
     cells = cells.long().minimum(points.level_shape).unsqueeze(1)  # (B, 1, L, 2)
-    side = reach + 2
+    side = nearest + 2
     centre = (targets.boxes[..., :2] + targets.boxes[..., 2:]) / 2  # (B, G, 2)
     middle = (centre.unsqueeze(2) / stride).round().long()  # (B, G, L, 2)
     first = (middle - side // 2).minimum(cells - side).clamp(min=0)
@@ -152,7 +202,7 @@ def _window(points: Points, targets: Targets, reach: int) -> tuple[Tensor, Tenso
 
 
 def _threshold(overlap: Tensor, mask: Tensor) -> Tensor:
-    """Return mean + sample standard deviation of each ground truth's candidates, (B, G, 1)."""
+    """Return mean + sample standard deviation of each ground truth's overlaps, (B, G, 1)."""
     count = mask.sum(dim=-1, keepdim=True)
     mean = overlap.where(mask, 0).sum(dim=-1, keepdim=True) / count.clamp(min=1)
     square = (overlap - mean).square().where(mask, 0).sum(dim=-1, keepdim=True)
@@ -160,75 +210,18 @@ def _threshold(overlap: Tensor, mask: Tensor) -> Tensor:
 
 
 def _wins(location: Tensor, claim: Tensor, truth: Tensor, locations: int) -> Tensor:
-    """Return whose claim (an overlap, -1 of who makes none) its location follows, (B, N)."""
-    nothing = claim.new_full((len(claim), locations), -1)
-    best = nothing.scatter_reduce(1, location, claim, "amax").gather(1, location)
-    highest = (claim >= 0) & (claim == best)
-    nobody = torch.iinfo(truth.dtype).max
-    last = truth.new_full((len(claim), locations), nobody)
-    first = last.scatter_reduce(1, location, truth.where(highest, nobody), "amin")
-    return highest & (truth == first.gather(1, location))
+    """Return whether a candidate has the best claim to its location, (B, N).
 
-
-@dataclass(frozen=True)
-class Aim:
-    """What the candidates are to learn; geometry is in units of their strides.
-
-    Attributes:
-        learns: Whether a candidate learns its object, (B, N); the others' boxes mean nothing.
-        valid: Whether a location takes part, (B, P).
-        location: Of every candidate, (B, N).
-        label: The object's class, (B, N).
-        xy: Of every candidate, (B, N, 2).
-        boxes: The object's `xyxy`, (B, N, 4).
-        ltrb: The distances to its edges, (B, N, 4).
+    Args:
+        location: Index of each candidate's location, (B, N).
+        claim: Overlap of each candidate that may be positive, -1 for all others, (B, N).
+        truth: Index of each candidate's ground truth, (B, N); the lowest wins a tie.
+        locations: Number of locations, P.
     """
-
-    learns: Tensor
-    valid: Tensor
-    location: Tensor
-    label: Tensor
-    xy: Tensor
-    boxes: Tensor
-    ltrb: Tensor
-
-    def of(self, values: Tensor) -> Tensor:
-        """Return the `values` (B, P, D) of the candidates, (B, N, D)."""
-        return values.gather(1, self.location.unsqueeze(-1).expand(-1, -1, values.shape[-1]))
-
-    def of_label(self, logits: Tensor) -> Tensor:
-        """Return the `logits` (B, P, C) of the candidates' classes, (B, N)."""
-        return logits.flatten(1).gather(1, self.location * logits.shape[2] + self.label)
-
-    def summed(self, background: Tensor, objects: Tensor) -> Tensor:
-        """Return a loss of scores, summed over all locations and classes.
-
-        Args:
-            background: Without any object, (B, P, C).
-            objects: What each candidate changes of it if it learns, (B, N).
-        """
-        return (background.sum(dim=-1) * self.valid).sum() + self.total(objects)
-
-    def total(self, values: Tensor) -> Tensor:
-        """Return the sum of `values` (B, N) over the candidates that learn.
-
-        In the order of locations, so that padding of the ground truths changes no digit.
-        """
-        nothing = torch.zeros_like(self.valid, dtype=values.dtype)
-        return nothing.scatter_add(1, self.location, values * self.learns).sum()
-
-
-def find_aim(points: Points, targets: Targets, topk: int) -> Aim:
-    """Return what the candidates of `targets` learn (ATSS with `topk` of a level)."""
-    found = match(points, targets, topk)
-    boxes = targets.boxes.gather(1, found.truth.unsqueeze(-1).expand(-1, -1, 4)) / found.stride
-    xy = found.xy / found.stride
-    return Aim(
-        learns=found.learns,
-        valid=valid_locations(points, targets.sizes),
-        location=found.location,
-        label=targets.labels.gather(1, found.truth),
-        xy=xy,
-        boxes=boxes,
-        ltrb=xyxy_to_ltrb(xy, boxes),
-    )
+    no_claim = claim.new_full((len(claim), locations), -1)
+    best = no_claim.scatter_reduce(1, location, claim, "amax").gather(1, location)
+    highest = (claim >= 0) & (claim == best)
+    no_truth = torch.iinfo(truth.dtype).max
+    no_winner = truth.new_full((len(claim), locations), no_truth)
+    first = no_winner.scatter_reduce(1, location, truth.where(highest, no_truth), "amin")
+    return highest & (truth == first.gather(1, location))

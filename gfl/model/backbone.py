@@ -14,6 +14,9 @@ from torchvision.ops.feature_pyramid_network import ExtraFPNBlock
 
 from gfl.config.schema import BackboneConfig
 
+BATCH_NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm)
+"""Classes of the BatchNorms that a backbone may have."""
+
 
 class DeformableConv2d(nn.Conv2d):
     """A convolution whose samples are moved by offsets that it predicts from its own input.
@@ -188,8 +191,9 @@ def _statistics_kept(block: nn.Module) -> Iterator[None]:
         yield
 
 
-def _norms(modules: Iterable[nn.Module]) -> Iterator[nn.modules.batchnorm._BatchNorm]:
+def _norms(modules: Iterable[nn.Module]) -> Iterator[nn.BatchNorm2d | nn.SyncBatchNorm]:
+    """Yield the BatchNorms in `modules`."""
     for module in modules:
         for child in module.modules():
-            if isinstance(child, nn.modules.batchnorm._BatchNorm):
+            if isinstance(child, BATCH_NORMS):
                 yield child

@@ -67,8 +67,8 @@ class Dirac(nn.Module):
         return distance, torch.zeros_like(distance), torch.ones_like(distance).unsqueeze(-1)
 
 
-def build_edges(config: ModelConfig) -> Integral | Dirac:
-    """Return what turns the logits of edges into distances."""
+def build_integral(config: ModelConfig) -> Integral | Dirac:
+    """Return the module that decodes the edge logits of a model into distances."""
     if config.edges == "dirac":
         return Dirac()
     return Integral(config.reg_max, config.bin_width)

@@ -1,7 +1,9 @@
-"""Training from start to end: epochs, evaluations, reports.
+"""Training from start to end: epochs, evaluations, checkpoints and reports.
 
-Resumes from any checkpoint, and is distributed where `torch.distributed` is initialised. Knows
-nothing of Ray or MLflow: a `Listener` hears what happens and saves what it wants to keep.
+    trainer = fit(config, load_splits(config), callbacks, device=device, failure_folder=folder)
+
+It continues from any checkpoint, and it is distributed where `torch.distributed` is initialised. It
+knows nothing of Ray or MLflow: its `Callbacks` receive the reports and save what they want to keep.
 """
 
 import logging
@@ -24,7 +26,7 @@ from gfl.data.dataset import Batch, DetectionDataset, build_loader
 from gfl.data.samplers import EvaluationBatches
 from gfl.data.split import Split
 from gfl.distributed import mean_over_workers, worker_rank
-from gfl.errors import LeaveError
+from gfl.errors import PreemptedError
 from gfl.evaluation.evaluator import evaluate
 from gfl.model.detector import Detector
 from gfl.ops.allocator import return_freed_memory
@@ -36,15 +38,15 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class StepReport:
-    """What happened since the report before, averaged over steps and workers.
+    """The steps since the report before.
 
     Attributes:
-        step: Steps done.
-        total_steps: Of the whole training.
-        epoch: Epochs done, with fraction.
-        seconds_left: Until all steps are done at the present rate, evaluations not counted.
-        metrics: `loss`, each loss, `lr`, `grad_norm`, `images_per_second` (over all workers), and
-            the metrics of `gfl.train.metrics`: `step_ms_p50`, `data_wait_share` and so on.
+        step: Number of steps done.
+        total_steps: Number of steps of the whole training.
+        epoch: Number of epochs done, with its fraction.
+        seconds_left: Time for the remaining steps at the present rate, without evaluations.
+        metrics: `loss`, each loss, `grad_norm` (means over steps and workers), `lr`,
+            `images_per_second` (over all workers), and those of `StepMeter.metrics`.
     """
 
     step: int
@@ -56,13 +58,13 @@ class StepReport:
 
 @dataclass(frozen=True)
 class CheckpointReport:
-    """A point of training to go on from.
+    """A point from which training can be continued.
 
     Attributes:
-        epoch: Epochs done.
-        step: Steps done.
-        config: What the trainer was built from.
-        snapshot: Returns the checkpoint; for one worker only, and before training goes on.
+        epoch: Number of epochs done.
+        step: Number of steps done.
+        config: The configuration of the training.
+        snapshot: Returns the checkpoint. One worker may call it, before the callback returns.
     """
 
     epoch: int
@@ -73,32 +75,32 @@ class CheckpointReport:
 
 @dataclass(frozen=True)
 class EpochReport(CheckpointReport):
-    """An epoch that has been trained and evaluated.
+    """The end of an epoch, after its evaluation.
 
     Attributes:
-        metrics: The COCO statistics.
+        metrics: The COCO statistics of the evaluation.
     """
 
     metrics: dict[str, float]
 
 
-class Listener(Protocol):
-    """Hears of training on every worker; the numbers are the same on all."""
+class Callbacks(Protocol):
+    """What `fit` calls on every worker; reports hold the same numbers on all of them."""
 
     def on_steps(self, report: StepReport) -> None:
-        """Every `report_every` steps."""
+        """Called every `report_every` steps, at checkpoints and at the end of every epoch."""
 
     def on_checkpoint(self, report: CheckpointReport) -> None:
-        """Every `checkpoint_every` steps, ends of epochs apart."""
+        """Called every `checkpoint_every` steps, except at the end of an epoch."""
 
     def on_epoch(self, report: EpochReport) -> None:
-        """At the end of every epoch."""
+        """Called at the end of every epoch."""
 
 
 def fit(
     config: Config,
     splits: tuple[Split, Split],
-    listener: Listener,
+    callbacks: Callbacks,
     *,
     device: torch.device,
     failure_folder: Path,
@@ -107,140 +109,149 @@ def fit(
     teacher: Path | None = None,
     report_every: int = 10,
     checkpoint_every: int | None = None,
-    shares: int | None = None,
-    leave: Callable[[], bool] | None = None,
+    shards: int | None = None,
+    should_stop: Callable[[], bool] | None = None,
 ) -> Trainer:
     """Train, and evaluate after every epoch.
 
     Args:
-        config: What to train, and how.
-        splits: The images to train and to evaluate on.
-        listener: Hears of progress.
-        device: Where; in a distributed run, this worker's.
-        failure_folder: Where the batch goes that turns the loss NaN.
+        config: The configuration of the training.
+        splits: The images to train on, and those to evaluate on.
+        callbacks: Receives the reports.
+        device: Device of this worker.
+        failure_folder: Folder for the batch that turns a loss into NaN.
         weights: Local file of weights to start from.
-        resume: Checkpoint to go on from; the result is the same bit for bit as without
-            interruption.
+        resume: Folder of the checkpoint to continue from. The result is bit for bit that of an
+            uninterrupted training.
         teacher: Folder of the checkpoint that `loss.distillation` learns from.
-        report_every: Steps between reports; the host waits for the device only then.
-        checkpoint_every: Steps between checkpoints within an epoch; none by default.
-        shares: Into how many equal shares a global batch is cut, by default as many as there are
-            workers. Fewer workers take several each, one after the other, and train what as many
-            workers as shares would, to rounding; this costs a third more time per image, for
-            losses are normalised over all shares, which takes a forward pass more. BatchNorm may
-            not be synchronised then.
-        leave: Asked at every report: whether to stop, with a checkpoint. One worker's yes is all's.
+        report_every: Steps between reports. The host waits for the device only at a report.
+        checkpoint_every: Steps between checkpoints within an epoch; by default there are none.
+        shards: Number of equal shards into which a global batch is cut, by default the number of
+            workers. Fewer workers than shards take several each, one after the other, and train
+            what as many workers as shards would, to rounding. This takes a third more time per
+            image, because losses are normalised over all shards, which takes another forward pass.
+            It excludes synchronised BatchNorm.
+        should_stop: Called at every report; whether to stop with a checkpoint, because this worker
+            is preempted. If it returns True on any worker, all workers stop.
 
     Raises:
-        LeaveError: because `leave` said so.
-        NonFiniteLossError: at the first report after a loss or gradient turned NaN or infinite.
+        PreemptedError: `should_stop` returned True before the last step.
+        NonFiniteLossError: a loss or gradient turned NaN or infinite since the last report.
     """
     train, val = splits
-    trainer = Trainer(config, train, device, weights, resume, teacher, shares)
+    trainer = Trainer(config, train, device, weights, resume, teacher, shards)
     processes = config.data.loader_workers
     loader = build_loader(trainer.dataset, trainer.batches, processes, pin=device.type == "cuda")
     evaluation = build_evaluation_loader(config, val, device)
-    window = _Window(trainer, report_every, leave)
+    window = _ReportWindow(trainer, report_every, should_stop)
     trainer.parallel.train()
-    leaving = False
-    batches = () if trainer.out_of_patience else window.meter.timed(loader)
-    for shares_of_step in _steps(batches, trainer):
-        window.add(trainer.train_step(*(share.to(device) for share in shares_of_step)))
+    preempted = False
+    batches = () if trainer.stops_early else window.meter.timed(loader)
+    for step_shards in _by_step(batches, len(trainer.batches.shares)):
+        window.add(trainer.train_step(*(shard.to(device) for shard in step_shards)))
         end_of_epoch = trainer.step % trainer.batches.steps_per_epoch == 0
-        to_keep = checkpoint_every is not None and trainer.step % checkpoint_every == 0
-        if window.full or end_of_epoch or to_keep:
-            report, bad_step, leaving = window.close()
+        checkpoint_due = checkpoint_every is not None and trainer.step % checkpoint_every == 0
+        if window.full or end_of_epoch or checkpoint_due:
+            report, bad_step, preempted = window.close()
             if bad_step >= 0:
                 raise trainer.explain_bad_step(bad_step, failure_folder)
-            listener.on_steps(report)
+            callbacks.on_steps(report)
         if end_of_epoch:
-            _share_buffers(trainer.detector, trainer.model)
+            _broadcast_buffers(trainer.detector, trainer.model)
             if device.type == "cpu":
                 return_freed_memory()  # or loaders, which are forked, would share it, page by page
             metrics = evaluate(trainer.model, val, evaluation, device)
             trainer.parallel.train()
-            trainer.note_quality(metrics["AP"])
+            trainer.record_ap(metrics["AP"])
             snapshot = partial(trainer.snapshot, train, metrics)
-            where = (trainer.epochs_done, trainer.step, trainer.config)
-            listener.on_epoch(EpochReport(*where, snapshot, metrics))
-            if trainer.out_of_patience:
+            progress = (trainer.epochs_done, trainer.step, config)
+            callbacks.on_epoch(EpochReport(*progress, snapshot, metrics))
+            if trainer.stops_early:
                 break
             window.restart()
-        elif to_keep or leaving:
+        elif checkpoint_due or preempted:
             snapshot = partial(trainer.snapshot, train, {})
-            where = (trainer.epochs_done, trainer.step, trainer.config)
-            listener.on_checkpoint(CheckpointReport(*where, snapshot))
+            progress = (trainer.epochs_done, trainer.step, config)
+            callbacks.on_checkpoint(CheckpointReport(*progress, snapshot))
             window.restart()
-        if leaving and trainer.step < trainer.batches.total_steps:
-            raise LeaveError(f"stopped after step {trainer.step}, where a checkpoint is")
+        if preempted and trainer.step < trainer.batches.total_steps:
+            raise PreemptedError(f"stopped after step {trainer.step}, where a checkpoint is")
     return_freed_memory()
     return trainer
 
 
-def _steps(batches: Iterable[Batch], trainer: Trainer) -> Iterator[tuple[Batch, ...]]:
-    """Give this worker's shares of every step, which follow each other."""
-    yield from zip(*[iter(batches)] * len(trainer.batches.shares), strict=True)
+def _by_step(batches: Iterable[Batch], shards: int) -> Iterator[list[Batch]]:
+    """Yield the `shards` of every step, which follow each other in `batches`."""
+    of_step: list[Batch] = []
+    for batch in batches:
+        of_step.append(batch)
+        if len(of_step) == shards:
+            yield of_step
+            of_step = []
 
 
 def build_evaluation_loader(
     config: Config, split: Split, device: torch.device
 ) -> DataLoader[Batch]:
-    """Return the loader of this worker's share of the evaluation set."""
+    """Return the loader of this worker's part of an evaluation set."""
     rank, world = worker_rank()
     batches = EvaluationBatches(len(split.records), config.data.val_batch, rank, world)
     dataset = DetectionDataset(split, config, training=False)
     return build_loader(dataset, batches, config.data.loader_workers, pin=device.type == "cuda")
 
 
-def _share_buffers(*detectors: Detector) -> None:
-    """Give all workers the BatchNorm statistics of rank 0: those that checkpoints hold."""
+def _broadcast_buffers(*detectors: Detector) -> None:
+    """Give all workers the BatchNorm statistics of rank 0, which are those of the checkpoints."""
     if dist.is_initialized():
         for detector in detectors:
             for buffer in detector.buffers():
                 dist.broadcast(buffer, src=0)
 
 
-class _Window:
-    """The steps since the last report; fetching their numbers is the only time the host waits."""
+class _ReportWindow:
+    """The steps since the last report; the host waits for their numbers at `close` only."""
 
     def __init__(
-        self, trainer: Trainer, steps: int, leave: Callable[[], bool] | None = None
+        self, trainer: Trainer, steps: int, should_stop: Callable[[], bool] | None
     ) -> None:
         self._trainer = trainer
-        self._leave = leave
+        self._should_stop = should_stop
         self._rows: deque[Tensor] = deque(maxlen=steps)
         self.meter = StepMeter(trainer.device)
         self.restart()
 
     def restart(self) -> None:
-        """Start the clock anew, after work that is no training."""
+        """Start the clock anew, so that work other than training does not count."""
         self._rows.clear()
         self.meter.restart()
         self._start = time.perf_counter()
 
     def add(self, row: Tensor) -> None:
-        """Note a step's losses and gradient norm."""
+        """Add a step, with its losses and the norm of its gradient."""
         self._rows.append(row)
         self.meter.end_step()
 
     @property
     def full(self) -> bool:
-        """Whether it is time to report."""
+        """Whether a report is due."""
         return len(self._rows) == self._rows.maxlen
 
     def close(self) -> tuple[StepReport, int, bool]:
-        """Return the report, the first step that was not finite (-1: none), whether to leave."""
+        """Return the report, the first bad step (-1 if there is none), and whether to stop.
+
+        One all-reduce averages losses and the requests to stop over workers.
+        """
         trainer = self._trainer
         row = torch.stack(list(self._rows)).mean(dim=0).double()
-        asked = row.new_full((1,), self._leave is not None and self._leave())
-        means = mean_over_workers(torch.cat([row, asked]))
-        *losses, norm, share_leaving, bad_step = torch.cat(
+        stop = row.new_full((1,), self._should_stop is not None and self._should_stop())
+        means = mean_over_workers(torch.cat([row, stop]))
+        *losses, norm, stopping_workers, bad_step = torch.cat(
             [means, trainer.first_bad_step.view(1)]
         ).tolist()
         seconds = time.perf_counter() - self._start
         metrics = {
             "loss": sum(losses),
-            **dict(zip(trainer.objective.names, losses, strict=True)),
+            **dict(zip(trainer.loss_module.names, losses, strict=True)),
             "grad_norm": norm,
             "lr": trainer.scheduler.get_last_lr()[0],
             "images_per_second": len(self._rows) * trainer.config.data.batch / seconds,
@@ -255,4 +266,4 @@ class _Window:
             metrics=metrics,
         )
         self.restart()
-        return report, int(bad_step), share_leaving > 0
+        return report, int(bad_step), stopping_workers > 0

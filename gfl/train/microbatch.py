@@ -1,4 +1,13 @@
-"""The training objective as one forward pass: what workers share and the compiler compiles."""
+"""Micro-batches: the parts of a global batch that go through the network one after the other.
+
+A step has one global batch. It is cut into equal *shards*, one for each worker, or several for each
+when a training goes on with fewer workers than it began with. A worker cuts a shard into
+*micro-batches* if `data.images_per_pass` is smaller than the shard. Here are the micro-batches, the
+module that computes the losses of one (which DDP wraps and the compiler compiles), and the search
+for the first tensor of a micro-batch that is NaN or infinite.
+
+Shapes: B images of a micro-batch, L losses.
+"""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -9,8 +18,10 @@ from torch import Tensor, nn
 
 from gfl.config.schema import Config
 from gfl.data.dataset import Batch
-from gfl.model.criterion import DISTILLATION, loss_names, mean_amounts
+from gfl.distributed import world_size
+from gfl.model.criterion import DISTILLATION, loss_names, loss_normalizers
 from gfl.model.detector import Detector
+from gfl.ops.torch_private import mark_dynamic
 from gfl.structures import Targets
 
 PRECISIONS = {
@@ -18,27 +29,31 @@ PRECISIONS = {
     "bfloat16": torch.bfloat16,
     "float16": torch.float16,
 }
+"""The data type of the network's computations for each value of `optim.precision`."""
 
 
-class Objective(nn.Module):
-    """A detector's losses: the network in the chosen precision, everything after it in float32.
+class LossModule(nn.Module):
+    """A detector and its criterion as one module: images and targets in, losses out.
+
+    The network computes in the chosen precision, the criterion in float32.
 
     Attributes:
-        detector: What is trained.
-        names: Of the losses, in the order in which they are returned.
+        detector: The detector in training.
+        names: Names of the losses, in the order in which they are returned.
     """
 
     def __init__(self, detector: Detector, config: Config, teacher: Detector | None = None) -> None:
-        """Train `detector` as `config` says.
+        """Wrap `detector`.
 
         Args:
-            detector: What is trained.
-            config: What counts are its precision and its compilation.
-            teacher: Whose edge distributions to learn (`loss.distillation`), on the same device.
+            detector: The detector in training.
+            config: Its precision and its compilation are used, and what a teacher must agree with.
+            teacher: Detector whose edge distributions are learned (`loss.distillation`), on the
+                same device.
 
         Raises:
-            ValueError: a teacher whose distributions are over other bins, or that sees other
-                pixels.
+            ValueError: the teacher's distributions have other bins, or its images are normalised
+                differently.
         """
         super().__init__()
         self.detector = detector
@@ -47,50 +62,56 @@ class Objective(nn.Module):
         if teacher is not None:
             _require_same_bins(teacher.config, config)
             teacher.eval().requires_grad_(False)
-        # In a tuple: a submodule would be trained, saved and shared between workers.
+        # A submodule would be trained, saved and broadcast to other workers; a tuple hides it.
         self._teacher = (teacher,)
         self._compiled = config.optim.compile
         if self._compiled:
             self.compile(fullgraph=True)
 
-    def prepare(self, images: Tensor, targets: Targets) -> tuple[Tensor, Targets]:
-        """Return the arguments of a call, marked so that one compilation serves every size."""
+    def mark_sizes(self, images: Tensor, targets: Targets) -> None:
+        """Mark the sizes of a call's arguments that change, so that one compilation serves all."""
         if self._compiled:
-            torch._dynamo.maybe_mark_dynamic(images, [2, 3])
+            mark_dynamic(images, 2, 3)
             for padded in (targets.boxes, targets.labels, targets.mask):
-                torch._dynamo.maybe_mark_dynamic(padded, 1)
-        return images, targets
+                mark_dynamic(padded, 1)
 
-    def forward(self, images: Tensor, targets: Targets, divisors: Tensor | None = None) -> Tensor:
-        """Return the losses (L,), weighted and normalised, of normalised `images` (B, 3, H, W).
+    def forward(
+        self, images: Tensor, targets: Targets, normalizers: Tensor | None = None
+    ) -> Tensor:
+        """Return the weighted, normalised losses (L,) of normalised `images` (B, 3, H, W).
 
-        They are normalised by `divisors` (2,), or by what all workers' images give.
+        Args:
+            images: Normalised, (B, 3, H, W).
+            targets: Their ground truths.
+            normalizers: The loss normalizers (2,); by default they are computed from the images of
+                this call on all workers.
         """
         (teacher,) = self._teacher
-        with self._cast(images):
+        teacher_logits = None
+        with self._autocast(images):
             outputs = self.detector(images)
             if teacher is not None:
                 with torch.no_grad():
-                    lesson = teacher(images)[1]
-        lessons = None if teacher is None else lesson
-        losses = self.detector.objective(outputs, targets, lessons, divisors)
+                    teacher_logits = teacher(images)[1]
+        losses = self.detector.criterion.losses(outputs, targets, teacher_logits, normalizers)
         return torch.stack([losses[name] for name in self.names])
 
     @torch.no_grad()
-    def amounts(self, images: Tensor, targets: Targets) -> Tensor:
-        """Return what `images` add to the divisors, (2,): see `Detector.amounts`."""
-        with self._cast(images):
+    def normalizer_sums(self, images: Tensor, targets: Targets) -> Tensor:
+        """Return what `images` add to the loss normalizers, (2,)."""
+        with self._autocast(images):
             outputs = self.detector(images)
-        return self.detector.amounts(outputs, targets)
+        return self.detector.criterion.normalizer_sums(outputs, targets)
 
-    def _cast(self, images: Tensor) -> torch.autocast:
+    def _autocast(self, images: Tensor) -> torch.autocast:
         dtype = self._precision
         return torch.autocast(images.device.type, dtype, enabled=dtype != torch.float32)
 
 
 def _require_same_bins(teacher: Config, student: Config) -> None:
-    for section, key in (("model", "edges"), ("model", "reg_max"), ("model", "bin_width"),
-                         ("data", "mean"), ("data", "std")):  # fmt: skip
+    keys = (("model", "edges"), ("model", "reg_max"), ("model", "bin_width"), ("data", "mean"),
+            ("data", "std"))  # fmt: skip
+    for section, key in keys:
         theirs, ours = (getattr(getattr(c, section), key) for c in (teacher, student))
         if theirs != ours:
             raise ValueError(
@@ -100,57 +121,83 @@ def _require_same_bins(teacher: Config, student: Config) -> None:
 
 
 @dataclass(frozen=True)
-class Pass:
-    """Images of a share that go through the network together.
+class MicroBatch:
+    """Images of one shard that go through the network together.
 
     Attributes:
         images: Normalised, (B, 3, H, W).
-        targets: Of these images.
-        weight: How much its losses count in those of its share.
+        targets: Ground truths of these images.
+        shard: Index of the shard among this worker's shards.
+        weight: Weight of the micro-batch's losses in those of its shard, its part of the images.
+        normalizers: Loss normalizers (2,), or None where the micro-batch's own call computes them.
     """
 
     images: Tensor
     targets: Targets
+    shard: int
     weight: float
+    normalizers: Tensor | None = None
 
 
-def cut(detector: Detector, share: Batch, images_per_pass: int | None) -> list[Pass]:
-    """Return a share in passes of `images_per_pass` images; in one by default."""
-    images = detector.normalize(share.pixels, share.targets.sizes)
+def micro_batches(
+    module: LossModule, shards: Sequence[Batch], images_per_pass: int | None, total_shards: int
+) -> list[MicroBatch]:
+    """Return the micro-batches of this worker's shards, shard by shard.
+
+    The n-th micro-batches of all shards of the global batch are normalised together, as if they ran
+    at once on as many workers as there are shards. Where every worker has one shard, the call of
+    the `LossModule` does that. Where some have several, the normalizers are computed here, which
+    takes one more forward pass of each micro-batch.
+
+    Args:
+        module: The module in training.
+        shards: This worker's shards.
+        images_per_pass: Most images of a micro-batch; None for whole shards.
+        total_shards: Number of shards of all workers.
+    """
+    of_shards = [
+        _cut(module.detector, shard, number, images_per_pass) for number, shard in enumerate(shards)
+    ]
+    if total_shards == world_size():
+        return of_shards[0]
+    with frozen_statistics(module.detector):
+        sums = [
+            torch.stack([module.normalizer_sums(part.images, part.targets) for part in parts])
+            for parts in of_shards
+        ]
+    normalizers = loss_normalizers(torch.stack(sums).sum(dim=0), total_shards)
+    return [
+        replace(part, normalizers=pair)
+        for parts in of_shards
+        for part, pair in zip(parts, normalizers, strict=True)
+    ]
+
+
+def _cut(
+    detector: Detector, shard: Batch, number: int, images_per_pass: int | None
+) -> list[MicroBatch]:
+    """Return the micro-batches of one shard, without normalizers."""
+    images = detector.normalize(shard.pixels, shard.targets.sizes)
     images = images.contiguous(memory_format=torch.channels_last)
     count = len(images)
     size = min(images_per_pass or count, count)
     parts = [slice(start, start + size) for start in range(0, count, size)]
     return [
-        Pass(images[part], _select(share.targets, part), len(images[part]) / count)
+        MicroBatch(
+            images=images[part],
+            targets=Targets(**{name: value[part] for name, value in vars(shard.targets).items()}),
+            shard=number,
+            weight=len(images[part]) / count,
+        )
         for part in parts
     ]
 
 
-def divisors(objective: Objective, shares: Sequence[list[Pass]], total: int) -> list[Tensor]:
-    """Return what normalises the first pass of every share, the second, and so on: (2,) each.
-
-    That is `mean_amounts` over these passes of all shares, as if they ran at once on as many
-    workers. Takes a forward pass of each.
-
-    Args:
-        objective: What is trained.
-        shares: This worker's.
-        total: Shares of all workers.
-    """
-    with statistics_kept(objective.detector):
-        amounts = [
-            torch.stack([objective.amounts(each.images, each.targets) for each in share])
-            for share in shares
-        ]
-    return list(mean_amounts(torch.stack(amounts).sum(dim=0), total))
-
-
 @contextmanager
-def statistics_kept(detector: Detector) -> Iterator[None]:
-    """Leave the running statistics of BatchNorm as they are.
+def frozen_statistics(detector: Detector) -> Iterator[None]:
+    """Keep the running statistics of BatchNorm as they are.
 
-    Training takes those of the first worker; hence of its first share.
+    They follow the first shard of the first worker alone, whatever the number of workers.
     """
     norms = [module for module in detector.modules() if isinstance(module, nn.BatchNorm2d)]
     for norm in norms:
@@ -162,38 +209,32 @@ def statistics_kept(detector: Detector) -> Iterator[None]:
             norm.track_running_stats = True
 
 
-def _select(targets: Targets, part: slice) -> Targets:
-    """Return the targets of some of the images."""
-    chosen = {name: value[part] for name, value in vars(targets).items()}
-    return replace(targets, **chosen)
+def first_non_finite(module: LossModule, micro_batch: MicroBatch) -> str | None:
+    """Repeat a micro-batch; return the name of its first tensor with NaN or infinity, if any.
 
-
-def first_non_finite(
-    objective: Objective, images: Tensor, targets: Targets, divisors: Tensor | None = None
-) -> str | None:
-    """Repeat one training step; return the name of its first tensor with NaN or infinity, if any.
-
-    Looks at the inputs, the parameters, every module's output in the order of execution, the losses
-    and at last the gradients. Waits for the device all along: meant for the one step that failed.
+    The inputs are searched first, then the parameters, the output of every module in the order of
+    execution, the losses, and the gradients. The host waits for the device at each of them, so this
+    is for the one step that failed. It always runs the whole forward pass: other workers wait for
+    this one in the all-reduce of the normalizers.
     """
-    detector = objective.detector
-    tensors = {"input images": images, "input boxes": targets.boxes}
+    detector, targets = module.detector, micro_batch.targets
+    tensors = {"input images": micro_batch.images, "input boxes": targets.boxes}
     tensors |= {f"parameter {name}": p for name, p in detector.named_parameters()}
-    # Go on even so: workers that found nothing wait for this one in the objective's all-reduce.
     culprits = [name for name, tensor in tensors.items() if not _finite(tensor)]
     hooks = [
-        module.register_forward_hook(_watch(name, culprits))
-        for name, module in detector.named_modules()
+        submodule.register_forward_hook(_note_non_finite(name, culprits))
+        for name, submodule in detector.named_modules()
         if name
     ]
     try:
-        # A compiled call would pass by the hooks.
-        losses = objective.forward(images, targets, divisors)
+        # `forward` and not a call, which may be compiled: compiled code runs no hooks.
+        losses = module.forward(micro_batch.images, targets, micro_batch.normalizers)
     finally:
         for hook in hooks:
             hook.remove()
-    named = zip(objective.names, losses, strict=True)
-    culprits += [f"loss {name}" for name, loss in named if not _finite(loss)]
+    for name, loss in zip(module.names, losses, strict=True):
+        if not _finite(loss):
+            culprits.append(f"loss {name}")
     if culprits:
         return culprits[0]
     detector.zero_grad()
@@ -206,7 +247,9 @@ def first_non_finite(
     return None
 
 
-def _watch(name: str, culprits: list[str]) -> Callable[[nn.Module, tuple[Tensor], object], None]:
+def _note_non_finite(
+    name: str, culprits: list[str]
+) -> Callable[[nn.Module, tuple[Tensor], object], None]:
     def hook(_module: nn.Module, _inputs: tuple[Tensor], output: object) -> None:
         if isinstance(output, Tensor) and not _finite(output):
             culprits.append(f"output of {name}")

@@ -1,4 +1,10 @@
-"""A detector in training: one step, its checkpoints, and what to say of a step that failed."""
+"""A detector in training: the training step from top to bottom, its checkpoints and its failures.
+
+    trainer = Trainer(config, train_split, device)
+    losses_and_norm = trainer.train_step(batch)
+
+Shapes: L losses (`LossModule.names`).
+"""
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -22,18 +28,39 @@ from gfl.errors import NonFiniteLossError
 from gfl.model.detector import Detector, place
 from gfl.ops.allocator import keep_freed_memory
 from gfl.train.microbatch import (
-    Objective,
-    Pass,
-    cut,
-    divisors,
+    LossModule,
+    MicroBatch,
     first_non_finite,
-    statistics_kept,
+    frozen_statistics,
+    micro_batches,
 )
 from gfl.train.optimizer import Average, build_optimizer, build_scheduler, scaled_lr
 
 
 class Trainer:
-    """A detector in training: its optimizer, its schedule, its data and how far it is."""
+    """A detector in training, with its optimizer, schedule, data and progress.
+
+    Attributes:
+        config: The configuration of the training.
+        train_split: The images to train on.
+        device: Device of this worker.
+        rank: Rank of this worker.
+        world: Number of workers.
+        detector: The detector in training.
+        step: Number of steps done.
+        batches: This worker's shards of every global batch, as keys of samples.
+        dataset: The samples.
+        optimizer: The optimizer of all trainable parameters.
+        scheduler: The learning-rate schedule, one step of it per training step.
+        scaler: The loss scaler of float16; with other precisions it does nothing.
+        average: The average of the weights, if `optim.ema` asks for one.
+        best_ap: Highest AP of an epoch so far, -1 before the first evaluation.
+        best_epoch: Epoch of `best_ap`.
+        loss_module: The detector with its criterion.
+        parallel: `loss_module`, wrapped by DDP where there are several workers.
+        first_bad_step: First step whose gradient was not finite, -1 if there is none. It stays on
+            the device, so no step waits for it.
+    """
 
     def __init__(
         self,
@@ -43,23 +70,23 @@ class Trainer:
         weights: Path | None = None,
         resume: Path | None = None,
         teacher: Path | None = None,
-        shares: int | None = None,
+        shards: int | None = None,
     ) -> None:
-        """Build everything anew, or as it was in the checkpoint `resume`.
+        """Build a new training, or the one that the checkpoint `resume` continues.
 
         Args:
-            config: What to train.
-            train: On what.
-            device: Where.
-            weights: Local file to start from: the whole detector's, or its backbone's.
-            resume: Folder of a checkpoint to go on from.
+            config: The configuration of the training.
+            train: The images to train on.
+            device: Device of this worker.
+            weights: Local file of weights to start from, of the whole detector or its backbone.
+            resume: Folder of the checkpoint to continue from.
             teacher: Folder of the checkpoint that `loss.distillation` learns from.
-            shares: Into which global batches are cut, as `fit` says.
+            shards: Number of shards of a global batch, as `fit` describes.
         """
         if device.type == "cpu":
             keep_freed_memory()
         torch.manual_seed(config.seed)
-        # On a GPU, too, a resumed training is the uninterrupted one to the last digit.
+        # With nondeterministic kernels a resumed training would differ from an uninterrupted one.
         torch.backends.cudnn.deterministic = True
         self.config = config
         self.train_split = train
@@ -73,13 +100,12 @@ class Trainer:
             load_weights(self.detector, weights, reset_classifier=config.model.reset_classifier)
         place(self.detector, device)
         self.step = read_about(resume).step if resume else 0
-        self.batches = TrainBatches(train.records, config, self.rank, self.world, self.step, shares)
+        self.batches = TrainBatches(train.records, config, self.rank, self.world, self.step, shards)
         self.dataset = DetectionDataset(train, config, training=True)
         self.optimizer = build_optimizer(self.detector, config)
         self.scheduler = build_scheduler(
             self.optimizer, config.schedule, self.batches.steps_per_epoch
         )
-        # Scales the loss so that small gradients survive in float16; otherwise does nothing.
         self.scaler = torch.amp.GradScaler(device.type, enabled=config.optim.precision == "float16")
         self.average = (
             None if config.optim.ema is None else Average(self.detector, config.optim.ema)
@@ -87,62 +113,54 @@ class Trainer:
         self.best_ap, self.best_epoch = -1.0, 0
         if resume:
             self._restore(resume)
-        master = None if teacher is None else place(load_checkpoint(teacher)[0], device)
-        self.objective = Objective(self.detector, config, master)
-        self.parallel: nn.Module = self.objective
+        teacher_detector = None if teacher is None else place(load_checkpoint(teacher)[0], device)
+        self.loss_module = LossModule(self.detector, config, teacher_detector)
+        self.parallel: nn.Module = self.loss_module
         if self.world > 1:
             devices = [device] if device.type == "cuda" else None
             self.parallel = DistributedDataParallel(
-                self.objective, device_ids=devices, gradient_as_bucket_view=True
+                self.loss_module, device_ids=devices, gradient_as_bucket_view=True
             )
-        # The first step whose gradient was not finite; on the device, so that no step waits.
         self.first_bad_step = torch.full((), -1, dtype=torch.long, device=device)
 
     @property
     def model(self) -> Detector:
-        """What is evaluated and kept: the detector in training, or the average of its weights."""
+        """The detector that is evaluated and kept: `detector`, or the average of its weights."""
         return self.detector if self.average is None else self.average.detector
 
     @property
     def epochs_done(self) -> int:
-        """Whole epochs trained."""
+        """Number of whole epochs trained."""
         return self.step // self.batches.steps_per_epoch
 
     @property
-    def out_of_patience(self) -> bool:
-        """Whether AP has not risen for `schedule.patience` epochs."""
+    def stops_early(self) -> bool:
+        """Whether early stopping ends the training: no better AP for `schedule.patience` epochs."""
         patience = self.config.schedule.patience
         return patience is not None and self.epochs_done - self.best_epoch >= patience
 
-    def note_quality(self, ap: float) -> None:
-        """Remember when AP was best."""
+    def record_ap(self, ap: float) -> None:
+        """Record the AP of the epoch that has just ended, for early stopping."""
         if ap > self.best_ap:
             self.best_ap, self.best_epoch = ap, self.epochs_done
 
-    def train_step(self, *shares: Batch) -> Tensor:
-        """Train on this worker's shares of a batch; return losses and gradient norm, (L + 1,).
+    def train_step(self, *shards: Batch) -> Tensor:
+        """Train on this worker's shards of a global batch.
 
-        From the first gradient that is not finite on, no weight changes any more: the optimizer is
-        told so on the device. Gradients are the same on all workers, hence so is the decision. In
-        float16 the loss scale is lowered first, until it cannot be the reason.
+        Returns:
+            The losses and the norm of the gradient before clipping, (L + 1,). The mean of the
+            losses over workers is that of the global batch.
         """
         self.optimizer.zero_grad()
-        losses = self._backward(shares)
+        losses = self._backward(shards)
         self.scaler.unscale_(self.optimizer)
         parameters = [p for p in self.detector.parameters() if p.grad is not None]
         norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-        overflow = ~norm.isfinite()
-        bad = overflow & (self.first_bad_step < 0)
-        if self.scaler.is_enabled():
-            # The public `get_scale` would wait for the device.
-            scale = self.scaler._get_scale_async()
-            assert scale is not None  # as it is once a loss has been scaled
-            bad &= scale < 1
-        self.first_bad_step = torch.where(bad, self.step, self.first_bad_step)
+        skip = self._must_skip(norm)
         if self.config.optim.clip_norm is not None:
             nn.utils.clip_grads_with_norm_(parameters, self.config.optim.clip_norm, norm)
-        # torch's fused optimizers skip their step where this is 1, as its gradient scaler has it.
-        skip = overflow | (self.first_bad_step >= 0)
+        # Fused optimizers of torch do not step where this attribute is 1; `GradScaler.step` sets it
+        # the same way.
         self.optimizer.found_inf = skip.float()  # type: ignore[attr-defined]
         self.optimizer.step()
         self.scaler.update()
@@ -152,50 +170,57 @@ class Trainer:
         self.step += 1
         return torch.cat([losses, norm.detach().unsqueeze(0)])
 
-    def _backward(self, shares: Sequence[Batch]) -> Tensor:
-        """Add the gradients of `shares` to the parameters'; return their losses (L,).
+    def _backward(self, shards: Sequence[Batch]) -> Tensor:
+        """Add the gradients of `shards` to those of the parameters, and return their losses (L,).
 
-        A share takes several passes if it does not fit into one: its loss is then the mean of
-        theirs, each normalised by its own positives, and workers share their gradients after the
-        last. Losses and gradients are such that their mean over workers is that over all shares.
+        The loss of a shard is the mean of those of its micro-batches, each normalised by its own
+        positives. Losses and gradients are weighted such that their mean over workers is their mean
+        over all shards. Workers average gradients once, in the backward pass of the last
+        micro-batch.
         """
-        total = torch.zeros(len(self.objective.names), device=self.device)
-        weight = self.world / self.batches.total_shares
-        passes = self._passes(shares)
-        for number, (share, each, divisor) in enumerate(passes, start=1):
+        total = torch.zeros(len(self.loss_module.names), device=self.device)
+        shard_weight = self.world / self.batches.total_shares
+        parts = self._micro_batches(shards)
+        for number, part in enumerate(parts, start=1):
             with (
-                nullcontext() if number == len(passes) else self._gradients_kept(),
-                nullcontext() if share == 0 else statistics_kept(self.detector),
+                nullcontext() if number == len(parts) else self._local_gradients(),
+                nullcontext() if part.shard == 0 else frozen_statistics(self.detector),
             ):
-                taken = self.objective.prepare(each.images, each.targets)
-                losses = self.parallel(*taken, divisor) * (each.weight * weight)
+                self.loss_module.mark_sizes(part.images, part.targets)
+                losses = self.parallel(part.images, part.targets, part.normalizers)
+                losses = losses * (part.weight * shard_weight)
                 self.scaler.scale(losses.sum()).backward()
             total += losses.detach()
         return total
 
-    def _passes(self, shares: Sequence[Batch]) -> list[tuple[int, Pass, Tensor | None]]:
-        """Return the passes of `shares`: the number of its share, itself, what normalises it.
+    def _micro_batches(self, shards: Sequence[Batch]) -> list[MicroBatch]:
+        images_per_pass, total_shards = self.config.data.images_per_pass, self.batches.total_shares
+        return micro_batches(self.loss_module, shards, images_per_pass, total_shards)
 
-        Where every worker has one share, that is None: the pass itself finds out.
-        """
-        cut_shares = [cut(self.detector, s, self.config.data.images_per_pass) for s in shares]
-        normalisers: Sequence[Tensor | None] = [None] * len(cut_shares[0])
-        if self.batches.total_shares > self.world:
-            normalisers = divisors(self.objective, cut_shares, self.batches.total_shares)
-        return [
-            (number, each, normaliser)
-            for number, passes in enumerate(cut_shares)
-            for each, normaliser in zip(passes, normalisers, strict=True)
-        ]
-
-    def _gradients_kept(self) -> AbstractContextManager[None]:
-        """Return a context in which workers do not share their gradients yet."""
+    def _local_gradients(self) -> AbstractContextManager[None]:
+        """Return a context in which a backward pass does not average gradients over workers."""
         if isinstance(self.parallel, DistributedDataParallel):
             return self.parallel.no_sync()
         return nullcontext()
 
+    def _must_skip(self, norm: Tensor) -> Tensor:
+        """Return whether the optimizer must not step, decided on the device, ().
+
+        From the first bad step on no weight changes any more. All workers have the same gradients
+        and decide alike. In float16 a gradient that is not finite lowers the loss scale, and a step
+        is bad only once the scale is too low to be the reason.
+        """
+        overflow = ~norm.isfinite()
+        bad = overflow & (self.first_bad_step < 0)
+        if self.scaler.is_enabled():
+            # `GradScaler.get_scale` would wait for the device.
+            scale = self.scaler.scale(torch.ones((), device=self.device))
+            bad &= scale < 1
+        self.first_bad_step = torch.where(bad, self.step, self.first_bad_step)
+        return overflow | (self.first_bad_step >= 0)
+
     def snapshot(self, split: Split, metrics: dict[str, float]) -> Snapshot:
-        """Return a checkpoint of this moment."""
+        """Return a checkpoint of the present state in the host's memory."""
         about = About(split.classes, split.category_ids, self.step, self.epochs_done, metrics)
         training = {
             "optimizer": self.optimizer.state_dict(),
@@ -203,58 +228,56 @@ class Trainer:
             "scaler": self.scaler.state_dict(),
             "best": (self.best_ap, self.best_epoch),
         }
-        if self.average is not None:  # whose weights are the checkpoint's
+        if self.average is not None:  # then the weights of the checkpoint are the average's
             training["detector"] = self.detector.state_dict()
         return take_snapshot(self.model, self.config, about, training)
 
     def _restore(self, folder: Path) -> None:
-        """Take up the state that `snapshot` kept, the model's weights apart."""
+        """Restore what `snapshot` saved, but for the weights of `model`."""
         state = read_training(folder)
         self.optimizer.load_state_dict(state["optimizer"])
         self.scheduler.load_state_dict(state["scheduler"])
         self.scaler.load_state_dict(state["scaler"])
         self.best_ap, self.best_epoch = state["best"]
-        if self.average is not None:  # which took the checkpoint's weights from the detector
+        if self.average is not None:  # it has copied the weights of the checkpoint already
             self.detector.load_state_dict(state["detector"])
 
     def explain_bad_step(self, step: int, folder: Path) -> NonFiniteLossError:
-        """Return the error to stop with because of `step`; save what reproduces it in `folder`.
+        """Return the error for `step`, the first bad one, and save what reproduces it.
 
-        That is its batch and the configuration. Weights are still those of that step, and samples
-        can be drawn again. To be called on every worker.
+        The weights are still those of that step and its samples can be drawn again, so the step is
+        repeated. All workers must call this together.
+
+        Args:
+            step: The bad step.
+            folder: Folder for the batch and the configuration of that step.
         """
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "config.yaml").write_text(dump_config(self.config))
-        shares: list[Batch] = []
-        names: list[str] = []
-        for share in self.batches.shares:
-            keys = self.batches.keys(step, share)
-            shares.append(collate([self.dataset[key] for key in keys]).to(self.device))
-            of_share = [str(self.train_split.records[image].path) for _, image in keys]
-            targets = vars(shares[-1].targets)
-            saved = {"pixels": shares[-1].pixels, **targets, "images": of_share}
-            torch.save(saved, folder / f"batch-rank{share}.pt")
-            names += of_share
+        shards: list[Batch] = []
+        images: list[str] = []
+        for number in self.batches.shares:
+            keys = self.batches.keys(step, number)
+            shards.append(collate([self.dataset[key] for key in keys]).to(self.device))
+            of_shard = [str(self.train_split.records[image].path) for _, image in keys]
+            saved = {"pixels": shards[-1].pixels, **vars(shards[-1].targets), "images": of_shard}
+            torch.save(saved, folder / f"batch-rank{number}.pt")
+            images += of_shard
         self.parallel.train()
-        found = [(self._first_non_finite(shares), names)]
+        # All micro-batches run, for other workers wait for each of them.
+        parts = self._micro_batches(shards)
+        culprits = [first_non_finite(self.loss_module, part) for part in parts]
+        of_workers = [(next((name for name in culprits if name), None), images)]
         if dist.is_initialized():
-            found = found * self.world
-            dist.all_gather_object(found, found[0])
-        culprit, names = next(((c, n) for c, n in found if c is not None), found[0])
+            of_workers = of_workers * self.world
+            dist.all_gather_object(of_workers, of_workers[0])
+        culprit, images = next((pair for pair in of_workers if pair[0]), of_workers[0])
         return NonFiniteLossError(
             f"step {step}: NaN or infinity, first in "
-            f"{culprit or 'the gradients over all workers'}; images: {', '.join(names)}; "
+            f"{culprit or 'the gradients over all workers'}; images: {', '.join(images)}; "
             f"batch and configuration saved in {folder}; check these images' boxes and lower "
             f"optim.lr (now {scaled_lr(self.config):g})"
         )
-
-    def _first_non_finite(self, shares: Sequence[Batch]) -> str | None:
-        """Return what `first_non_finite` finds; all passes run, for other workers wait for each."""
-        found = [
-            first_non_finite(self.objective, each.images, each.targets, divisor)
-            for _, each, divisor in self._passes(shares)
-        ]
-        return next((culprit for culprit in found if culprit), None)
 
 
 def _require_device(config: Config, device: torch.device, world: int) -> None:

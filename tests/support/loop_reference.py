@@ -1,4 +1,4 @@
-"""Assignment and objective in float64 as their papers word them: plain loops, no tensor algebra."""
+"""Assignment and losses in float64 as their papers word them: plain loops, no tensor algebra."""
 
 import math
 from itertools import pairwise
@@ -52,7 +52,7 @@ def atss(boxes, height, width, valid_height, valid_width, topk):
     return [g for _, g in best]
 
 
-def objective(outputs, boxes, labels, size, config):
+def losses(outputs, boxes, labels, size, config):
     """Return the losses of class logits, edge logits and maybe centerness logits, (B, P, ...) each.
 
     Also returns how many edges of positive locations their bins do not reach.

@@ -9,7 +9,7 @@ from typing import Any
 from ray.train import Checkpoint, FailureConfig, RunConfig, ScalingConfig, UserCallback
 from ray.train.torch import TorchTrainer
 
-from gfl.errors import LeaveError, NonFiniteLossError
+from gfl.errors import NonFiniteLossError, PreemptedError
 from gfl.ops.allocator import KEEPING
 from gfl_platform.cluster.event_queue import Events
 from gfl_platform.cluster.events import CheckpointSaved, EpochEvaluated, Waiting, WorkerFailed
@@ -159,7 +159,7 @@ def _precedence(error: BaseException) -> int:
 def _was_preempted(error: BaseException) -> bool:
     """Return whether a worker stopped because its node is drained, or died with a drained node."""
     death = death_of_process(error) or error
-    return isinstance(root_cause(error), LeaveError) or getattr(death, "preempted", False)
+    return isinstance(root_cause(error), PreemptedError) or getattr(death, "preempted", False)
 
 
 def uri_of(checkpoint: Checkpoint) -> str:

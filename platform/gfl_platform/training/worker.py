@@ -25,7 +25,7 @@ from gfl.config.loader import config_hash, parse_config
 from gfl.config.schema import Config
 from gfl.data.split import Split, load_splits
 from gfl.distributed import worker_rank
-from gfl.errors import LeaveError
+from gfl.errors import PreemptedError
 from gfl.evaluation.speed import measure_fps
 from gfl.inspection.findings import find_cheaply
 from gfl.train.engine import CheckpointReport, EpochReport, StepReport, fit
@@ -245,8 +245,8 @@ def train_worker(settings: dict[str, Any]) -> dict[str, Any]:
         "teacher": settings["teacher"] and cache.local(settings["teacher"]),
         "report_every": settings["report_every"],
         "checkpoint_every": settings["checkpoint_every"],
-        "shares": settings["shares"],
-        "leave": _node_is_drained,
+        "shards": settings["shares"],
+        "should_stop": _node_is_drained,
     }
     restored = _latest_whole_checkpoint(cache, listener.on_damage)
     if restored is None:
@@ -256,7 +256,7 @@ def train_worker(settings: dict[str, Any]) -> dict[str, Any]:
         options["resume"] = restored[0]
     try:
         trainer = fit(config, splits, listener, **options)
-    except LeaveError:
+    except PreemptedError:
         _wait_until_stored()
         raise
     if not listener.is_first:

@@ -21,7 +21,7 @@ from gfl.inspection.regression_range import (
     suggest_reg_max,
     training_scales,
 )
-from gfl.model.assigner import assign
+from gfl.model.assigner import assign_targets
 from gfl.model.boxes import STRIDES, grid_points
 from gfl.model.losses import TARGET_MARGIN
 from gfl.structures import pad_targets
@@ -128,7 +128,7 @@ def loop_reference(records, short, long, topk, reg_max):
         padded = (ceil(height / 32) * 32, ceil(width / 32) * 32)
         points = grid_points(level_sizes(*padded), torch.device("cpu"))
         targets = pad_targets([boxes], [torch.tensor(r.labels)], sizes)
-        assigned = assign(points, targets, topk)[0].tolist()
+        assigned = assign_targets(points, targets, topk).truth_of_locations()[0].tolist()
         for location, truth in enumerate(assigned):
             if truth < 0:
                 continue

@@ -19,9 +19,9 @@ from gfl.model.head import LARGEST_LOG_DISTANCE, Dirac
 from gfl.model.losses import focal_loss
 from gfl.model.postprocess import postprocess
 from gfl.structures import pad_targets
-from gfl.train.microbatch import Objective
+from gfl.train.microbatch import LossModule
 from tests.support.detectors import learn_one_batch_by_heart, level_sizes
-from tests.support.loop_reference import objective as loop_objective
+from tests.support.loop_reference import losses as loop_losses
 
 CPU = torch.device("cpu")
 TABLE_3 = [(e, q) for e in ("dirac", "distribution") for q in ("centerness", "joint")]
@@ -64,13 +64,13 @@ def random_outputs(model, images, size, seed=0):
     return [torch.randn(images, count, c, generator=generator) for c in channels]
 
 
-def test_the_objective_is_that_of_plain_loops(config, detector):
+def test_losses_are_those_of_plain_loops(config, detector):
     flat = random_outputs(config.model, 3, 64)
     targets = pad_targets(BOXES, LABELS, torch.tensor([[64, 64]] * 3))
-    found = detector.objective(tuple(maps_of(f, 64) for f in flat), targets)
+    found = detector.criterion.losses(tuple(maps_of(f, 64) for f in flat), targets)
     boxes, labels = ([t.tolist() for t in truths] for truths in (BOXES, LABELS))
-    expected, _ = loop_objective(flat, boxes, labels, 64, config)
-    assert tuple(found) == loss_names(config.model) == Objective(detector, config).names
+    expected, _ = loop_losses(flat, boxes, labels, 64, config)
+    assert tuple(found) == loss_names(config.model) == LossModule(detector, config).names
     assert {name: value.item() for name, value in found.items()} == pytest.approx(expected, 1e-5)
 
 
@@ -89,12 +89,12 @@ def test_every_parameter_gets_a_finite_gradient(detector, objects):
         assert not objects or "scales" in name or parameter.grad.abs().sum() > 0, name
 
 
-def test_workers_share_both_divisors_in_one_all_reduce(config, detector, monkeypatch):
+def test_workers_average_both_normalizers_in_one_all_reduce(config, detector, monkeypatch):
     """Two that see the same have the losses of one, above the floor of the summed weights."""
     flat = random_outputs(config.model, 3, 64)
     outputs = tuple(maps_of(f, 64) for f in flat)
     targets = pad_targets(BOXES, LABELS, torch.tensor([[64, 64]] * 3))
-    alone = detector.objective(outputs, targets)
+    alone = detector.criterion.losses(outputs, targets)
     calls = []
 
     def all_reduce(values):
@@ -104,19 +104,19 @@ def test_workers_share_both_divisors_in_one_all_reduce(config, detector, monkeyp
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
     monkeypatch.setattr(torch.distributed, "all_reduce", all_reduce)
-    shared = detector.objective(outputs, targets)
+    shared = detector.criterion.losses(outputs, targets)
     assert calls == [(2,)]
     for name, loss in alone.items():
         torch.testing.assert_close(shared[name], loss)
 
 
 def test_a_step_compiles_as_one_graph(config, detector):
-    objective = Objective(detector, config)
-    compiled = torch.compile(objective.forward, fullgraph=True, backend="eager")
+    loss_module = LossModule(detector, config)
+    compiled = torch.compile(loss_module.forward, fullgraph=True, backend="eager")
     targets = pad_targets(BOXES, LABELS, torch.tensor([[64, 64]] * 3))
     images = torch.randn(3, 3, 64, 64)
     detector.eval()  # BatchNorm as in its first call
-    torch.testing.assert_close(compiled(images, targets), objective.forward(images, targets))
+    torch.testing.assert_close(compiled(images, targets), loss_module.forward(images, targets))
 
 
 def test_losses_are_float32_in_mixed_precision(config, detector):
@@ -124,9 +124,9 @@ def test_losses_are_float32_in_mixed_precision(config, detector):
     targets = pad_targets(BOXES, LABELS, torch.tensor([[64, 64]] * 3))
     images = torch.randn(3, 3, 64, 64).contiguous(memory_format=torch.channels_last)
     detector.eval()
-    low = Objective(detector, mixed)(images, targets)
+    low = LossModule(detector, mixed)(images, targets)
     assert low.dtype == torch.float32
-    torch.testing.assert_close(low, Objective(detector, config)(images, targets), rtol=0.1, atol=0)
+    torch.testing.assert_close(low, LossModule(detector, config)(images, targets), rtol=0.1, atol=0)
 
 
 def test_a_checkpoint_comes_back_and_is_not_exported(config, detector, tmp_path):
@@ -165,7 +165,7 @@ def test_losses_of_the_baseline_are_those_of_the_reference(reference, atss):
     flat = [reference[name].requires_grad_() for name in ("cls", "reg", "centerness")]
     boxes, labels = ([reference[f"{what}{i}"] for i in range(3)] for what in ("boxes", "labels"))
     targets = pad_targets(boxes, labels, torch.tensor([[128, 128]] * 3))
-    losses = atss.objective(tuple(maps_of(f, 128) for f in flat), targets)
+    losses = atss.criterion.losses(tuple(maps_of(f, 128) for f in flat), targets)
     for ours, theirs in (("focal", "cls"), ("giou", "bbox"), ("centerness", "centerness")):
         torch.testing.assert_close(losses[ours], reference[f"loss_{theirs}"], rtol=1e-5, atol=0)
     gradients = torch.autograd.grad(sum(losses.values()), flat)
@@ -246,7 +246,7 @@ def test_a_teacher_without_distributions_is_refused(tiny):
     master = gfl.Detector(derive(type(tiny), tiny, ["model.edges=dirac"]))
     student = derive(type(tiny), tiny, ["loss.distillation={teacher: a}"])
     with pytest.raises(ValueError, match=r"teacher: model\.edges is dirac in the teacher"):
-        Objective(gfl.Detector(student), student, master)
+        LossModule(gfl.Detector(student), student, master)
 
 
 def test_plain_distances_reach_every_edge(tiny):

@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gfl.model.assigner import assign, valid_locations
+from gfl.model.assigner import assign_targets, valid_locations
 from gfl.model.boxes import grid_points
 from gfl.structures import Targets, pad_targets
 from tests.support.detectors import level_sizes
@@ -17,6 +17,11 @@ CPU = torch.device("cpu")
 
 def points_of(height, width):
     return grid_points(level_sizes(height, width), CPU)
+
+
+def assign(points, targets, topk):
+    """Return the ground truth of every location, (B, P), -1 where none."""
+    return assign_targets(points, targets, topk).truth_of_locations()
 
 
 def targets_of(boxes, size):

@@ -56,7 +56,7 @@ def test_the_training_step_never_waits_for_the_host(small, objects):
 def test_the_whole_step_of_the_trainer_never_waits_either(tiny, options):
     config = derive(type(tiny), tiny, options)
     trainer = Trainer(config, load_splits(config)[0], torch.device("cpu"))
-    trainer.objective.train()
+    trainer.loss_module.train()
     batches = [collate([trainer.dataset[k] for k in trainer.batches.keys(step)]) for step in (0, 1)]
     trainer.train_step(batches[0])  # the first makes the optimizer's state
     with Counts() as counts:
@@ -101,7 +101,7 @@ def test_padding_of_the_ground_truths_changes_nothing(small):
     wider = [torch.nn.functional.pad(t, pad) for t, pad in (
         (targets.boxes, (0, 0, 0, 5)), (targets.labels, (0, 5)), (targets.mask, (0, 5)),
     )]  # fmt: skip
-    padded = small.objective(small(images), type(targets)(*wider, targets.sizes))
+    padded = small.criterion.losses(small(images), type(targets)(*wider, targets.sizes))
     for name in plain:
         assert torch.equal(plain[name], padded[name])
 
@@ -113,13 +113,13 @@ def test_losses_weigh_positives_over_the_batch_as_the_paper_normalises(small):
     apart = [
         small.losses(images[i : i + 1], boxes[i : i + 1], labels[i : i + 1])["qfl"] for i in (0, 1)
     ]
-    from gfl.model.assigner import assign
+    from gfl.model.assigner import assign_targets
     from gfl.model.boxes import grid_points
     from tests.support.detectors import level_sizes
 
     points = grid_points(level_sizes(64, 64), images.device)
     targets = pad_targets(boxes, labels, torch.tensor([[64, 64], [64, 64]]))
-    counts = (assign(points, targets, 9) >= 0).sum(dim=1).clamp(min=1)
+    counts = (assign_targets(points, targets, 9).truth_of_locations() >= 0).sum(dim=1).clamp(min=1)
     expected = (apart[0] * counts[0] + apart[1] * counts[1]) / counts.sum()
     torch.testing.assert_close(together, expected)
 

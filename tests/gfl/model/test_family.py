@@ -150,8 +150,8 @@ def test_a_student_learns_its_teachers_distributions(tiny, teacher):
         [f"loss.distillation={{teacher: {teacher}}}", *alone, "optim.lr=0.03"],
     )
     trainer = Trainer(config, load_splits(config)[0], CPU, teacher=teacher)
-    assert trainer.objective.names == ("qfl", "giou", "dfl", "ld")
-    assert not any("teacher" in name for name in trainer.objective.state_dict())
+    assert trainer.loss_module.names == ("qfl", "giou", "dfl", "ld")
+    assert not any("teacher" in name for name in trainer.loss_module.state_dict())
     trainer.parallel.train()
     batch = collate([trainer.dataset[key] for key in trainer.batches.keys(0)])
     rows = [trainer.train_step(batch) for _ in range(8)]

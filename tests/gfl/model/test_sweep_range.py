@@ -1,6 +1,6 @@
 """The losses over all that users sweep: every beta and every reg_max trains, and is what it says.
 
-Compared with plain loops in float64; the objective is in float32, hence the tolerance.
+Compared with plain loops in float64; the criterion computes in float32, hence the tolerance.
 """
 
 from itertools import product
@@ -10,10 +10,12 @@ import torch
 
 import gfl
 from gfl.config.loader import derive
+from gfl.model.criterion import Criterion
+from gfl.model.head import build_integral
 from gfl.structures import pad_targets
-from gfl.train.microbatch import Objective
+from gfl.train.microbatch import LossModule
 from tests.support.detectors import level_sizes
-from tests.support.loop_reference import objective as loop_objective
+from tests.support.loop_reference import losses as loop_losses
 
 BETAS = (0, 0.5, 1, 1.5, 2, 2.5, 4)
 REG_MAXES = (4, 7, 8, 16, 32)
@@ -46,19 +48,18 @@ def detector_of(tiny):
 
 
 @pytest.fixture(scope="module")
-def objective_of(detector_of):
-    """A function that gives the objective of flat logits (B, P, channels)."""
-    detectors = {reg_max: detector_of(2, reg_max) for reg_max in REG_MAXES}
+def losses_of(tiny):
+    """A function that gives the losses of flat logits (B, P, channels)."""
 
     def losses(beta, reg_max, cls, reg):
-        detector = detectors[reg_max]
-        detector.config = derive(type(detector.config), detector.config, [f"loss.qfl.beta={beta}"])
+        options = [f"loss.qfl.beta={beta}", f"model.reg_max={reg_max}"]
+        config = derive(type(tiny), tiny, options)
         maps = tuple(
             [level.transpose(1, 2).unflatten(2, shape)
              for level, shape in zip(flat.split(LOCATIONS, dim=1), SHAPES, strict=True)]
             for flat in (cls, reg)
         )  # fmt: skip
-        return detector.objective(maps, TARGETS)
+        return Criterion(config, build_integral(config.model)).losses(maps, TARGETS)
 
     return losses
 
@@ -73,14 +74,14 @@ def random_logits(reg_max, spread=1.0):
 
 @pytest.mark.parametrize("reg_max", REG_MAXES)
 @pytest.mark.parametrize("spread", [1.0, 6.0])
-def test_the_objective_is_that_of_plain_loops_for_every_beta(objective_of, tiny, reg_max, spread):
+def test_losses_are_those_of_plain_loops_for_every_beta(losses_of, tiny, reg_max, spread):
     flat = random_logits(reg_max, spread)
     boxes, labels = ([t.tolist() for t in truths] for truths in (BOXES, LABELS))
     for beta in BETAS:
-        found = objective_of(beta, reg_max, *flat)
+        found = losses_of(beta, reg_max, *flat)
         config = derive(type(tiny), tiny, [f"loss.qfl.beta={beta}", f"model.reg_max={reg_max}"])
         arrays = [f.detach().numpy() for f in flat]
-        expected, clipped = loop_objective(arrays, boxes, labels, SIZE, config)
+        expected, clipped = loop_losses(arrays, boxes, labels, SIZE, config)
         assert clipped > 0
         values = {name: loss.item() for name, loss in found.items()}
         assert values == pytest.approx(expected, rel=TOLERANCE), beta
@@ -95,18 +96,18 @@ def finite_gradients(losses, leaves):
 
 
 @pytest.mark.parametrize(("beta", "reg_max"), GRID)
-def test_gradients_are_finite_from_extreme_logits(objective_of, beta, reg_max):
+def test_gradients_are_finite_from_extreme_logits(losses_of, beta, reg_max):
     """Scores saturated, edges that are one bin, and predictions that equal their targets."""
     cls, reg = random_logits(reg_max)
     for level in (-120.0, -80.0, 0.0, 80.0, 120.0):
         flat = cls.detach().sign() * level, reg.detach().sign() * level
         leaves = [f.clone().requires_grad_() for f in flat]
-        finite_gradients(objective_of(beta, reg_max, *leaves), leaves)
+        finite_gradients(losses_of(beta, reg_max, *leaves), leaves)
 
 
 @pytest.mark.parametrize("beta", BETAS)
 @pytest.mark.parametrize("certain", [80.0, 120.0])
-def test_gradients_are_finite_where_predictions_equal_their_targets(objective_of, beta, certain):
+def test_gradients_are_finite_where_predictions_equal_their_targets(losses_of, beta, certain):
     """The object of the last image lies whole strides from its locations: edges can be exact."""
     reg_max = 8
     cls = torch.full((3, sum(LOCATIONS), 3), -certain)
@@ -119,7 +120,7 @@ def test_gradients_are_finite_where_predictions_equal_their_targets(objective_of
         for side, distance in enumerate((column - 1, row - 1, 6 - column, 5 - row)):
             reg[2, place, side, distance] = certain
     leaves = [cls.requires_grad_(), reg.flatten(2).requires_grad_()]
-    gradient, _ = finite_gradients(objective_of(beta, reg_max, *leaves), leaves)
+    gradient, _ = finite_gradients(losses_of(beta, reg_max, *leaves), leaves)
     # Where |y - sigmoid(z)| is exactly 0: at the positive locations, not at the others around.
     exact = gradient[2, places, 1] == 0
     assert 0 < exact.sum() < len(places)
@@ -136,7 +137,7 @@ def test_ten_steps_stay_finite_and_the_loss_falls(detector_of, beta, reg_max, pr
     # From scores of one half: those of an untrained head weigh boxes by less than the floor of 1,
     # and while they grow, so do the losses of boxes.
     torch.nn.init.zeros_(detector.head.cls_logits.bias)
-    objective = Objective(detector, detector.config)
+    loss_module = LossModule(detector, detector.config)
     trained = [p for p in detector.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=2e-3)
     # Not of 64 px: in bfloat16 on a CPU, torch's gradient of P7's weights is not always finite
@@ -146,7 +147,7 @@ def test_ten_steps_stay_finite_and_the_loss_falls(detector_of, beta, reg_max, pr
     totals = []
     for _ in range(10):
         optimizer.zero_grad()
-        total = objective(images, targets).sum()
+        total = loss_module(images, targets).sum()
         total.backward()
         assert all(p.grad.isfinite().all() for p in trained)
         optimizer.step()

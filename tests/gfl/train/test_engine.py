@@ -11,10 +11,10 @@ from gfl.checkpoint.snapshot import load_checkpoint
 from gfl.config.loader import derive
 from gfl.data.dataset import collate
 from gfl.data.split import load_splits
-from gfl.errors import LeaveError, NonFiniteLossError
+from gfl.errors import NonFiniteLossError, PreemptedError
 from gfl.model.criterion import loss_names
 from gfl.train.engine import fit
-from gfl.train.microbatch import first_non_finite
+from gfl.train.microbatch import first_non_finite, micro_batches
 from gfl.train.optimizer import build_optimizer, lr_factor, scaled_lr
 from gfl.train.trainer import Trainer
 from tests.support.processes import run_workers
@@ -139,24 +139,24 @@ def test_resumed_within_an_epoch_equals_uninterrupted_bit_for_bit(tiny, tmp_path
     assert rest.epochs[-1].metrics == calm.epochs[-1].metrics
 
 
-def leave_at_the_third_report(rank, config, folder):
+def stop_at_the_third_report(rank, config, folder):
     torch.set_num_threads(1)
     recorder = Recorder(folder / str(rank))
     asked = []
 
-    def leave():
+    def should_stop():
         asked.append(rank)
         return rank == 1 and len(asked) == 3
 
     try:
-        train(config, recorder, leave=leave)
-    except LeaveError as error:
+        train(config, recorder, should_stop=should_stop)
+    except PreemptedError as error:
         return str(error), [path.name for path in recorder.folder.glob("*")]
 
 
-def test_all_workers_leave_with_a_checkpoint_if_one_is_to(tiny, tmp_path):
+def test_all_workers_stop_with_a_checkpoint_if_one_is_preempted(tiny, tmp_path):
     config = derive(type(tiny), tiny, ["data.repeat=3"])
-    first, second = run_workers(2, leave_at_the_third_report, config, tmp_path)
+    first, second = run_workers(2, stop_at_the_third_report, config, tmp_path)
     assert first == second == ("stopped after step 6, where a checkpoint is", ["step-6"])
 
 
@@ -181,9 +181,9 @@ def test_a_finished_training_resumes_to_nothing(tiny, whole, tmp_path):
     assert trainer.epochs_done == 3
 
 
-def steps(rank, config, count, shares=None):
+def steps(rank, config, count, shards=None):
     torch.set_num_threads(1)
-    trainer = Trainer(config, load_splits(config)[0], CPU, shares=shares)
+    trainer = Trainer(config, load_splits(config)[0], CPU, shards=shards)
     trainer.parallel.train()
     rows = []
     for step in range(count):
@@ -205,20 +205,20 @@ def test_the_number_of_workers_does_not_change_the_mathematics(tiny):
 
 
 ELASTIC = {
-    # Every share has its own statistics and padding; the statistics of the first are kept.
+    # Every shard has its own statistics and padding; the statistics of the first are kept.
     "batch norm trains, on images of several sizes": ["data.multi_scale=[48, 96]",
                                                       "data.long_side=96"],
-    "shares in passes": ["data.images_per_pass=1", "optim.clip_norm=5.0", "optim.ema=0.9",
+    "shards in micro-batches": ["data.images_per_pass=1", "optim.clip_norm=5.0", "optim.ema=0.9",
                          "model.quality=centerness"],
 }  # fmt: skip
 
 
-def two_steps_each(rank, configs, shares):
-    return [steps(rank, config, 2, shares) for config in configs]
+def two_steps_each(rank, configs, shards):
+    return [steps(rank, config, 2, shards) for config in configs]
 
 
 def test_missing_workers_change_nothing_but_rounding(tiny):
-    """The shares of three workers on three, on two, of which one takes two, and on one."""
+    """The shards of three workers on three, on two, of which one takes two, and on one."""
     # Adam makes a step of the rounding in a gradient that is next to none.
     common = ["data.batch=6", "optim={name: sgd, lr: 0.01}"]
     configs = [derive(type(tiny), tiny, [*common, *options]) for options in ELASTIC.values()]
@@ -245,7 +245,7 @@ def test_one_worker_in_place_of_two_changes_no_digit(tiny):
     """Halves are exact, and so is the order of two summands."""
     threads = torch.get_num_threads()
     (first, expected), (second, _) = run_workers(2, steps, tiny, 4)
-    rows, weights = steps(0, tiny, 4, shares=2)
+    rows, weights = steps(0, tiny, 4, shards=2)
     torch.set_num_threads(threads)
     assert torch.equal(rows[:, :3], (first + second)[:, :3] / 2)
     for key, value in expected.items():
@@ -288,10 +288,10 @@ def test_weights_stay_those_of_the_step_that_failed(tiny):
 def test_the_first_bad_tensor_is_named_wherever_it_is(tiny):
     trainer = Trainer(tiny, load_splits(tiny)[0], CPU)
     batch = collate([trainer.dataset[0, i] for i in range(2)])
-    images = trainer.detector.normalize(batch.pixels, batch.targets.sizes)
 
     def culprit():
-        return first_non_finite(trainer.objective, images, batch.targets)
+        (micro_batch,) = micro_batches(trainer.loss_module, [batch], None, 1)
+        return first_non_finite(trainer.loss_module, micro_batch)
 
     assert culprit() is None
     scale = trainer.detector.head.scales[0]

@@ -12,7 +12,7 @@ from gfl.config.loader import derive
 from gfl.data.dataset import DetectionDataset, build_loader
 from gfl.data.samplers import TrainBatches
 from gfl.data.split import load_splits
-from gfl.errors import DataError, LeaveError
+from gfl.errors import DataError, PreemptedError
 from gfl_platform.cluster import resources
 from gfl_platform.cluster.events import WorkerFailed
 from gfl_platform.cluster.launch import ControllerCallback, JobFailedError, one_line, root_cause
@@ -70,7 +70,8 @@ def test_a_node_that_is_drained_is_no_failure():
     heard = Heard()
     callback = ControllerCallback(heard, max_failures=1)
     died = WorkerHealthCheckFailedError("rank 1 is gone", DiedWithItsNodeError())
-    for lost in ({0: LeaveError("step 4"), 1: LeaveError("step 4")}, {1: died}):
+    stopped = PreemptedError("step 4")
+    for lost in ({0: stopped, 1: stopped}, {1: died}):
         for _ in range(3):
             callback.after_exception(None, {**lost})
         callback.after_report(None, [{}], None)
