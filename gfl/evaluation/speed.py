@@ -26,7 +26,6 @@ from gfl.data.dataset import Batch, DetectionDataset, collate
 from gfl.data.split import Split, digest_images
 from gfl.evaluation.protocol import IMAGES, STATE, WARM_UP, YARDSTICK, Variant
 from gfl.model.detector import Detector, folded, place
-from gfl.ops.allocator import return_freed_memory
 
 CLOCKS = ("clocks.sm", "pstate")
 
@@ -203,7 +202,6 @@ def peak_memory(device: torch.device) -> Iterator[dict[str, int]]:
         yield found
         found["bytes"] = torch.cuda.max_memory_allocated(device)
         return
-    return_freed_memory()
     with suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")
     yield found

@@ -29,7 +29,6 @@ from gfl.distributed import mean_over_workers, worker_rank
 from gfl.errors import PreemptedError
 from gfl.evaluation.evaluator import evaluate
 from gfl.model.detector import Detector
-from gfl.ops.allocator import return_freed_memory
 from gfl.train.metrics import StepMeter
 from gfl.train.trainer import Trainer
 
@@ -158,8 +157,6 @@ def fit(
             callbacks.on_steps(report)
         if end_of_epoch:
             _broadcast_buffers(trainer.detector, trainer.model)
-            if device.type == "cpu":
-                return_freed_memory()  # or loaders, which are forked, would share it, page by page
             metrics = evaluate(trainer.model, val, evaluation, device)
             trainer.parallel.train()
             trainer.record_ap(metrics["AP"])
@@ -176,7 +173,6 @@ def fit(
             window.restart()
         if preempted and trainer.step < trainer.batches.total_steps:
             raise PreemptedError(f"stopped after step {trainer.step}, where a checkpoint is")
-    return_freed_memory()
     return trainer
 
 

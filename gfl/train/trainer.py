@@ -26,7 +26,6 @@ from gfl.data.split import Split
 from gfl.distributed import worker_rank
 from gfl.errors import NonFiniteLossError
 from gfl.model.detector import Detector, place
-from gfl.ops.allocator import keep_freed_memory
 from gfl.train.microbatch import (
     LossModule,
     MicroBatch,
@@ -83,8 +82,6 @@ class Trainer:
             teacher: Folder of the checkpoint that `loss.distillation` learns from.
             shards: Number of shards of a global batch, as `fit` describes.
         """
-        if device.type == "cpu":
-            keep_freed_memory()
         torch.manual_seed(config.seed)
         # With nondeterministic kernels a resumed training would differ from an uninterrupted one.
         torch.backends.cudnn.deterministic = True

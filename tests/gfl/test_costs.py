@@ -4,8 +4,6 @@ Bounds are a little above what it takes today. Host waits are counted in `test_d
 and recompilations of a compiled step in `test_recipe.py`.
 """
 
-import os
-import platform
 import subprocess
 import sys
 from pathlib import Path
@@ -20,7 +18,7 @@ from benchmarks.ours import losses_of
 from gfl.config.loader import derive
 from gfl.data.dataset import collate
 from gfl.data.split import load_splits
-from gfl.ops import allocator, winograd
+from gfl.ops import winograd
 from gfl.train.trainer import Trainer
 
 JOBS = sorted((Path(__file__).parents[2] / "jobs").glob("[!_]*.py"))
@@ -73,36 +71,6 @@ def test_a_step_of_the_trainer_takes_few_operations(tiny):
     found = count(lambda: trainer.train_step(batch))
     assert found["waits"] == 0
     assert found["operations"] <= 1700
-
-
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another allocator")
-@pytest.mark.parametrize(
-    ("before", "environment"), [("allocator.keep_freed_memory()", {}), ("", allocator.KEEPING)]
-)
-def test_freed_memory_is_taken_again(before, environment):
-    """In threads, too; huge pages would hide it."""
-    script = f"""if True:
-        import ctypes, resource, threading, torch
-        from gfl.ops import allocator
-        ctypes.CDLL(None).prctl(41, 1, 0, 0, 0)  # PR_SET_THP_DISABLE
-        def faults():
-            return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-        def train():
-            for _ in range(20):  # aligned blocks fit only once they have grown together
-                before = faults()
-                maps = [torch.ones(5 * 2**20) for _ in range(4)]
-                del maps
-            print(faults() - before)
-        {before}
-        thread = threading.Thread(target=train)
-        thread.start()
-        thread.join()
-    """
-    run = subprocess.run(
-        [sys.executable, "-c", script],
-        env={**os.environ, **environment}, capture_output=True, text=True, check=True,
-    )  # fmt: skip
-    assert int(run.stdout) < 4 * 5 * 2**10 / 10  # of the pages that they take
 
 
 def test_winograds_algorithm_takes_the_levels_together():

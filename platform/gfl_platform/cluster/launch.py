@@ -10,7 +10,6 @@ from ray.train import Checkpoint, FailureConfig, RunConfig, ScalingConfig, UserC
 from ray.train.torch import TorchTrainer
 
 from gfl.errors import NonFiniteLossError, PreemptedError
-from gfl.ops.allocator import KEEPING
 from gfl_platform.cluster.event_queue import Events
 from gfl_platform.cluster.events import CheckpointSaved, EpochEvaluated, Waiting, WorkerFailed
 from gfl_platform.cluster.ray_private import death_of_process
@@ -72,7 +71,6 @@ def run_workers(
                 # Each lost node can cost some starts, for Ray's picture of the cluster is old.
                 controller_failure_limit=3 * (1 + max_failures * workers.elastic),
             ),
-            worker_runtime_env={} if workers.use_gpu else {"env_vars": KEEPING},
             **run_options,
         ),
     )

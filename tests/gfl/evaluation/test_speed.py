@@ -19,7 +19,6 @@ from gfl.evaluation.speed import (
     measure_latency,
     peak_memory,
 )
-from gfl.ops.allocator import keep_freed_memory
 
 CPU = torch.device("cpu")
 
@@ -122,8 +121,6 @@ def test_a_variant_leaves_the_detector_as_it_was(tiny, detector, split):
 
 
 def test_peaks_are_of_what_is_measured():
-    """After a training in this process, too."""
-    keep_freed_memory()
 
     def peak(size):
         with peak_memory(CPU) as found:
