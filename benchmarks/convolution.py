@@ -12,7 +12,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
-from gfl.ops.convolution import convert
+from gfl.ops.convolution import replace_convolutions
 
 SIZES = (
     (1, 256, 100, 168), (1, 128, 100, 168), (1, 256, 50, 84), (1, 512, 25, 42), (2, 256, 32, 40),
@@ -30,7 +30,7 @@ def _compare(size: tuple[int, int, int, int], rounds: int) -> dict[str, float]:
     plain = nn.Sequential(nn.Conv2d(size[1], size[1], 3, padding=1, bias=False))
     last = copy.deepcopy(plain).to(memory_format=torch.channels_last)
     ours = copy.deepcopy(last)
-    convert(ours)
+    replace_convolutions(ours)
     images, gradient = torch.randn(size).relu(), torch.randn(size)
     exact = list(_run(copy.deepcopy(plain).double(), images.double(), gradient.double()))
     figures: dict[str, float] = {}

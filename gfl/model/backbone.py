@@ -13,6 +13,7 @@ from torchvision.ops import FeaturePyramidNetwork, deform_conv2d
 from torchvision.ops.feature_pyramid_network import ExtraFPNBlock
 
 from gfl.config.schema import BackboneConfig
+from gfl.ops.convolution import replace_convolutions
 
 BATCH_NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm)
 """Classes of the BatchNorms that a backbone may have."""
@@ -100,6 +101,7 @@ class FPN(nn.Module):
             if isinstance(module, nn.Conv2d) and module.bias is not None:
                 nn.init.xavier_uniform_(module.weight)
                 nn.init.zeros_(module.bias)
+        replace_convolutions(self)
 
     def forward(self, features: list[Tensor]) -> list[Tensor]:
         """Return P3..P7, (B, channels, H_l, W_l) each, of C3, C4, C5."""
@@ -139,6 +141,7 @@ class Backbone(nn.Module):
                 # Of a basic block, which has two 3x3, the second.
                 for block in getattr(self, f"layer{stage - 1}"):
                     block.conv2 = DeformableConv2d(block.conv2, config.deformable.version)
+        replace_convolutions(self)
         self._norm_eval = config.norm_eval
         self._checkpoint = config.checkpoint_gradients
         parts: list[nn.Module] = [nn.ModuleList([self.conv1, self.bn1]), *self._stages()]

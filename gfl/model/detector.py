@@ -21,7 +21,7 @@ from gfl.model.boxes import flatten_levels, level_points
 from gfl.model.criterion import Criterion
 from gfl.model.head import Head, build_integral
 from gfl.model.postprocess import postprocess
-from gfl.ops.convolution import Convolution, PredictingConvolution, convert
+from gfl.ops.convolution import Conv3x3
 from gfl.structures import Predictions, pad_targets
 
 
@@ -48,7 +48,6 @@ class Detector(nn.Module):
         self.head = Head(config.model)
         self.integral = build_integral(config.model)
         self.criterion = Criterion(config, self.integral)
-        convert(self)
         mean, std = torch.tensor(config.data.mean), torch.tensor(config.data.std)
         self.register_buffer("pixel_mean", mean.view(3, 1, 1), persistent=False)
         self.register_buffer("pixel_std", std.view(3, 1, 1), persistent=False)
@@ -146,6 +145,6 @@ def folded(detector: Detector) -> Detector:
                 setattr(module, name, fuse_conv_bn_eval(convolution, norm))
                 setattr(module, norm_name, nn.Identity())
     for module in copy.modules():
-        if type(module) is Convolution:
-            module.__class__ = PredictingConvolution
+        if isinstance(module, Conv3x3):
+            module.for_inference = True
     return copy

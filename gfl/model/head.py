@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from gfl.config.schema import ModelConfig, QualityPredictorConfig
 from gfl.model.boxes import STRIDES
-from gfl.ops.convolution import over
+from gfl.ops.convolution import Conv3x3
 
 LARGEST_LOG_DISTANCE = 10.0
 """Of a Dirac edge, in strides: far beyond any image, and areas stay finite in float32."""
@@ -123,16 +123,28 @@ GROUP_WIDTH = 8
 """Channels per group of GroupNorm: the reference's 256 in 32 groups, as wide in other towers."""
 
 TOWER_LAYERS = 3
-"""Modules of a tower per convolution: itself, its GroupNorm and the ReLU."""
+"""Number of modules of a tower per convolution: the convolution, its GroupNorm and the ReLU."""
 
 
-def _tower(channels: int, depth: int) -> nn.Sequential:
-    layers: list[nn.Module] = []
-    for _ in range(depth):
-        layers.append(nn.Conv2d(channels, channels, 3, padding=1, bias=False))
-        layers.append(nn.GroupNorm(channels // GROUP_WIDTH, channels))
-        layers.append(nn.ReLU(inplace=True))
-    return nn.Sequential(*layers)
+class Tower(nn.Sequential):
+    """Convolutions, GroupNorms and ReLUs that are shared by the maps of all levels."""
+
+    def __init__(self, channels: int, depth: int) -> None:
+        layers: list[nn.Module] = []
+        for _ in range(depth):
+            layers.append(Conv3x3(channels, channels, bias=False))
+            layers.append(nn.GroupNorm(channels // GROUP_WIDTH, channels))
+            layers.append(nn.ReLU(inplace=True))
+        super().__init__(*layers)
+
+    def forward(self, levels: list[Tensor]) -> list[Tensor]:
+        """Return the feature maps of `levels`, (B, channels, H_l, W_l) each."""
+        for layer in self:
+            if isinstance(layer, Conv3x3):
+                levels = layer(levels)
+            else:
+                levels = [layer(level) for level in levels]
+        return levels
 
 
 class Head(nn.Module):
@@ -141,10 +153,10 @@ class Head(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         channels = config.channels
-        self.cls_tower = _tower(channels, config.tower_convs)
-        self.reg_tower = _tower(channels, config.tower_convs)
-        self.cls_logits = nn.Conv2d(channels, config.num_classes, 3, padding=1)
-        self.reg_logits = nn.Conv2d(channels, 4 * config.bins, 3, padding=1)
+        self.cls_tower = Tower(channels, config.tower_convs)
+        self.reg_tower = Tower(channels, config.tower_convs)
+        self.cls_logits = Conv3x3(channels, config.num_classes)
+        self.reg_logits = Conv3x3(channels, 4 * config.bins)
         self.scales = nn.ParameterList(nn.Parameter(torch.tensor(1.0)) for _ in STRIDES)
         self.quality_predictor: QualityPredictor | None = None
         if config.quality_predictor is not None:
@@ -166,11 +178,11 @@ class Head(nn.Module):
 
         With `model.quality: centerness` a third list follows: centerness logits (B, 1, H, W).
         """
-        cls_logits = over(self.cls_logits, over(self.cls_tower, levels))
-        features = over(self.reg_tower, levels)
+        cls_logits = self.cls_logits(self.cls_tower(levels))
+        features = self.reg_tower(levels)
         reg_logits = [
             logits * scale
-            for logits, scale in zip(over(self.reg_logits, features), self.scales, strict=True)
+            for logits, scale in zip(self.reg_logits(features), self.scales, strict=True)
         ]
         if self.centerness_logits is not None:
             return cls_logits, reg_logits, [self.centerness_logits(f) for f in features]

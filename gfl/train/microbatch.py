@@ -21,8 +21,8 @@ from gfl.data.dataset import Batch
 from gfl.distributed import world_size
 from gfl.model.criterion import DISTILLATION, loss_names, loss_normalizers
 from gfl.model.detector import Detector
-from gfl.ops.torch_private import mark_dynamic
 from gfl.structures import Targets
+from gfl.train.torch_private import mark_dynamic
 
 PRECISIONS = {
     "float32": torch.float32,
@@ -251,7 +251,8 @@ def _note_non_finite(
     name: str, culprits: list[str]
 ) -> Callable[[nn.Module, tuple[Tensor], object], None]:
     def hook(_module: nn.Module, _inputs: tuple[Tensor], output: object) -> None:
-        if isinstance(output, Tensor) and not _finite(output):
+        maps = output if isinstance(output, list) else [output]
+        if not all(_finite(one) for one in maps if isinstance(one, Tensor)):
             culprits.append(f"output of {name}")
 
     return hook

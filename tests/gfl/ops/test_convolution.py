@@ -4,10 +4,9 @@ from math import prod
 import pytest
 import torch
 from torch import nn
-from torch._dynamo.testing import CompileCounter
 
 from gfl.ops import winograd
-from gfl.ops.convolution import MANY_CELLS, Convolution, PredictingConvolution, convert, over
+from gfl.ops.convolution import WINOGRAD_CELLS, Conv3x3, replace_convolutions
 
 LEVELS = ((33, 50), (17, 25), (9, 13), (5, 7), (3, 4), (1, 1))
 """Not of whole tiles."""
@@ -24,19 +23,26 @@ def maps(*sizes, images=2, channels=128):
     return [one.contiguous(memory_format=torch.channels_last).requires_grad_() for one in made]
 
 
-def pair(*arguments, **settings):
-    """Give torch's convolution, and ours with the same weights."""
+def pair(channels_in, channels_out, **settings):
+    """Return torch's convolution, and ours with the same weights, each in a `Sequential`."""
     torch.manual_seed(0)
-    plain = nn.Sequential(nn.Conv2d(*arguments, **settings)).to(memory_format=torch.channels_last)
+    layer = nn.Conv2d(channels_in, channels_out, 3, **{"padding": 1, **settings})
+    plain = nn.Sequential(layer).to(memory_format=torch.channels_last)
     ours = copy.deepcopy(plain)
-    convert(ours)
-    assert type(ours[0]) is Convolution
+    replace_convolutions(ours)
     return plain, ours
+
+
+def apply(model, levels):
+    """Return the outputs of a `Sequential` for each level; ours take the levels together."""
+    for layer in model:
+        levels = layer(levels) if isinstance(layer, Conv3x3) else [layer(m) for m in levels]
+    return levels
 
 
 def gradients(model, levels):
     model.zero_grad()
-    torch.stack([found.square().sum() for found in over(model, levels)]).sum().backward()
+    torch.stack([found.square().sum() for found in apply(model, levels)]).sum().backward()
     found = [level.grad for level in levels] + [value.grad for value in model.parameters()]
     for level in levels:
         level.grad = None
@@ -54,9 +60,9 @@ def assert_close(found, expected):
 @pytest.mark.parametrize("bias", [True, False])
 def test_winograds_algorithm_says_what_torchs_convolution_does(tiles, bias, monkeypatch):
     monkeypatch.setattr(winograd, "TILES", tiles)
-    plain, ours = pair(128, 72, 3, padding=1, bias=bias)
+    plain, ours = pair(128, 72, bias=bias)
     levels = maps(*LEVELS)
-    for found, expected in zip(over(ours, levels), over(plain, levels), strict=True):
+    for found, expected in zip(apply(ours, levels), apply(plain, levels), strict=True):
         assert "Winograd" in str(found.grad_fn)
         assert_close(found, expected)
     for found, expected in zip(gradients(ours, levels), gradients(plain, levels), strict=True):
@@ -66,7 +72,7 @@ def test_winograds_algorithm_says_what_torchs_convolution_does(tiles, bias, monk
 @pytest.mark.parametrize("images", [1, 3, 8, 20])
 def test_tiles_come_as_many_at_a_time_as_are_allowed(images):
     levels = [torch.empty(images, 1, *size) for size in ((100, 168), (50, 84), (25, 42), (13, 21))]
-    turns = [[prod(piece.shape) for piece in pieces] for pieces in winograd._together(levels)]
+    turns = [[prod(piece.shape) for piece in pieces] for pieces in winograd._pieces(levels)]
     tiles = images * sum(-(-height // 4) * -(-width // 4) for height, width in shapes(levels))
     assert sum(map(sum, turns)) == tiles
     assert all(sum(turn) <= winograd.TILES for turn in turns)
@@ -80,7 +86,7 @@ def shapes(levels):
 @pytest.mark.parametrize("images", [1, 2])
 @pytest.mark.parametrize("size", [(40, 40), (41, 43), (42, 40)])
 def test_what_comes_out_may_be_changed_in_place(size, images):
-    plain, ours = pair(128, 64, 3, padding=1)
+    plain, ours = pair(128, 64)
     images = maps(size, images=images)
     for model in (ours, plain):
         model.append(nn.ReLU(inplace=True))
@@ -90,7 +96,7 @@ def test_what_comes_out_may_be_changed_in_place(size, images):
 
 def test_cells_that_are_far_out_cost_digits_but_not_many():
     """Maps as logarithms are spread: oneDNN's error is 3e-5 there."""
-    plain, ours = pair(256, 64, 3, padding=1)
+    plain, ours = pair(256, 64)
     images = maps((40, 48), channels=256)[0].detach().exp()
     exact = copy.deepcopy(plain).double()(images.double())
     error = (ours(images) - exact).abs().max() / exact.square().mean().sqrt()
@@ -114,7 +120,7 @@ def test_it_is_exact_but_for_rounding():
 
 
 def test_a_map_that_needs_no_gradient_gets_none():
-    plain, ours = pair(128, 64, 3, padding=1)
+    plain, ours = pair(128, 64)
     images = maps((40, 40))[0].detach()
     for model in (plain, ours):
         model(images).square().sum().backward()
@@ -134,70 +140,65 @@ def test_a_map_that_needs_no_gradient_gets_none():
     ],
 )
 def test_other_geometry_takes_torchs_own_way(settings):
-    plain, ours = pair(128, 64, 3, **settings)
+    plain, ours = pair(128, 64, **settings)
     images = maps((40, 40))
-    assert torch.equal(over(ours, images)[0], over(plain, images)[0])
+    assert torch.equal(apply(ours, images)[0], apply(plain, images)[0])
 
 
 def test_small_narrow_or_plain_maps_and_other_processors_take_torchs_own_way(monkeypatch):
-    _, ours = pair(128, 64, 3, padding=1)
+    _, ours = pair(128, 64)
     (images,) = maps((40, 40), images=1)
-    assert images.shape[2] * images.shape[3] >= MANY_CELLS
+    assert images.shape[2] * images.shape[3] >= WINOGRAD_CELLS
     assert "Winograd" in str(ours(images).grad_fn)
     half = images[:, ::2].contiguous(memory_format=torch.channels_last)
-    assert "Winograd" not in str(pair(64, 64, 3, padding=1)[1](half).grad_fn)
-    assert "Winograd" not in str(pair(128, 32, 3, padding=1)[1](images).grad_fn)
+    assert "Winograd" not in str(pair(64, 64)[1](half).grad_fn)
+    assert "Winograd" not in str(pair(128, 32)[1](images).grad_fn)
     assert "Winograd" not in str(ours(images[:, :, :12]).grad_fn)
     assert "Winograd" not in str(ours(images.contiguous()).grad_fn)
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
     assert "Winograd" not in str(ours(images).grad_fn)
 
 
-@pytest.mark.parametrize("layer", ["", "0"])
-def test_hooks_see_every_level(layer):
-    _, ours = pair(128, 64, 3, padding=1)
+def test_hooks_see_every_level():
+    _, ours = pair(128, 64)
     levels, seen = maps(*LEVELS), []
-    module = ours.get_submodule(layer)
-    module.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].shape))
-    over(ours, levels)
-    assert seen == [level.shape for level in levels]
+    ours[0].register_forward_hook(lambda _, inputs, outputs: seen.append((*inputs, outputs)))
+    outputs = apply(ours, levels)
+    ((seen_inputs, seen_outputs),) = seen
+    assert seen_inputs is levels
+    assert seen_outputs is outputs
+    assert len(outputs) == len(levels)
 
 
 @pytest.mark.parametrize("stride", [1, 2])
 @pytest.mark.parametrize("bias", [True, False])
 def test_many_weights_on_tiny_maps_are_one_product(stride, bias):
-    plain, ours = pair(384, 320, 3, stride=stride, padding=1, bias=bias)
+    plain, ours = pair(384, 320, stride=stride, bias=bias)
     levels = maps((5, 6), images=3, channels=384)
-    (found,) = over(ours, levels)
+    (found,) = apply(ours, levels)
     assert "Permute" in str(found.grad_fn)
     assert_close(found, plain(levels[0]))
     for found, expected in zip(gradients(ours, levels), gradients(plain, levels), strict=True):
         assert_close(found, expected)
 
 
-def test_one_product_pads_as_it_is_told():
-    plain, ours = pair(384, 320, 3, padding=1, padding_mode="reflect")
-    images = maps((5, 6), channels=384)
-    assert torch.equal(over(ours, images)[0], over(plain, images)[0])
-
-
-def predicting(*arguments, **settings):
-    plain = pair(*arguments, **settings)[0][0].requires_grad_(False)
-    ours = copy.deepcopy(plain)
-    ours.__class__ = PredictingConvolution
-    return plain, ours
+def for_inference(channels_in, channels_out, **settings):
+    plain, ours = pair(channels_in, channels_out, **settings)
+    ours.requires_grad_(False)
+    ours[0].for_inference = True
+    return plain[0].requires_grad_(False), ours
 
 
 @pytest.mark.parametrize("bias", [True, False])
 def test_what_only_predicts_says_the_same_of_an_image_in_every_batch(bias):
-    plain, ours = predicting(128, 72, 3, padding=1, bias=bias)
+    plain, ours = for_inference(128, 72, bias=bias)
     levels = [level.detach() for level in maps(*LEVELS, images=3)]
-    found = over(ours, levels)
+    found = apply(ours, levels)
     for level, one in zip(levels, found, strict=True):
         assert not torch.equal(one, plain(level))
         assert_close(one, plain(level))
     for number in range(3):
-        alone = over(ours, [level[number : number + 1] for level in levels])
+        alone = apply(ours, [level[number : number + 1] for level in levels])
         for one, expected in zip(alone, found, strict=True):
             assert torch.equal(one, expected[number : number + 1])
     none = levels[0][:0]
@@ -205,9 +206,31 @@ def test_what_only_predicts_says_the_same_of_an_image_in_every_batch(bias):
 
 
 def test_what_only_predicts_compiles_as_one_graph_for_all_sizes():
-    _, model = predicting(128, 64, 3, padding=1)
-    graphs = CompileCounter()
-    compiled = torch.compile(model, backend=graphs, fullgraph=True, dynamic=True)
-    for side in (30, 48, 60):
-        compiled(torch.randn(1, 128, side, side + 2))
-    assert graphs.frame_count == 1
+    _, model = for_inference(128, 64)
+    compiled = torch.compile(model, backend="eager", fullgraph=True, dynamic=True)
+    compiled(torch.randn(1, 128, 30, 32))
+    with torch.compiler.set_stance("fail_on_recompile"):
+        for side in (48, 60):
+            compiled(torch.randn(1, 128, side, side + 2))
+
+
+def test_convolutions_of_other_geometry_or_class_are_not_replaced():
+    class Special(nn.Conv2d):
+        pass
+
+    model = nn.ModuleList([Special(8, 8, 3, padding=1), nn.Conv2d(8, 8, 1), nn.Conv2d(8, 8, 3)])
+    layers = list(model)
+    replace_convolutions(model)
+    assert all(new is old for new, old in zip(model, layers, strict=True))
+
+
+def test_replacing_keeps_parameters_names_and_random_numbers():
+    model = nn.Sequential(nn.Conv2d(8, 4, 3, stride=2, padding=1, bias=False), nn.Conv2d(8, 8, 1))
+    names, parameters = list(model.state_dict()), list(model.parameters())
+    state = torch.get_rng_state()
+    replace_convolutions(model)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert isinstance(model[0], Conv3x3)
+    assert (model[0].stride, model[0].bias) == ((2, 2), None)
+    assert list(model.state_dict()) == names
+    assert all(new is old for new, old in zip(model.parameters(), parameters, strict=True))

@@ -108,9 +108,9 @@ def test_passes_add_up_to_the_mean_of_their_gradients(tiny):
 def test_bfloat16_is_of_the_network_alone(tiny):
     plain, mixed = trainer_of(tiny), trainer_of(tiny, "optim.precision=bfloat16")
     seen = []
-    mixed.detector.head.cls_logits.register_forward_hook(lambda *args: seen.append(args[2].dtype))
+    mixed.detector.head.cls_logits.register_forward_hook(lambda *args: seen.extend(args[2]))
     rows = [trainer.train_step(batch_of(trainer, 0)) for trainer in (plain, mixed)]
-    assert set(seen) == {torch.bfloat16}
+    assert {level.dtype for level in seen} == {torch.bfloat16}
     assert rows[1].dtype == torch.float32
     torch.testing.assert_close(rows[0][:3], rows[1][:3], rtol=0.02, atol=0.02)
     assert {p.dtype for p in mixed.detector.parameters()} == {torch.float32}
