@@ -260,7 +260,6 @@ class Examiner:
         files are gone, is a result; an unusable cluster is an error.
         """
         rival, gate = Rival(champion), job.registry.gate
-        split = images_of(job, self._store.storage.cache, list(candidate.ap_by_class))
 
         def compared(measurement: Measurement) -> Compared:
             rows, draws = (candidate.rows, measurement.rows), gate.draws
@@ -268,6 +267,7 @@ class Examiner:
             return measurement, gain
 
         try:
+            split = images_of(job, self._store.storage.cache, list(candidate.ap_by_class))
             version = models.find(self._store, self._candidate.name, str(champion))
             own = own_job(self._job, self._store, version)
             alike, itself = at_settings_of(own, job), on_images_of(own, job)
@@ -401,4 +401,5 @@ def rollback(store: Store, name: str, why: str) -> Decision:
     move = past.latest_move
     if move and move.action == "rolled back" and move.version == past.champion:
         return move
-    raise RegistryError(f"{name}: champion is version {past.champion} now; nothing rolled back")
+    champion_now = history.name_target(past.aliases, "champion")
+    raise RegistryError(f"{name}: champion is {champion_now} now; nothing rolled back")

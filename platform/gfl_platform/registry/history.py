@@ -111,8 +111,8 @@ class History:
         if self.aliases in known:
             return []
         return [
-            f"{alias} was {_target(known[0], alias)} and is {_target(self.aliases, alias)}, "
-            "by no decision."
+            f"{alias} was {name_target(known[0], alias)} and is "
+            f"{name_target(self.aliases, alias)}, by no decision."
             for alias in GATED_ALIASES
             if self.aliases.get(alias) != known[0].get(alias)
         ]
@@ -222,6 +222,6 @@ def _retry(model: str, write: Callable[[], None]) -> None:
             time.sleep(delay)
 
 
-def _target(aliases: dict[str, int], alias: str) -> str:
+def name_target(aliases: dict[str, int], alias: str) -> str:
     """Return what an alias points at, in words."""
     return f"version {aliases[alias]}" if alias in aliases else "nothing"

@@ -221,9 +221,9 @@ def _checkpoint_of_run(store: Store, run_id: str) -> Path:
 
 
 def _names(client: "MlflowClient") -> list[str]:
-    """Return the names of all models."""
+    """Return the names of all models, without those in which an older release kept decisions."""
     models = on_all_pages(lambda page: client.search_registered_models(page_token=page))
-    return sorted(model.name for model in models)
+    return sorted(model.name for model in models if "gfl.decisions_of" not in model.tags)
 
 
 def _versions(client: "MlflowClient", name: str) -> list[Version]:

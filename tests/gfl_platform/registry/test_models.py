@@ -24,6 +24,7 @@ def test_models_and_checkpoints_beyond_the_first_page_are_found(tmp_path, monkey
         if number == 0:
             ap = Metric("AP", 0.5, 0, 0, model_id=made.model_id)
             client.log_batch(run_id, metrics=[ap])
+    client.create_registered_model("m000-decisions", tags={"gfl.decisions_of": "m000"})
     assert len(models._names(client)) == MORE_THAN_A_PAGE
     for way in (f"runs:/{run_id}", run_id):
         assert models.fetch_checkpoint(store_of(job), way, tmp_path) == best
