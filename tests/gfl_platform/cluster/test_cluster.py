@@ -1,4 +1,4 @@
-"""What a job asks of the cluster, and what is said of workers that stop."""
+"""Resources that a job needs of the cluster, and messages about workers that stop."""
 
 from contextlib import nullcontext
 from pathlib import Path
@@ -50,8 +50,8 @@ def test_the_cause_is_found_inside_its_wrappings():
     assert one_line(JobFailedError("")) == "JobFailedError"
 
 
-class Heard:
-    """Stands in for the queue of events."""
+class EventLog:
+    """Stands in for the queue of events, and keeps them."""
 
     def __init__(self):
         self.events = []
@@ -67,15 +67,15 @@ class DiedWithItsNodeError(ActorDiedError):
 
 
 def test_a_node_that_is_drained_is_no_failure():
-    heard = Heard()
-    callback = ControllerCallback(heard, max_failures=1)
+    log = EventLog()
+    callback = ControllerCallback(log, max_failures=1)
     died = WorkerHealthCheckFailedError("rank 1 is gone", DiedWithItsNodeError())
     stopped = PreemptedError("step 4")
     for lost in ({0: stopped, 1: stopped}, {1: died}):
         for _ in range(3):
             callback.after_exception(None, {**lost})
         callback.after_report(None, [{}], None)
-    assert [event.reason for event in heard.events] == ["its node is drained"] * 2
+    assert [event.reason for event in log.events] == ["its node is drained"] * 2
     callback.after_exception(None, {0: RuntimeError("first")})
     with pytest.raises(JobFailedError, match="second"):
         callback.after_exception(None, {0: RuntimeError("second")})
@@ -85,23 +85,23 @@ def test_a_node_that_is_drained_is_no_failure():
     ("error", "final"), [(S3Error("denied"), True), (S3UnavailableError("503"), False)]
 )
 def test_a_service_that_fails_for_a_while_ends_no_training(error, final):
-    heard = Heard()
+    log = EventLog()
     with pytest.raises(JobFailedError) if final else nullcontext():
-        ControllerCallback(heard, max_failures=1).after_exception(None, {0: error})
-    assert heard.events[0].final == final
+        ControllerCallback(log, max_failures=1).after_exception(None, {0: error})
+    assert log.events[0].final == final
 
 
 def test_a_worker_that_stops_its_partners_is_one_loss():
-    heard = Heard()
+    log = EventLog()
     died = WorkerHealthCheckFailedError("rank 1 is gone", ActorDiedError())
     partner = RuntimeError("Connection closed by peer")
-    ControllerCallback(heard, max_failures=1).after_exception(None, {0: partner, 1: died})
-    assert [event.rank for event in heard.events] == [1]
+    ControllerCallback(log, max_failures=1).after_exception(None, {0: partner, 1: died})
+    assert [event.rank for event in log.events] == [1]
     with pytest.raises(JobFailedError, match="bad data"):
-        ControllerCallback(heard, max_failures=9).after_exception(
+        ControllerCallback(log, max_failures=9).after_exception(
             None, {0: partner, 1: died, 2: ValueError("bad data")}
         )
-    assert heard.events[-1] == WorkerFailed(2, "bad data", final=True)
+    assert log.events[-1] == WorkerFailed(2, "bad data", final=True)
 
 
 def test_the_most_that_an_autoscaler_adds_is_in_its_file():

@@ -1,4 +1,4 @@
-"""What is said of nodes that cannot train together."""
+"""Messages about nodes that cannot train together."""
 
 from dataclasses import replace
 
@@ -38,9 +38,9 @@ def test_nodes_that_have_all_in_common_train():
 )
 def test_the_node_that_differs_is_named(change, message):
     odd = replace(TWO, **change)
-    for found in ([ONE, ONE, odd], [odd, ONE, ONE], [ONE, odd]):
-        line = find_difference(found)
-        if found == [ONE, odd] and not change.keys() & {"problem", "clock"}:
+    for nodes in ([ONE, ONE, odd], [odd, ONE, ONE], [ONE, odd]):
+        line = find_difference(nodes)
+        if nodes == [ONE, odd] and not change.keys() & {"problem", "clock"}:
             assert line.startswith("node b") or line.startswith("node a")  # who is right?
         else:
             assert line.startswith("node b (10.0.0.2): ")

@@ -153,10 +153,10 @@ def test_a_model_is_looked_up_and_loaded_by_alias(trained):
         f"runs:/{result.run_id}",
         str(result.checkpoint),
     ):  # fmt: skip
-        found = models.load(model, store_of(job))
-        assert found.about.metrics == result.metrics
+        loaded = models.load(model, store_of(job))
+        assert loaded.about.metrics == result.metrics
         for key, value in expected.state_dict().items():
-            assert torch.equal(value, found.detector.state_dict()[key])
+            assert torch.equal(value, loaded.detector.state_dict()[key])
 
 
 def test_the_registry_lists_versions_and_points_aliases(trained):
@@ -182,9 +182,10 @@ def test_the_registered_model_predicts_as_pyfunc_without_pickle(trained, monkeyp
 
     model = mlflow.pyfunc.load_model("models:/shapes@champion")
     image = next(Path(job.data.val.images).iterdir())
-    (found,) = model.predict([str(image)])
-    assert found.boxes
-    assert len(found.boxes) == len(found.scores) == len(found.classes) == len(found.edge_std)
+    (objects,) = model.predict([str(image)])
+    assert objects.boxes
+    assert len(objects.boxes) == len(objects.scores)
+    assert len(objects.boxes) == len(objects.classes) == len(objects.edge_std)
 
 
 @pytest.mark.parametrize(

@@ -63,11 +63,11 @@ def test_the_latest_checkpoint_is_gone_on_from(stored):
 @pytest.mark.parametrize("name", [WEIGHTS, CONFIG, ABOUT, TRAINING, REPORTS_FILE, CHECKSUMS])
 def test_one_that_lost_a_file_is_told_of_and_the_one_before_is_used(stored, name, harm):
     harm(stored[1] / name)
-    told = []
-    assert _latest_whole_checkpoint(CACHE, told.append) == (stored[0], str(stored[0]))
-    assert len(told) == 1
-    assert str(stored[1]) in told[0]
-    assert name in told[0]
+    reasons = []
+    assert _latest_whole_checkpoint(CACHE, reasons.append) == (stored[0], str(stored[0]))
+    assert len(reasons) == 1
+    assert str(stored[1]) in reasons[0]
+    assert name in reasons[0]
 
 
 def test_where_all_are_damaged_it_says_so(stored):
@@ -80,9 +80,9 @@ def test_where_all_are_damaged_it_says_so(stored):
 def test_where_it_is_damaged_on_one_node_all_use_the_one_before(stored, monkeypatch):
     """As this worker sees it, for which nothing is wrong."""
     monkeypatch.setattr(worker, "problem_of_any_worker", lambda _: others.pop())
-    others, told = ["", "elsewhere: damaged"], []
-    assert _latest_whole_checkpoint(CACHE, told.append) == (stored[0], str(stored[0]))
-    assert told == ["elsewhere: damaged"]
+    others, reasons = ["", "elsewhere: damaged"], []
+    assert _latest_whole_checkpoint(CACHE, reasons.append) == (stored[0], str(stored[0]))
+    assert reasons == ["elsewhere: damaged"]
 
 
 def test_a_checkpoint_is_copied_to_storage_that_this_node_sees(written, tmp_path):
