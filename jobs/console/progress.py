@@ -19,6 +19,7 @@ from gfl_platform.cluster.events import (
     VariantsMeasured,
     Waiting,
     WorkerFailed,
+    WorkersStarted,
 )
 from gfl_platform.sweeps.formatting import point_label
 from gfl_platform.sweeps.trials import Trial
@@ -59,6 +60,9 @@ class Progress:
         match event:
             case Waiting(reason=reason):
                 self._show_line(reason, always=True)
+            case WorkersStarted(count=count):
+                if self._live:
+                    self._live.update(f"{count} workers have started")
             case DataDescribed(facts=facts):
                 self._compare({f"data.{key}": fact for key, fact in facts.items()})
             case TagsSet(tags=tags):

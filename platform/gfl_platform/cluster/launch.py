@@ -55,6 +55,7 @@ def run_workers(
         JobFailedError: a worker stopped, and another attempt was useless or one too many; it is a
             `DivergedError` if the reason was a NaN.
     """
+    node_losses = max_failures if workers.elastic else 0
     trainer = TorchTrainer(
         loop,
         train_loop_config={**settings, "events": events},
@@ -68,8 +69,8 @@ def run_workers(
             callbacks=[ControllerCallback(events, max_failures), *callbacks],
             failure_config=FailureConfig(
                 max_failures=-1,  # `ControllerCallback` counts
-                # Each lost node can cost some starts, for Ray's picture of the cluster is old.
-                controller_failure_limit=3 * (1 + max_failures * workers.elastic),
+                # A lost node can cost some starts, until Ray's picture of the cluster is new.
+                controller_failure_limit=3 * (1 + node_losses),
             ),
             **run_options,
         ),
