@@ -1,4 +1,4 @@
-"""`JobConfig`: a `gfl.Config` and where and how to run it."""
+"""`JobConfig`: a `gfl.Config`, and where and how a job runs with it."""
 
 import re
 from collections.abc import Sequence
@@ -19,37 +19,35 @@ from pydantic import (
 from gfl.config.loader import JOB_SECTIONS, derive, load_schema
 from gfl.config.schema import Config, Count, Positive, Section, SplitConfig
 
-_REAL = ((int, float), "numbers")  # a boolean is neither, and no text is read as a number
+_NUMBERS = ((int, float), "numbers")  # Exact types, because a boolean is an `int` to Python.
 
 
 class RangeConfig(Section):
-    """The values that a sweep tries for one key, in one of five forms."""
+    """The values that a sweep tries for one key, in one of four forms."""
 
-    model_config = ConfigDict(strict=False)  # a list is taken for a tuple
+    model_config = ConfigDict(strict=False)  # YAML has lists where the fields are tuples.
 
     grid: Annotated[tuple[Any, ...], Field(min_length=1)] | None = None
-    """Each of these values."""
-    choice: Annotated[tuple[Any, ...], Field(min_length=1)] | None = None
-    """The same; the searchers that draw treat it alike."""
+    """A list of values: a grid search tries each of them, the other searches draw from them."""
     uniform: tuple[float, float] | None = None
-    """Between two numbers."""
+    """Lowest and highest of a range of numbers."""
     log_uniform: tuple[float, float] | None = None
-    """Between two positive numbers, uniform in the logarithm."""
+    """Lowest and highest of a range of positive numbers, drawn uniformly in the logarithm."""
     int_uniform: tuple[int, int] | None = None
-    """Integers between two, both included."""
+    """Lowest and highest of a range of integers, both included."""
 
     @field_validator("uniform", "log_uniform", "int_uniform", mode="before")
     @classmethod
     def _two_bounds(cls, bounds: Any, field: ValidationInfo) -> Any:
         if bounds is None:
             return None
-        kinds, what = ((int,), "integers") if field.field_name == "int_uniform" else _REAL
-        least = 0.0 if field.field_name == "log_uniform" else -inf
-        two = isinstance(bounds, list | tuple) and len(bounds) == 2
-        if not two or any(type(end) not in kinds for end in bounds):
-            raise ValueError(f"got {bounds!r}: expected two {what}, [lowest, highest]")
-        if not least < bounds[0] < bounds[1] < inf:
-            positive = "positive " if least == 0 else ""
+        types, name = ((int,), "integers") if field.field_name == "int_uniform" else _NUMBERS
+        limit = 0.0 if field.field_name == "log_uniform" else -inf
+        is_pair = isinstance(bounds, list | tuple) and len(bounds) == 2
+        if not is_pair or any(type(bound) not in types for bound in bounds):
+            raise ValueError(f"got {bounds!r}: expected two {name}, [lowest, highest]")
+        if not limit < bounds[0] < bounds[1] < inf:
+            positive = "positive " if limit == 0 else ""
             raise ValueError(f"got {bounds!r}: expected {positive}bounds, [lowest, highest]")
         return bounds
 
@@ -61,17 +59,20 @@ class RangeConfig(Section):
 
     @property
     def values(self) -> tuple[Any, ...] | None:
-        """All values, or None of a continuous or integer range."""
-        return self.grid or self.choice
+        """The values of a list, None for a range."""
+        return self.grid
 
     @property
     def bounds(self) -> tuple[float, float] | None:
-        """Both ends of a range, or None of a list of values."""
+        """Lowest and highest of a range, None for a list of values."""
         return self.uniform or self.log_uniform or self.int_uniform
 
 
 def _dotted(space: Any) -> Any:
-    """Return a space with dotted keys, which the command line's overrides nest; the last wins."""
+    """Return a space with dotted keys; of two ranges for one key the last one counts.
+
+    Overrides on the command line arrive as nested mappings.
+    """
     if not isinstance(space, dict):
         return space
     flat: dict[str, Any] = {}
@@ -88,71 +89,76 @@ def _dotted(space: Any) -> Any:
 
 
 class SearchConfig(Section):
-    """Which points of the space a sweep tries, and in which order."""
+    """The order in which a sweep tries the points of its space."""
 
     name: Literal["grid", "random", "tpe"] = "grid"
-    """All of them; drawn at random; or drawn by Optuna's TPE, which learns from those before."""
+    """`grid` tries all points, `random` draws them, and `tpe` draws them with Optuna's TPE, which
+    learns from the points before."""
     seed: Count = 0
-    """Of what is drawn."""
+    """Seed of the draws."""
 
 
 class SchedulerConfig(Section):
-    """Which trials a sweep stops before their last epoch."""
+    """The rule by which a sweep stops trials before their last epoch."""
 
     name: Literal["none", "asha", "median"] = "none"
-    """None; by successive halving (ASHA, Li et al., 2020); or those below the median of others."""
+    """`none` stops no trial, `asha` halves them successively (ASHA, Li et al., 2020), and `median`
+    stops those below the median of the others."""
     grace_epochs: Positive = 1
-    """No trial is stopped before."""
+    """Epochs before which no trial is stopped."""
     reduction: Annotated[float, Field(gt=1)] = 3
-    """Of ASHA: one of so many trials goes on from each rung; rungs are at its powers."""
+    """ASHA's reduction factor: one of so many trials continues after each rung, and the rungs are
+    at its powers, in epochs."""
 
 
 class BudgetConfig(Section):
-    """The most that a sweep's search may use; what runs then is stopped."""
+    """Limits of a sweep's search; when one is reached, the running trials are stopped."""
 
     trials: Positive | None = None
-    """Points drawn; a grid has all of its own."""
+    """Number of points that are drawn; a grid search tries all of its points."""
     epochs: Positive | None = None
-    """Trained by all trials together."""
+    """Epochs of all trials together."""
     hours: Annotated[float, Field(gt=0)] | None = None
-    """Of wall time."""
+    """Hours of wall time."""
 
 
 class PublishedRow(Section):
-    """What a paper reports for one point."""
+    """The figures that a paper reports for one point."""
 
     at: dict[str, Any]
-    """Values of swept keys."""
+    """Values of the swept keys."""
     figures: dict[str, float]
-    """By the names of our metrics, as the paper prints them: AP 40.2."""
+    """Figures by the names of our metrics, in the paper's unit: AP 40.2."""
 
 
 class PublishedConfig(Section):
-    """A paper's figures for the points of a sweep, printed beside ours."""
+    """A paper's figures for the points of a sweep, which the report prints beside ours."""
 
     source: str
+    """Name of the paper and its table."""
     rows: tuple[PublishedRow, ...]
+    """One row per point."""
 
 
 Objective = Literal["AP", "AP50", "AP75", "APs", "APm", "APl", "AR100", "fps", "latency_ms"]
 
 
 class SweepConfig(Section):
-    """A search over keys of the configuration; the resources of a trial are those of `cluster`."""
+    """A search over keys of the configuration; each trial uses the resources of `cluster`."""
 
     space: Annotated[dict[str, RangeConfig], BeforeValidator(_dotted), Field(min_length=1)]
     """Keys, dotted or nested, and the values to try."""
     search: SearchConfig = SearchConfig()
     scheduler: SchedulerConfig = SchedulerConfig()
     objectives: tuple[Objective, ...] = ("AP",)
-    """What is searched for, all at once; trials are stopped by the first. Lower latency is better,
-    more of any other."""
+    """Metrics to optimise together: latency is minimised, every other one maximised. The scheduler
+    and the finalists go by the first one."""
     seeds: Positive = 1
-    """Trainings of a point: with `seed`, `seed` + 1 and so on."""
+    """Number of trainings of a point, with `seed`, `seed` + 1 and so on."""
     finalists: Positive | None = None
-    """Points that are trained with all seeds, the best after the search; by default all points."""
+    """Number of points that are trained with all seeds: the best of the search; by default all."""
     concurrency: Positive | None = None
-    """Trials at once; by default as many as fit."""
+    """Number of trials at the same time; by default as many as the cluster has room for."""
     budget: BudgetConfig = BudgetConfig()
     published: PublishedConfig | None = None
 
@@ -161,10 +167,10 @@ Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=
 
 
 def require_alias(alias: str) -> str:
-    """Return `alias` if MLflow can take it; it keeps `latest`, `v1` and numbers for versions.
+    """Return `alias` if MLflow accepts it; `latest`, `v1` and numbers mean versions to MLflow.
 
     Raises:
-        ValueError: it cannot.
+        ValueError: MLflow does not accept it.
     """
     if not re.fullmatch(r"[A-Za-z0-9_-]+", alias):
         raise ValueError(f"alias '{alias}': expected letters, digits, '-' and '_'")
@@ -179,15 +185,15 @@ Alias = Annotated[str, AfterValidator(require_alias)]
 
 
 def _require_workers(value: Any) -> Any:
-    """Return a number of processes, or the least and the most."""
-    ends = value if isinstance(value, list | tuple) else (value,)
+    """Return a number of processes, or the lowest and the highest number."""
+    counts = value if isinstance(value, list | tuple) else (value,)
     if value is None:
         return None
-    if all(type(end) is int and end > 0 for end in ends):
-        if value in ends:
+    if all(type(count) is int and count > 0 for count in counts):
+        if value in counts:
             return value
-        if len(ends) == 2 and ends[0] <= ends[1]:
-            return tuple(ends)
+        if len(counts) == 2 and counts[0] <= counts[1]:
+            return tuple(counts)
     raise ValueError(f"cluster.workers: got {value}: expected a number of processes or [min, max]")
 
 
@@ -195,78 +201,80 @@ class RunConfig(Section):
     """The run's identity."""
 
     name: Name | None = None
-    """Unique name of the run; by default the configuration file's and the time."""
+    """Unique name of the run; by default the configuration file's name and the time."""
 
 
 class ClusterConfig(Section):
-    """What a job asks of the Ray cluster."""
+    """The resources of the Ray cluster that a job uses."""
 
     workers: Annotated[int | tuple[int, int] | None, BeforeValidator(_require_workers)] = None
-    """Training processes; by default one for each GPU of the cluster, or 2 on a cluster without.
-    `[min, max]`: as many as there are nodes for at the time, with the same result as with max."""
+    """Number of training processes; by default one for each GPU of the cluster, or 2 on a cluster
+    without GPUs. With `[min, max]` it follows the number of nodes during the training, and the
+    result is the same as with `max`."""
     resize_seconds: Annotated[float, Field(gt=0)] = 60.0
-    """Between looks for nodes that more workers could use, with `workers: [min, max]`."""
+    """Seconds between two checks for new nodes, with `workers: [min, max]`."""
     use_gpu: bool | None = None
-    """Whether each worker takes a GPU; by default if the cluster has one."""
+    """Whether each worker uses a GPU; by default if the cluster has one."""
     cpus_per_worker: Positive = 1
+    """CPUs that each worker reserves, and threads that PyTorch uses in it."""
     max_failures: Count = 3
-    """How often training goes on from its last checkpoint after losing a worker or a node."""
+    """How often a training continues from its last checkpoint after losing a worker or a node."""
 
 
 class StorageConfig(Section):
-    """Where runs, checkpoints and the embedded tracking store are kept."""
+    """The place of runs, checkpoints and the embedded tracking store."""
 
     root: str = "outputs"
     """A folder that all nodes see, or `s3://BUCKET/PREFIX`."""
     keep_checkpoints: Positive = 2
-    """The best by AP; the latest is kept besides."""
+    """Number of checkpoints to keep: those with the best AP. The latest one is kept, too."""
     checkpoint_steps: Positive | None = None
-    """Steps between checkpoints within an epoch, which ends with one in any case."""
+    """Steps between two checkpoints within an epoch; every epoch ends with one in any case."""
     cache: str = "~/.cache/gfl"
-    """On every node: copies of what is read from S3."""
+    """Folder on every node for copies of files on S3."""
     cache_gb: Annotated[float, Field(gt=0)] = 500.0
-    """The most that these copies may take."""
+    """Size of these copies together, in GB (1e9 bytes)."""
 
 
 class TrackingConfig(Section):
-    """MLflow."""
+    """The MLflow store, and what is logged there."""
 
     uri: str | None = None
-    """By default MLFLOW_TRACKING_URI, else a SQLite file under `storage.root`."""
+    """URI of the store; by default MLFLOW_TRACKING_URI, else a SQLite file under `storage.root`."""
     experiment: str = "gfl"
+    """Name of the experiment; it is created if it does not exist."""
     unreachable: Literal["fail", "spool"] = "fail"
-    """Where no store answers when a training starts: stop, or keep what would be logged in
-    `spool.db` beside the run until one does. One that dies later never stops a training."""
+    """What a training does if the store does not answer at its start: `fail` stops it, `spool`
+    keeps the events in `spool.db` in the run's folder until the store answers. A store that dies
+    later never stops a training."""
     every_steps: Annotated[int, Field(gt=0, le=100)] = 10
-    """Steps between logged losses, and the most a NaN stays unnoticed."""
+    """Steps between two reports of the losses, and at most until a NaN is noticed."""
 
 
 class GateConfig(Section):
-    """What a version must show before it becomes champion."""
+    """The requirements that a version has to meet to become champion."""
 
     ap_margin: Annotated[float, Field(ge=-1, le=1)] = 0.0
-    """By how much its AP, in 0 to 1, must exceed the champion's; 0: it may be the same."""
+    """Least difference of its AP to the champion's, both in 0 to 1; with 0 they may be equal."""
     compare: bool = True
-    """Whether the champion's AP counts; not where it knows other classes, or is lost."""
+    """Whether it is compared with the champion, which must have the same classes."""
     fps_floor: Annotated[float, Field(ge=0)] = 0.0
-    """The least frames per second."""
+    """Least number of frames per second."""
     val: SplitConfig | None = None
-    """The images that decide; by default those that the version was evaluated on in training."""
+    """Images of the comparison; by default those on which the version was evaluated in training."""
     ap_tolerance: Annotated[float, Field(ge=0, le=1)] = 1e-3
-    """By how much the AP measured again may differ from the one that was logged."""
+    """Largest difference between the AP that is measured again and the one that was logged."""
     draws: Positive = 1000
-    """Of the bootstrap over images that gives the interval of the difference in AP."""
-    confidence: Annotated[float, Field(gt=0, lt=1)] = 0.95
-    """Of that interval."""
+    """Number of draws of the bootstrap over images, for the interval of the difference in AP."""
 
 
 class RegistryConfig(Section):
-    """The model registry."""
+    """The registration of a trained model."""
 
     name: ModelName | None = None
-    """Registers the trained model under this name."""
+    """Name under which the trained model is registered; by default it is not registered."""
     alias: Alias | None = None
-    """Points this alias at the new version; `champion` only if it passes the gate."""
+    """Alias that points at the new version afterwards; `champion` only if it passes the gate."""
     gate: GateConfig = GateConfig()
 
     @model_validator(mode="after")
@@ -277,7 +285,7 @@ class RegistryConfig(Section):
 
 
 class JobConfig(Config):
-    """All that a job reads from its configuration file."""
+    """All sections of a job's configuration file."""
 
     run: RunConfig = RunConfig()
     cluster: ClusterConfig = ClusterConfig()
@@ -289,14 +297,16 @@ class JobConfig(Config):
     @model_validator(mode="after")
     def _elastic_workers_fit(self) -> "JobConfig":
         if isinstance(self.cluster.workers, tuple):
-            asked = f"cluster.workers: {list(self.cluster.workers)}"
+            workers = f"cluster.workers: {list(self.cluster.workers)}"
             if self.model.backbone.sync_norm:
                 raise ValueError(
-                    f"{asked}: BatchNorm cannot be synchronised over workers that come and go; set "
-                    "model.backbone.sync_norm=false, or one number"
+                    f"{workers}: BatchNorm cannot be synchronised over workers that come and go; "
+                    "set model.backbone.sync_norm=false, or one number"
                 )
             if self.sweep:
-                raise ValueError(f"{asked}: trials of a sweep have a fixed number; set one number")
+                raise ValueError(
+                    f"{workers}: trials of a sweep have a fixed number; set one number"
+                )
         return self
 
 
@@ -306,10 +316,10 @@ def load_job(path: str | Path, overrides: Sequence[str] = ()) -> JobConfig:
 
 
 def job_of(overrides: Sequence[str]) -> JobConfig:
-    """Return where and how a job without a configuration file runs, as `overrides` say.
+    """Return the configuration of a job without a configuration file.
 
-    Those of the model and its data are left for its checkpoint's configuration; here they are only
-    checked to be keys.
+    Only the overrides of sections that say where and how a job runs are applied. The others belong
+    to the configuration in the model's checkpoint; here only their sections are checked.
     """
     for word in overrides:
         section = word.split(".")[0].split("=")[0]

@@ -175,7 +175,7 @@ def _require_margin(
     """Require the margin in AP, and add how certain the difference is."""
     measurement, gain = compared
     noise = ", within the noise" if gain.is_noise else ""
-    interval = f"{100 * gate.confidence:g} % interval {gain.low:+.4f} to {gain.high:+.4f}"
+    interval = f"95 % interval {gain.low:+.4f} to {gain.high:+.4f}"
     verdict.require(
         gain.ap >= gate.ap_margin,
         f"AP {candidate.metrics['AP']:.4f}, the champion ({champion}) "
@@ -263,7 +263,7 @@ class Examiner:
 
         def compared(measurement: Measurement) -> Compared:
             rows, draws = (candidate.rows, measurement.rows), gate.draws
-            gain = measure_gain(split, *rows, job, draws=draws, confidence=gate.confidence)
+            gain = measure_gain(split, *rows, job, draws=draws)
             return measurement, gain
 
         try:

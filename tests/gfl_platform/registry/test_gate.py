@@ -112,11 +112,11 @@ def test_ap_must_exceed_the_champions_by_the_margin(margin, passes):
 
 def test_a_difference_within_the_noise_is_called_so():
     rival = Rival(1, over(0.5, 0.0, -0.01, 0.01))
-    gate_config = GateConfig(ap_margin=0.01, confidence=0.9)
+    gate_config = GateConfig(ap_margin=0.01)
     verdict = decide(gate_config, evidence(champion=1, rival=rival))
     assert not verdict.passes
     assert verdict.reasons[1].endswith(
-        "+0.0000 (90 % interval -0.0100 to +0.0100, within the noise); required +0.01."
+        "+0.0000 (95 % interval -0.0100 to +0.0100, within the noise); required +0.01."
     )
 
 

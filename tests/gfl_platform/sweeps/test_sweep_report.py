@@ -69,7 +69,7 @@ def mixed(count):
         "optim.lr": RangeConfig(log_uniform=(1e-4, 1e-1)),
         "optim.decay": RangeConfig(uniform=(0, 1e-3)),
         "model.depth": RangeConfig(int_uniform=(18, 101)),
-        "data.flip": RangeConfig(choice=(True, False, None, "both", [0, 1], {"p": 0.5})),
+        "data.flip": RangeConfig(grid=(True, False, None, "both", [0, 1], {"p": 0.5})),
     }
     trials = [trial(default, 1, 0.35, stage="finalists", figures={"AP": 0.35, "fps": 30.0})]
     for number in range(count):
@@ -77,7 +77,7 @@ def mixed(count):
             "optim.lr": 10 ** rng.uniform(-4, -1),
             "optim.decay": rng.uniform(0, 1e-3),
             "model.depth": rng.randint(18, 101),
-            "data.flip": rng.choice(space["data.flip"].choice),
+            "data.flip": rng.choice(space["data.flip"].values),
         }
         state = STATES[number % 6] if number % 2 else "finished"
         curve = [(epoch, 0.03 * epoch + rng.random() / 10) for epoch in range(1, 13)]
@@ -277,8 +277,8 @@ def test_a_terminal_shows_papers_figures_and_ours(monkeypatch):
         (RangeConfig(log_uniform=(0.1, 0.2)), (0.1, 0.15), "log"),
         (RangeConfig(log_uniform=(0.1, 0.2)), (0.1, 0), "linear"),
         (RangeConfig(uniform=(0, 1)), (0.001, 0.9), "linear"),
-        (RangeConfig(choice=(True, False)), (False, True), "categorical"),
-        (RangeConfig(choice=("1", 1)), (1, "1"), "categorical"),
+        (RangeConfig(grid=(True, False)), (False, True), "categorical"),
+        (RangeConfig(grid=("1", 1)), (1, "1"), "categorical"),
     ],
 )
 def test_the_axis_of_a_key_fits_its_values(asked, values, kind):

@@ -33,7 +33,7 @@ from tests.support.dry_sweep import dry_training
 from tests.support.tracking import store_of
 
 BETA, BINS = "loss.qfl.beta", "model.reg_max"
-GRID = f"sweep.space={{{BETA}: {{grid: [0.5, 2, 3]}}, {BINS}: {{choice: [4, 8]}}}}"
+GRID = f"sweep.space={{{BETA}: {{grid: [0.5, 2, 3]}}, {BINS}: {{grid: [4, 8]}}}}"
 DRAWN = f"sweep.space={{{BETA}: {{uniform: [1, 2.9]}}, {BINS}: {{int_uniform: [4, 16]}}}}"
 
 
@@ -85,8 +85,8 @@ def test_a_sweep_that_cannot_be_run_is_refused(overrides, message):
         ("{uniform: [2, 1]}", r"beta\.uniform: got \[2, 1\]: expected bounds, \[lowest, highest\]"),
         ("{log_uniform: [0, 1]}", r"beta\.log_uniform: got \[0, 1\]: expected positive bounds"),
         ("{int_uniform: [1, 2.5]}", r"beta\.int_uniform: got \[1, 2\.5\]: expected two integers"),
-        ("{}", r"sweep\.space\.loss\.qfl\.beta: expected one of grid, choice, uniform"),
-        ("{grid: [1], choice: [2]}", r"expected one of grid"),
+        ("{}", r"sweep\.space\.loss\.qfl\.beta: expected one of grid, uniform"),
+        ("{grid: [1], uniform: [2, 3]}", r"expected one of grid"),
         ("[1, 2]", r"loss\.qfl\.beta: got \[1, 2\]: expected a range, such as \{grid: \[1, 2\]\}"),
     ],
 )  # fmt: skip
