@@ -74,7 +74,7 @@ def run(
             "folder": str(folder),
             "report_every": job.tracking.every_steps,
             "checkpoint_every": job.storage.checkpoint_steps,
-            "shares": workers.count,
+            "shards": workers.count,
             "cache": storage.cache,
         },
         workers,

@@ -245,7 +245,7 @@ def train_worker(settings: dict[str, Any]) -> dict[str, Any]:
         "teacher": settings["teacher"] and cache.local(settings["teacher"]),
         "report_every": settings["report_every"],
         "checkpoint_every": settings["checkpoint_every"],
-        "shards": settings["shares"],
+        "shards": settings["shards"],
         "should_stop": _node_is_drained,
     }
     restored = _latest_whole_checkpoint(cache, listener.on_damage)
