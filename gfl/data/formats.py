@@ -1,4 +1,8 @@
-"""Pascal VOC annotations: an XML file for every image."""
+"""Annotation formats: COCO JSON, Pascal VOC XML and YOLO txt, each read as COCO's dictionary.
+
+Each reader returns the dictionary and a SHA-256 of the annotations. The rest of the package knows
+COCO's dictionary alone.
+"""
 
 import difflib
 import hashlib
@@ -17,19 +21,25 @@ from gfl.config.schema import SplitConfig
 from gfl.data.images import image_size, list_images
 from gfl.errors import DataError
 
-FIELDS = {
+REQUIRED_FIELDS = {
     "images": ("id", "file_name", "height", "width"),
     "annotations": ("id", "image_id", "category_id", "bbox"),
     "categories": ("id", "name"),
 }
-"""What every entry of a COCO file has."""
+"""Fields that every entry of a COCO file must have, by section."""
+
+CLASSES_FILE = "classes.txt"
+"""File beside YOLO annotations that lists the class names, one a line."""
+
+ROUNDING = 1e-3
+"""How far a YOLO coordinate may lie beyond [0, 1]: writers round."""
 
 
 def read_coco(path: Path) -> tuple[dict[str, Any], str]:
     """Return the content of a COCO JSON file and its SHA-256.
 
     Raises:
-        DataError: a file that is missing or not COCO JSON.
+        DataError: The file is missing or is not COCO JSON.
     """
     try:
         raw = path.read_bytes()
@@ -41,35 +51,40 @@ def read_coco(path: Path) -> tuple[dict[str, Any], str]:
     try:
         content = json.loads(raw)
     except ValueError as error:
-        raise DataError(f"{path}: not JSON ({error})") from error
+        raise DataError(
+            f"{path}: not JSON ({error}); expected a COCO file, or another data.format"
+        ) from error
     if isinstance(content, dict):
         content.setdefault("annotations", [])  # COCO's lists of test images have none
     for section in ("images", "annotations", "categories"):
         if not isinstance(content, dict) or not isinstance(content.get(section), list):
-            raise DataError(f"{path}: no list '{section}'; expected COCO JSON")
+            raise DataError(
+                f"{path}: no list '{section}'; expected COCO JSON, or another data.format"
+            )
     if not content["images"]:
-        raise DataError(f"{path}: lists no image")
+        raise DataError(f"{path}: lists no image; expected at least one under 'images'")
     _require_complete(path, content)
     return content, hashlib.sha256(raw).hexdigest()
 
 
 def _require_complete(path: Path, content: Mapping[str, Any]) -> None:
-    """Refuse entries that lack a field, and ids that are used twice."""
-    for section, wanted in FIELDS.items():
+    """Check that every entry has its fields and that no id is used twice."""
+    for section, fields in REQUIRED_FIELDS.items():
         for entry in content[section]:
-            absent = [name for name in wanted if not isinstance(entry, dict) or name not in entry]
+            absent = [name for name in fields if not isinstance(entry, dict) or name not in entry]
             if absent:
-                shown = str(entry)[:80]
-                raise DataError(f"{path}: {section}: {shown} has no '{absent[0]}'; add it")
-        ids = Counter(entry["id"] for entry in content[section])
-        if ids and (twice := ids.most_common(1)[0])[1] > 1:
-            raise DataError(
-                f"{path}: {section}: id {twice[0]} is used {twice[1]} times; ids name one"
-            )
+                excerpt = str(entry)[:80]
+                raise DataError(f"{path}: {section}: {excerpt} has no '{absent[0]}'; add it")
+        for identity, uses in Counter(entry["id"] for entry in content[section]).most_common(1):
+            if uses > 1:
+                raise DataError(
+                    f"{path}: {section}: id {identity!r} is used {uses} times; give each entry an "
+                    "id of its own"
+                )
 
 
 class Object(NamedTuple):
-    """An object of class `label` (0..C-1), with COCO's box: `xywh` in px."""
+    """An object of class `label` (0..C-1) with its box as in COCO: `xywh` in px."""
 
     label: int
     bbox: list[float]
@@ -88,19 +103,19 @@ def read_files(folder: Path, suffix: str) -> dict[Path, bytes]:
     """Return the content of every file in `folder` that ends in `suffix`, sorted by name.
 
     Raises:
-        DataError: there is no such folder, or no such file in it.
+        DataError: There is no such folder, or no such file in it.
     """
     advice = "set data.train.annotations and data.val.annotations, or data.format"
     if not folder.is_dir():
-        raise DataError(f"{folder}: no such folder; expected one of {suffix} files; {advice}")
+        raise DataError(f"{folder}: no such folder; expected a folder of {suffix} files; {advice}")
     files = sorted(file for file in folder.iterdir() if file.suffix.lower() == suffix)
     if not files:
-        raise DataError(f"{folder}: no {suffix} file in it; {advice}")
+        raise DataError(f"{folder}: no {suffix} file in this folder; {advice}")
     return {file: file.read_bytes() for file in files}
 
 
 def digest(files: Mapping[Path, bytes]) -> str:
-    """Return the SHA-256 of names and contents."""
+    """Return the SHA-256 of the files' names and contents."""
     total = hashlib.sha256()
     for file, content in files.items():
         total.update(f"{file.name}\n{len(content)}\n".encode() + content)
@@ -108,11 +123,11 @@ def digest(files: Mapping[Path, bytes]) -> str:
 
 
 def coco_dictionary(images: Iterable[AnnotatedImage], classes: Sequence[str]) -> dict[str, Any]:
-    """Return `images` as COCO has them; every id counts from 1.
+    """Return `images` as COCO's dictionary, with ids that count from 1.
 
-    Difficult objects become crowds, which are not trained on and which evaluation ignores: neither
-    they nor detections of them count, as in VOC's own evaluation (VOCevaldet.m of its devkit). One
-    thing differs: COCO measures overlap with a crowd relative to the detection alone.
+    Difficult objects become crowds, which training leaves out and evaluation ignores: neither they
+    nor detections of them count, as in VOC's own evaluation (VOCevaldet.m of its devkit). The one
+    difference is that COCO measures the overlap with a crowd relative to the detection alone.
     """
     records: list[dict[str, Any]] = []
     annotations: list[dict[str, Any]] = []
@@ -135,15 +150,15 @@ def coco_dictionary(images: Iterable[AnnotatedImage], classes: Sequence[str]) ->
 
 
 class _VocObject(NamedTuple):
-    """An object before classes are known; `bbox` as COCO has it."""
+    """An object before its label is known, with its box as in COCO: `xywh` in px."""
 
     name: str
     bbox: list[float]
     difficult: bool
 
 
-class _File(NamedTuple):
-    """What an XML file says of its image; `size` is (height, width) in px."""
+class _VocFile(NamedTuple):
+    """The content of an XML file: the image's file name, its (height, width) in px, its objects."""
 
     path: Path
     image: str
@@ -156,38 +171,41 @@ def read_voc(split: SplitConfig, classes: Sequence[str] | None) -> tuple[dict[st
 
     Args:
         split: The folders of images and of XML files.
-        classes: Names in the order of labels; None: those that the annotations use, sorted.
+        classes: Names in the order of labels. If None, the sorted names in the annotations.
 
     Raises:
-        DataError: annotations that cannot be used.
+        DataError: The annotations cannot be used.
     """
     files = read_files(Path(split.annotations), ".xml")
     folder = Path(split.images)
     images = [file.name for file in list_images(folder)]
     present = {PurePath(name).stem: name for name in images} | {name: name for name in images}
-    parsed = [_read(file, content, folder, present) for file, content in files.items()]
+    parsed = [_read_voc_file(file, content, folder, present) for file, content in files.items()]
     by_image: dict[str, Path] = {}
     for file in parsed:
-        if (other := by_image.setdefault(file.image, file.path)) != file.path:
+        other = by_image.setdefault(file.image, file.path)
+        if other != file.path:
             raise DataError(
                 f"{file.path}: '{file.image}' is the image of {other} too; correct a <filename>"
             )
     if classes is None:
-        classes = sorted({found.name for file in parsed for found in file.objects})
+        classes = sorted({item.name for file in parsed for item in file.objects})
     annotated = [AnnotatedImage(file.image, file.size, _label(file, classes)) for file in parsed]
     return coco_dictionary(annotated, classes), digest(files)
 
 
-def _read(path: Path, content: bytes, folder: Path, present: Mapping[str, str]) -> _File:
+def _read_voc_file(
+    path: Path, content: bytes, folder: Path, present: Mapping[str, str]
+) -> _VocFile:
     root = _parse(path, content)
     image = _image(path, root, folder, present)
     elements = enumerate(root.findall("object"), start=1)
     objects = [_voc_object(element, f"{path}: object {number}") for number, element in elements]
-    return _File(path, image, _size(path, root, folder / image), objects)
+    return _VocFile(path, image, _size(path, root, folder / image), objects)
 
 
 class _Builder(ElementTree.TreeBuilder):
-    """Refuses document types, and with them entities, which may expand without end."""
+    """A builder that refuses document types, and with them entities, which may expand forever."""
 
     def doctype(self, *_: object) -> Never:
         raise ElementTree.ParseError("declares a document type")
@@ -207,16 +225,22 @@ def _parse(file: Path, content: bytes) -> Element:
 
 
 def _image(file: Path, root: Element, folder: Path, present: Mapping[str, str]) -> str:
-    """Return the name of an annotation file's image; `present` has names and stems of all.
+    """Return the file name of the image that an annotation file belongs to.
 
-    Tools write <filename> with or without a folder and a suffix, or let it go stale where image and
-    annotation file are renamed together.
+    Tools write <filename> with or without a folder and a suffix, or forget to update it when image
+    and annotation file are renamed together.
+
+    Args:
+        file: The annotation file.
+        root: Its content.
+        folder: The folder of images.
+        present: The images in that folder by file name and by stem.
     """
-    wanted = PureWindowsPath(root.findtext("filename", "").strip()).name  # splits at / and at \
-    name = present.get(wanted) or present.get(file.stem)
+    named = PureWindowsPath(root.findtext("filename", "").strip()).name  # splits at / and at \
+    name = present.get(named) or present.get(file.stem)
     if name is None:
         raise DataError(
-            f"{file}: its image '{wanted or file.stem}' is missing in {folder}; add the image or "
+            f"{file}: its image '{named or file.stem}' is missing in {folder}; add the image or "
             "remove the annotations"
         )
     return name
@@ -236,14 +260,14 @@ def _voc_object(element: Element, what: str) -> _VocObject:
             f"{what}: from ({left:g}, {top:g}) to ({right:g}, {bottom:g}); expected xmin <= xmax "
             "and ymin <= ymax; correct it"
         )
-    # Pixels count from 1, the last one included (VOC devkit): a box from 1 to the image's width
-    # covers it, which is 0 to the width in coordinates.
+    # VOC's devkit counts pixels from 1 and includes the last one: a box from 1 to the image's width
+    # covers the whole image, which is 0 to the width in coordinates.
     bbox = [left - 1, top - 1, right - left + 1, bottom - top + 1]
     return _VocObject(name, bbox, element.findtext("difficult", "0").strip() == "1")
 
 
 def _size(file: Path, root: Element, image: Path) -> tuple[int, int]:
-    """Return (height, width) as annotated, else the image's; some tools write zeros."""
+    """Return the annotated (height, width); the image's own where a tool wrote none or zeros."""
     size = root.find("size")
     if size is None:
         return image_size(image)
@@ -264,7 +288,7 @@ def _number(element: Element, tag: str, what: str) -> float:
     return number
 
 
-def _label(file: _File, classes: Sequence[str]) -> list[Object]:
+def _label(file: _VocFile, classes: Sequence[str]) -> list[Object]:
     labelled = []
     for number, (name, bbox, difficult) in enumerate(file.objects, start=1):
         if name not in classes:
@@ -278,19 +302,14 @@ def _label(file: _File, classes: Sequence[str]) -> list[Object]:
     return labelled
 
 
-CLASSES_FILE = "classes.txt"
-
-ROUNDING = 1e-3
-"""How far a coordinate may be beyond [0, 1]: that much is a writer's rounding."""
-
-
 def find_classes(folder: Path) -> list[str] | None:
-    """Return the class names that lie with the annotations in `folder`, if any do.
+    """Return the class names that a file beside YOLO annotations lists; None without such a file.
 
-    That is `classes.txt` in it, or `names:` of a `data.yaml` in it or up to two folders above.
+    The file is `classes.txt` in `folder`, or a `data.yaml` with `names:` in it or up to two folders
+    above.
 
     Raises:
-        DataError: a file of names that cannot be used.
+        DataError: The file of names cannot be used.
     """
     listed = folder / CLASSES_FILE
     if listed.is_file():
@@ -309,31 +328,31 @@ def read_yolo(split: SplitConfig, classes: Sequence[str] | None) -> tuple[dict[s
         classes: Names in the order of labels.
 
     Raises:
-        DataError: annotations that cannot be used.
+        DataError: The annotations cannot be used.
     """
     folder = Path(split.annotations)
     files = read_files(folder, ".txt")
     labels = {file.stem: file for file in files if file.name != CLASSES_FILE}
     if not labels:
-        raise DataError(f"{folder}: no .txt file for any image; set data.format or add them")
+        raise DataError(f"{folder}: no .txt file for any image; add the files, or set data.format")
     if classes is None:
         raise DataError(
             f"{folder}: class names are unknown; set data.classes=[...], or add {CLASSES_FILE} "
             "there or `names:` in data.yaml"
         )
-    pictures = list_images(Path(split.images))
-    orphans = sorted(labels.keys() - {picture.stem for picture in pictures})
+    paths = list_images(Path(split.images))
+    orphans = sorted(labels.keys() - {path.stem for path in paths})
     if orphans:
         raise DataError(
             f"{labels[orphans[0]]}: its image '{orphans[0]}' is missing in {split.images}; add the "
             "image or remove the annotations"
         )
     images = []
-    for picture in pictures:
-        size = image_size(picture)
-        file = labels.get(picture.stem)
+    for path in paths:
+        size = image_size(path)
+        file = labels.get(path.stem)
         objects = _yolo_objects(file, files[file], size, classes) if file else []
-        images.append(AnnotatedImage(picture.name, size, objects))
+        images.append(AnnotatedImage(path.name, size, objects))
     return coco_dictionary(images, classes), digest(files)
 
 
@@ -342,7 +361,9 @@ def _yolo_objects(
 ) -> list[Object]:
     lines = enumerate(_text(file, content).splitlines(), start=1)
     return [
-        _yolo_object(line, size, classes, f"{file}: line {n}") for n, line in lines if line.strip()
+        _yolo_object(line, size, classes, f"{file}: line {number}")
+        for number, line in lines
+        if line.strip()
     ]
 
 
@@ -364,7 +385,7 @@ def _yolo_object(line: str, size: tuple[int, int], classes: Sequence[str], what:
             f"{what}: class {fields[0]}, but classes are 0..{len(classes) - 1} "
             f"({', '.join(classes)}); correct it or name all in data.classes"
         )
-    if not all(-ROUNDING <= share <= 1 + ROUNDING for share in (cx, cy, w, h)):
+    if not all(-ROUNDING <= value <= 1 + ROUNDING for value in (cx, cy, w, h)):
         raise DataError(
             f"{what}: got {line[:80]!r}; expected cx cy w h within 0..1; divide them by the "
             "image's width and height"
@@ -393,4 +414,4 @@ def _text(file: Path, content: bytes) -> str:
     try:
         return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise DataError(f"{file}: not UTF-8 text ({error}); save it as such") from error
+        raise DataError(f"{file}: not UTF-8 text ({error}); save it as UTF-8") from error

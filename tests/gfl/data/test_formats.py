@@ -134,7 +134,7 @@ def test_annotations_that_are_missing_are_named(tmp_path, form, suffix):
     with pytest.raises(DataError, match=rf"no \{suffix} file .*data\.format"):
         read(section, form)
     folder.rmdir()
-    with pytest.raises(DataError, match=rf"no such folder; expected one of \{suffix} files"):
+    with pytest.raises(DataError, match=rf"no such folder; expected a folder of \{suffix} files"):
         read(section, form)
 
 
