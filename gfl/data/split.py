@@ -1,8 +1,8 @@
 """A set of annotated images: read, checked and reduced to what training needs.
 
-Every format is turned into COCO's dictionary first; from there on they are the same. The checks
-answer what otherwise fails hours later or trains silently: files that are not there, classes that
-do not fit the model, boxes that no detector can learn.
+Every format becomes COCO's dictionary first. The checks find problems that would otherwise fail
+hours later or spoil a training silently: missing files, classes that do not fit the model, boxes
+that no detector can learn.
 """
 
 import hashlib
@@ -26,7 +26,7 @@ from gfl.errors import DataError
 logger = logging.getLogger(__name__)
 
 SMALLEST_SIDE = 32
-"""Images with a shorter side, in px, are not trained on (the reference's value)."""
+"""Smallest side in px of an image that training uses (the reference's value)."""
 
 
 @dataclass(frozen=True)
@@ -56,11 +56,11 @@ class Split:
         records: Every image that takes part.
         classes: Class names; the index is the label.
         category_ids: COCO's id of every class.
-        dropped: How many boxes and images do not take part, by reason.
+        dropped: Number of boxes and images that do not take part, by reason.
         annotations: The COCO JSON file, or the folder of annotation files.
         digest: SHA-256 of the annotations.
-        truth: What average precision is measured against: a COCO JSON file, or its content where
-            the annotations are of another format.
+        truth: Ground truth that average precision is measured against: a COCO JSON file, or the
+            content of one where the annotations have another format.
     """
 
     records: list[ImageRecord]
@@ -78,20 +78,20 @@ def read_split(
     num_classes: int,
     classes: Sequence[str] | None = None,
 ) -> Split:
-    """Read and check the images that are trained or evaluated on.
+    """Read and check the training or the evaluation set.
 
-    For training, what is not trained on is left out: crowd, difficult and degenerate boxes, images
-    without annotations or with a side under `SMALLEST_SIDE`. Evaluation takes every image.
+    The training set leaves out crowd, difficult and degenerate boxes, and images without
+    annotations or with a side under `SMALLEST_SIDE`. The evaluation set keeps every image.
 
     Args:
-        data: Where images and annotations are, and in which format.
-        which: The set, hence what it is for.
-        num_classes: What the model was built for.
-        classes: Names in the order of labels, for annotations that do not define it and where
-            `data.classes` does not either.
+        data: Places and format of images and annotations.
+        which: The set to read.
+        num_classes: Number of classes of the model.
+        classes: Names in the order of labels, used where neither the annotations nor
+            `data.classes` define them.
 
     Raises:
-        DataError: see the class.
+        DataError: The set cannot be used.
     """
     section = data.train if which == "train" else data.val
     path, folder = Path(section.annotations), Path(section.images)
@@ -111,7 +111,7 @@ def read_split(
 
 
 def digest_images(split: Split) -> str:
-    """Return the SHA-256 of the image files' content; seconds for some thousand of them."""
+    """Return the SHA-256 of the image files' content, which takes seconds for some thousand."""
     total = hashlib.sha256()
     for record in split.records:
         with record.path.open("rb") as content:
@@ -122,7 +122,7 @@ def digest_images(split: Split) -> str:
 def _read(
     data: DataConfig, section: SplitConfig, classes: Sequence[str] | None
 ) -> tuple[dict[str, Any], str]:
-    """Return annotations as COCO's dictionary, and their SHA-256."""
+    """Return the annotations as COCO's dictionary, and their SHA-256."""
     if not Path(section.images).is_dir():
         raise DataError(
             f"{section.images}: no such folder of images; set data.train.images and data.val.images"
@@ -133,17 +133,23 @@ def _read(
         case "voc":
             return read_voc(section, data.classes or classes)
         case "yolo":
-            named = data.classes or find_classes(Path(section.annotations)) or classes
-            return read_yolo(section, named)
+            names = data.classes or find_classes(Path(section.annotations)) or classes
+            return read_yolo(section, names)
 
 
 def require_same_classes(
     one: str, classes: Sequence[str], other: str, others: Sequence[str]
 ) -> None:
-    """Refuse two lists of classes that give a label two meanings; `one` and `other` name them.
+    """Check that two lists of classes give every label the same name.
+
+    Args:
+        one: What error messages call the first list.
+        classes: The first list.
+        other: What error messages call the second list.
+        others: The second list.
 
     Raises:
-        DataError: names the first class that differs.
+        DataError: The lists differ; the message has the first class that does.
     """
     for label, (name, other_name) in enumerate(zip_longest(classes, others)):
         if name != other_name:
@@ -154,9 +160,9 @@ def require_same_classes(
 
 
 def _classes(
-    path: Path, content: Mapping[str, Any], num_classes: int, wanted: Sequence[str] | None
+    path: Path, content: Mapping[str, Any], num_classes: int, required: Sequence[str] | None
 ) -> tuple[list[str], dict[int, int]]:
-    """Return class names in the order of labels, and the label of every category's id."""
+    """Return the class names in the order of labels, and the label of every category id."""
     categories = sorted(content["categories"], key=lambda category: category["id"])
     if len(categories) != num_classes:
         raise DataError(
@@ -164,32 +170,34 @@ def _classes(
             f"set model.num_classes={len(categories)}"
         )
     names = [category["name"] for category in categories]
-    if wanted is not None:
-        require_same_classes("data.classes", wanted, str(path), names)
+    if required is not None:
+        require_same_classes("data.classes", required, str(path), names)
     return names, {category["id"]: label for label, category in enumerate(categories)}
 
 
 def _group(
     path: Path, content: Mapping[str, Any], label_of: Mapping[int, int]
 ) -> dict[int, list[dict[str, Any]]]:
-    """Return the annotations of every image."""
+    """Return the annotations of every image, by image id."""
     by_image: dict[int, list[dict[str, Any]]] = {image["id"]: [] for image in content["images"]}
     for annotation in content["annotations"]:
         what = f"{path}: annotation {annotation['id']}"
         if annotation["image_id"] not in by_image:
             raise DataError(
-                f"{what} belongs to image {annotation['image_id']}, "
+                f"{what} belongs to image {annotation['image_id']!r}, "
                 "which is not listed; list it or remove the annotation"
             )
         if annotation["category_id"] not in label_of:
             raise DataError(
-                f"{what} has category {annotation['category_id']}, "
+                f"{what} has category {annotation['category_id']!r}, "
                 f"but the categories are {sorted(label_of)}; correct the id or add the category"
             )
         box = annotation["bbox"]
-        numbers = isinstance(box, list) and all(isinstance(side, int | float) for side in box)
-        if not numbers or len(box) != 4:
-            raise DataError(f"{what}: bbox: expected [x, y, width, height] in px, got {box!r}")
+        is_numeric = isinstance(box, list) and all(isinstance(side, int | float) for side in box)
+        if not is_numeric or len(box) != 4:
+            raise DataError(
+                f"{what}: bbox: got {box!r}; expected [x, y, width, height] in px; correct it"
+            )
         by_image[annotation["image_id"]].append(annotation)
     return by_image
 
@@ -213,17 +221,23 @@ def _records(
     *,
     training: bool,
 ) -> tuple[list[ImageRecord], dict[str, int]]:
-    """Return the images that take part, and how many images and boxes do not, by reason."""
+    """Return the images that take part, and the number of images and boxes left out, by reason."""
     dropped: Counter[str] = Counter()
     records = []
     for image in images:
         annotations = by_image[image["id"]]
         height, width = image["height"], image["width"]
-        if training and (reason := _unfit(annotations, height, width)):
-            dropped[reason] += 1
+        unfit = _unfit(annotations, height, width) if training else None
+        if unfit is not None:
+            dropped[unfit] += 1
             continue
-        kept = [a for a in annotations if not (reason := _untrainable(a, height, width))
-                or dropped.update([reason])]  # fmt: skip
+        reasons = [_untrainable(annotation, height, width) for annotation in annotations]
+        dropped.update(reason for reason in reasons if reason)
+        kept = [
+            annotation
+            for annotation, reason in zip(annotations, reasons, strict=True)
+            if reason is None
+        ]
         records.append(
             ImageRecord(
                 image_id=image["id"],
@@ -237,7 +251,7 @@ def _records(
 
 
 def _unfit(annotations: list[dict[str, Any]], height: int, width: int) -> str | None:
-    """Return why an image is not trained on, if so."""
+    """Return why training leaves an image out; None if it does not."""
     if not annotations:
         return "images without annotations"
     if min(height, width) < SMALLEST_SIDE:
@@ -246,7 +260,7 @@ def _unfit(annotations: list[dict[str, Any]], height: int, width: int) -> str | 
 
 
 def _untrainable(annotation: Mapping[str, Any], height: int, width: int) -> str | None:
-    """Return why a box is not trained on, if so (the reference's rules)."""
+    """Return why training leaves a box out (the reference's rules); None if it does not."""
     if annotation.get("iscrowd", 0):
         return "difficult boxes" if annotation.get("difficult", 0) else "crowd boxes"
     x, y, w, h = annotation["bbox"]
@@ -272,7 +286,7 @@ def load_splits(config: Config) -> tuple[Split, Split]:
     """Return the checked training and evaluation sets of `config`.
 
     Raises:
-        DataError: a set that cannot be used.
+        DataError: A set cannot be used.
     """
     render_shapes(config)
     data, count = config.data, config.model.num_classes
