@@ -1,8 +1,9 @@
-"""Samples, batches and who gets which: the same for any number of workers, and from any step on.
+"""Samples and batches: images and boxes transformed, padded, and moved to a device.
 
-A global step has one global batch; each worker takes its share of it. Augmentation draws from a
-generator seeded by (seed, epoch, image), so neither the number of workers nor an interruption
-changes a sample.
+Augmentation draws from a generator seeded by (seed, epoch, image), so neither the number of workers
+nor an interruption changes a sample.
+
+Shapes: B images of a batch, G objects of an image, H and W height and width in px.
 """
 
 from collections.abc import Callable, Iterator
@@ -20,16 +21,19 @@ from torchvision.transforms import v2
 
 from gfl.config.schema import Config, DataConfig
 from gfl.data.images import is_on_its_side, read_cached, read_image
-from gfl.data.samplers import Key, _mix
+from gfl.data.samplers import Key, mix_seeds
 from gfl.data.split import ImageRecord, Split
 from gfl.errors import DataError
 from gfl.structures import Targets, pad_targets
 
+SIZE_MULTIPLE = 32
+"""Sides of a batch are padded, right and bottom, to a multiple of this many px."""
+
 
 def fitted_size(height: int, width: int, short: int, long: int) -> tuple[int, int]:
-    """Return the (height, width) of an image scaled to fit within `short` and `long`, all in px.
+    """Return the (height, width) of an image scaled to fit within (long, short), all in px.
 
-    Neither is less than 1, however thin the image.
+    Both are at least 1, however thin the image.
     """
     factor = min(long / max(height, width), short / min(height, width))
     return max(1, int(height * factor + 0.5)), max(1, int(width * factor + 0.5))
@@ -39,7 +43,7 @@ class FitWithin(v2.Transform):
     """Scale to fit within (long, short), keeping the aspect ratio: bilinear, without antialiasing.
 
     torchvision's `Resize` rounds sizes down and antialiases; the published weights were trained
-    without either. With `shorts` = (low, high) the short side is drawn from them, both included.
+    without either. With `shorts` = (low, high) the short side is drawn from low to high, inclusive.
     """
 
     def __init__(self, shorts: tuple[int, int], long: int) -> None:
@@ -61,7 +65,7 @@ class FitWithin(v2.Transform):
 
 
 def build_transforms(config: DataConfig, *, training: bool) -> v2.Transform:
-    """Return what turns an image and its boxes into a sample, on `tv_tensors`."""
+    """Return the transforms from an image and its boxes (`tv_tensors`) to a sample."""
     shorts = (config.short_side, config.short_side)
     if training and config.multi_scale is not None:
         shorts = config.multi_scale
@@ -72,7 +76,7 @@ def build_transforms(config: DataConfig, *, training: bool) -> v2.Transform:
 
 
 def as_sample(pixels: Tensor, boxes: Tensor) -> tuple[tv_tensors.Image, tv_tensors.BoundingBoxes]:
-    """Return `pixels` (3, H, W) and `xyxy` `boxes` (G, 4) as types that transforms recognise."""
+    """Return `pixels` (3, H, W) and `xyxy` `boxes` (G, 4) as the types that transforms expect."""
     height, width = pixels.shape[-2:]
     wrapped = tv_tensors.BoundingBoxes(
         boxes.reshape(-1, 4), format="XYXY", canvas_size=(height, width)
@@ -80,13 +84,17 @@ def as_sample(pixels: Tensor, boxes: Tensor) -> tuple[tv_tensors.Image, tv_tenso
     return tv_tensors.Image(pixels), wrapped
 
 
-SIZE_MULTIPLE = 32
-"""Batches are padded right and bottom to a multiple of this many px."""
-
-
 @dataclass(frozen=True)
 class Sample:
-    """One image, ready to be batched; boxes `xyxy` in px of `pixels`."""
+    """One transformed image.
+
+    Attributes:
+        pixels: RGB in 0..255, (3, H, W), uint8.
+        boxes: `xyxy` in px of `pixels`, (G, 4).
+        labels: Classes, (G,), int64.
+        image: Index of the image in its split.
+        original_size: (height, width) in px before any transform.
+    """
 
     pixels: Tensor
     boxes: Tensor
@@ -103,7 +111,7 @@ class Batch:
         pixels: RGB in 0..255, (B, 3, H, W), uint8, padded with 0; channels last in memory.
         targets: Ground truths in px of `pixels`.
         images: Index of every image in its split, (B,).
-        original_sizes: (height, width) in px before any transform, (B, 2).
+        original_sizes: (height, width) of every image in px before any transform, (B, 2).
     """
 
     pixels: Tensor
@@ -112,7 +120,7 @@ class Batch:
     original_sizes: Tensor
 
     def to(self, device: torch.device) -> "Batch":
-        """Return the batch on `device`, copied without waiting where memory is pinned."""
+        """Return the batch on `device`; the copy does not block where memory is pinned."""
         return _map_tensors(self, lambda tensor: tensor.to(device, non_blocking=True))
 
     def pin_memory(self) -> "Batch":
@@ -121,7 +129,7 @@ class Batch:
 
 
 class DetectionDataset(Dataset[Sample]):
-    """The samples of a split."""
+    """The samples of a split, by (draw, image) as samplers give it."""
 
     def __init__(self, split: Split, config: Config, *, training: bool) -> None:
         self.split = split
@@ -146,25 +154,32 @@ class DetectionDataset(Dataset[Sample]):
     def _read(self, record: ImageRecord) -> Tensor:
         path, cache = record.path, self._cache
         pixels = read_cached(path, cache) if cache else read_image(path)
-        found = tuple(pixels.shape[-2:])
-        if found == record.size:
+        size = tuple(pixels.shape[-2:])
+        if size == record.size:
             return pixels
         height, width = record.size
-        wrong = (
+        problem = (
             f"{path}: is {pixels.shape[-1]} x {pixels.shape[-2]} px, but its annotations say "
             f"{width} x {height}"
         )
-        if found == (width, height) and is_on_its_side(path):
-            wrong += ", as before the turn of its EXIF orientation; remove the orientation or"
-        else:
-            wrong += ";"
-        raise DataError(f"{wrong} correct {self.split.annotations}")
+        advice = f"correct {self.split.annotations}"
+        if size == (width, height) and is_on_its_side(path):
+            problem += ", as before the rotation by its EXIF orientation"
+            advice = f"remove the orientation or {advice}"
+        raise DataError(f"{problem}; {advice}")
 
 
 def build_loader(
     dataset: DetectionDataset, batches: Sampler[list[Key]], workers: int, *, pin: bool
 ) -> DataLoader[Batch]:
-    """Return a loader of `batches`; `workers` processes load ahead, `pin` page-locks for a GPU."""
+    """Return a loader of `batches`.
+
+    Args:
+        dataset: The samples.
+        batches: Yields the keys of each batch.
+        workers: Number of processes that load ahead; 0 loads in this process.
+        pin: Whether batches lie in page-locked memory, from which copies to a GPU do not block.
+    """
     return DataLoader(
         dataset,  # type: ignore[arg-type]
         batch_sampler=batches,
@@ -205,9 +220,9 @@ def _map_tensors(batch: Batch, convert: Callable[[Tensor], Tensor]) -> Batch:
 
 @contextmanager
 def _seeded(*numbers: int) -> Iterator[None]:
-    """Seed torch's CPU generator, which the transforms draw from, and put it back afterwards."""
+    """Seed torch's CPU generator, from which transforms draw, and restore it afterwards."""
     state = torch.get_rng_state()
-    torch.default_generator.manual_seed(_mix(*numbers))
+    torch.default_generator.manual_seed(mix_seeds(*numbers))
     try:
         yield
     finally:

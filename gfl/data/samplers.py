@@ -1,4 +1,4 @@
-"""Which images an epoch shows, how often, and in which company."""
+"""Samplers: which images a batch holds, for any number of workers and from any step on."""
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -14,7 +14,7 @@ from gfl.data.split import ImageRecord
 from gfl.errors import DataError
 
 Key = tuple[int, int]
-"""(draw, image): what a sample of training is drawn by; an epoch draws an image at least once."""
+"""(draw, image): key of a sample. An epoch of training draws an image once or several times."""
 
 
 class TrainBatches(Sampler[list[Key]]):
@@ -73,7 +73,7 @@ class TrainBatches(Sampler[list[Key]]):
 
     def _order(self, epoch: int) -> list[int]:
         if getattr(self, "_epoch", None) != epoch:
-            generator = torch.Generator().manual_seed(_mix(self._seed, epoch))
+            generator = torch.Generator().manual_seed(mix_seeds(self._seed, epoch))
             order = torch.randperm(len(self._shown), generator=generator).tolist()
             order = batches_of_one_group(order, self._tall, self.batch)
             missing = self.steps_per_epoch * self.batch - len(order)
@@ -85,8 +85,8 @@ class TrainBatches(Sampler[list[Key]]):
 class EvaluationBatches(Sampler[list[Key]]):
     """Every `world`-th batch of a split, in order.
 
-    No image comes twice and none is left out, whatever the remainder. The batches themselves do not
-    depend on `world`, hence neither do the detections.
+    No image comes twice and none is left out, even where `world` does not divide their number. The
+    batches do not depend on `world`, so detections do not either.
     """
 
     def __init__(self, images: int, batch: int, rank: int, world: int) -> None:
@@ -102,17 +102,17 @@ class EvaluationBatches(Sampler[list[Key]]):
         return iter(self._batches)
 
 
-def _mix(*numbers: int) -> int:
-    """Return one seed that depends on every one of `numbers`."""
+def mix_seeds(*numbers: int) -> int:
+    """Return one seed that depends on all `numbers`."""
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0])
 
 
 def repeats_per_epoch(records: Sequence[ImageRecord], config: DataConfig) -> list[int]:
     """Return how often an epoch shows every image.
 
-    `data.repeat` times; with `data.oversample` = t, an image with rare classes more often: by
-    `max(1, sqrt(t / f))` of its rarest class, which a share f of all images has (Gupta et al., CVPR
-    2019, section 3.2), rounded up as MMDetection does.
+    It is `data.repeat`, times a factor for images with rare classes where `data.oversample` = t is
+    set: `max(1, sqrt(t / f))` of the image's rarest class, which a share f of all images has (Gupta
+    et al., CVPR 2019, section 3.2), rounded up as MMDetection does.
     """
     if config.oversample is None:
         return [config.repeat] * len(records)
@@ -129,15 +129,15 @@ def repeats_per_epoch(records: Sequence[ImageRecord], config: DataConfig) -> lis
 
 
 def batches_of_one_group(order: Sequence[int], group: Sequence[bool], batch: int) -> list[int]:
-    """Return `order` rearranged into batches whose members are of one group.
+    """Return `order` rearranged into batches whose members belong to one group.
 
-    A batch comes when it is full, so the order stays random; what is left of the groups comes last,
-    together.
+    Batches follow each other as they become full, so the order stays random. The remainders of both
+    groups come last, together.
 
     Args:
         order: Indices.
-        group: Of every index.
-        batch: Indices a batch.
+        group: Group of every index.
+        batch: Number of indices in a batch.
     """
     arranged: list[int] = []
     waiting: dict[bool, list[int]] = {False: [], True: []}
@@ -151,10 +151,10 @@ def batches_of_one_group(order: Sequence[int], group: Sequence[bool], batch: int
 
 
 def share_of_batch(config: Config, world: int) -> int:
-    """Return how many images of a global batch each of `world` workers takes.
+    """Return the number of images of a global batch that each of `world` workers takes.
 
     Raises:
-        DataError: it cannot be shared equally.
+        DataError: The workers cannot take equal numbers.
     """
     batch = config.data.batch
     if batch % world:

@@ -5,9 +5,9 @@
 Later shapes are painted over earlier ones. Boxes and areas are those of the *visible* pixels: an
 edge hidden behind another shape is nowhere in the image, so no detector could learn to place it.
 Everything painted is annotated: a shape that would hide too much of an earlier one is moved or
-left out. A shape may hang over the border by a tenth of its box. Backgrounds are muted, shapes are
-saturated. Each category has its own range of hues: a few hundred training steps are to suffice, so
-that AP here says more of boxes than of telling forms apart.
+left out. A shape may extend beyond the border by a tenth of its box. Backgrounds are muted, shapes
+are saturated. Each category has its own range of hues, so that a few hundred training steps suffice
+and AP measures the boxes rather than the recognition of forms.
 
 Shapes: H = W = `size` pixels.
 """
@@ -29,106 +29,116 @@ from gfl.config.schema import Config
 
 
 def render_shapes(config: Config) -> None:
-    """Render the synthetic set that `data.shapes` asks for, if any, unless it is there already."""
-    wanted = config.data.shapes
-    if wanted is not None:
-        folder = Path(wanted.folder)
+    """Render the synthetic set that `data.shapes` describes, unless it exists already."""
+    shapes = config.data.shapes
+    if shapes is not None:
+        folder = Path(shapes.folder)
         # Held-out images come from another seed.
-        render(folder / "train", count=wanted.train, size=wanted.size, seed=2 * wanted.seed)
-        render(folder / "val", count=wanted.val, size=wanted.size, seed=2 * wanted.seed + 1)
+        render(folder / "train", count=shapes.train, size=shapes.size, seed=2 * shapes.seed)
+        render(folder / "val", count=shapes.val, size=shapes.size, seed=2 * shapes.seed + 1)
 
 
 RENDERER_VERSION = 1
-"""To be raised whenever the same parameters would give other pixels or annotations."""
+"""Version of `render`: raise it whenever its pixels or annotations change."""
 
 CATEGORIES = ("rectangle", "ellipse", "triangle")
 """Category names; the COCO id is the position plus one."""
 
 MIN_IMAGE_SIZE = 32
+"""Smallest side of a rendered image in px."""
 
 MIN_SIDE_PX = 8.0
-"""Least longer side of a shape's box, before occlusion."""
+"""Smallest longer side of a shape's box in px, before occlusion."""
 
 MAX_SIDE_SHARE = 0.85
-"""Greatest longer side of a shape's box, as a share of the image's side."""
+"""Largest longer side of a shape's box, as a share of the image's side."""
 
 MIN_VISIBLE = 0.7
-"""Least share of a shape's area that stays visible: with less, its class is a guess."""
+"""Smallest visible share of a shape's area: with less, its class would be a guess."""
 
 HUE_SPREAD = 0.3
-"""How far a shape's hue strays from its category's, in units of the distance between categories."""
+"""Largest deviation of a shape's hue from its category's, in distances between categories."""
 
 _MAX_SHAPES = 8
+"""Largest number of shapes in an image."""
 
 _EMPTY_SHARE = 0.04
+"""Share of images without any shape."""
 
 _MEAN_SHARE = 0.25
+"""Mean number of shapes beyond the first, as a share of the largest number beyond the first."""
 
 _ANY_SIZE_SHARE = 0.1
+"""Share of shapes whose sizes are spread evenly on a logarithmic scale; the others are larger."""
 
 _PLACEMENTS = 4
+"""Attempts to place a shape before it is left out."""
 
 _NOISE_STD = 4.0
+"""Standard deviation of the pixels' noise, in 0..255."""
 
 _JPEG_QUALITY = 92
 
 _AREAS = {"rectangle": 4.0, "ellipse": math.pi, "triangle": 2.0}
+"""Area of each shape whose box has sides of 2."""
 
 _logger = logging.getLogger(__name__)
 
 
 def render(folder: Path, *, count: int, size: int, seed: int) -> Path:
-    """Render a set into `folder`, unless it is there already, and return `folder`.
+    """Render a set into `folder`, unless it exists already, and return `folder`.
 
     Writes `images/000000.jpg` ... and `annotations.json`. An image depends on (seed, index, size)
-    only, not on `count`. Processes may call it at once: the set appears complete, or not at all.
+    only, not on `count`. Several processes may render the same set at the same time: it appears
+    complete or not at all.
 
     Args:
-        folder: Where the set goes; absent, empty, or holding the same set.
+        folder: Folder of the set: absent, empty, or holding the same set.
         count: Number of images, at least 1.
         size: Side of the square images in px, at least `MIN_IMAGE_SIZE`.
         seed: Non-negative; give training and validation sets different ones.
 
     Raises:
-        ValueError: If a parameter is out of range, or `folder` holds anything else than this set.
+        ValueError: A parameter is out of range, or `folder` holds anything else than this set.
     """
     if count < 1 or size < MIN_IMAGE_SIZE or seed < 0:
         raise ValueError(
             f"cannot render shapes with count={count}, size={size}, seed={seed}: "
             f"use count >= 1, size >= {MIN_IMAGE_SIZE} and seed >= 0"
         )
-    wanted = {"count": count, "size": size, "seed": seed, "renderer_version": RENDERER_VERSION}
+    parameters = {"count": count, "size": size, "seed": seed, "renderer_version": RENDERER_VERSION}
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        _verify(folder, wanted)
+        _verify(folder, parameters)
         return folder
     _logger.info("rendering %d images of %d px into %s", count, size, folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as scratch:
         # One level down, because a temporary directory itself is closed to other users.
         ours = Path(scratch) / folder.name
-        _write_set(ours, wanted)
+        _write_set(ours, parameters)
         try:
             ours.rename(folder)
         except OSError as error:
             if error.errno not in {errno.EEXIST, errno.ENOTEMPTY}:
                 raise
-            _verify(folder, wanted)  # Another process was faster.
+            _verify(folder, parameters)  # another process was faster
     return folder
 
 
-def _verify(folder: Path, wanted: dict[str, int]) -> None:
+def _verify(folder: Path, parameters: dict[str, int]) -> None:
+    """Check that `folder` holds the set with these parameters."""
     try:
         info = json.loads((folder / "annotations.json").read_text(encoding="utf-8"))["info"]
-        found = {key: info[key] for key in wanted}
+        present = {key: info[key] for key in parameters}
     except (FileNotFoundError, NotADirectoryError, ValueError, LookupError, TypeError):
-        there = "something that is no set of shapes"
+        content = "something that is no set of shapes"
     else:
-        if found == wanted:
+        if present == parameters:
             return
-        there = f"shapes with {_as_text(found)}"
+        content = f"shapes with {_as_text(present)}"
     raise ValueError(
-        f"{folder} holds {there}, but shapes with {_as_text(wanted)} were asked for: "
-        "choose another folder, delete this one, or ask for what it holds"
+        f"{folder} holds {content}, but expected shapes with {_as_text(parameters)}: "
+        "choose another folder, delete this one, or configure the shapes that it holds"
     )
 
 
@@ -144,7 +154,7 @@ def _write_set(folder: Path, parameters: dict[str, int]) -> None:
     for index in range(parameters["count"]):
         name = f"{index:06d}.jpg"
         pixels, objects = _draw(np.random.default_rng([parameters["seed"], index]), size)
-        # Without chroma subsampling: colour is what tells a shape's edge, to the pixel.
+        # No chroma subsampling: a shape's edge is where the colour changes, to the pixel.
         Image.fromarray(pixels).save(folder / "images" / name, quality=_JPEG_QUALITY, subsampling=0)
         images.append({"id": index + 1, "file_name": name, "width": size, "height": size})
         for annotation in objects:
@@ -207,7 +217,7 @@ def _background(rng: np.random.Generator, size: int) -> NDArray[np.float64]:
 
 @dataclass(frozen=True)
 class _Shape:
-    """An upright shape: its centre and half its box, (x, y) in px each."""
+    """An upright shape: its centre and half the sides of its box, (x, y) in px each."""
 
     name: str
     centre: tuple[float, float]
@@ -233,10 +243,10 @@ def _arrange(rng: np.random.Generator, size: int) -> tuple[list[_Shape], NDArray
     """Return an image's shapes and the index of the one visible in each pixel (H, W), or -1."""
     shapes: list[_Shape] = []
     owner = np.full((size, size), -1)
-    # Few crowded images, and an image now and then with nothing in it.
-    wanted = 0 if rng.random() < _EMPTY_SHARE else 1 + rng.binomial(_MAX_SHAPES - 1, _MEAN_SHARE)
-    for _ in range(wanted):
-        # On a logarithmic scale: mostly large, and some of every size.
+    # Few images are crowded, and some are empty.
+    count = 0 if rng.random() < _EMPTY_SHARE else 1 + rng.binomial(_MAX_SHAPES - 1, _MEAN_SHARE)
+    for _ in range(count):
+        # Most shapes are large on a logarithmic scale, and some have any size.
         exponent = rng.random() ** (1 if rng.random() < _ANY_SIZE_SHARE else 1 / 4)
         side = MIN_SIDE_PX * (MAX_SIDE_SHARE * size / MIN_SIDE_PX) ** exponent
         for _ in range(_PLACEMENTS):
@@ -246,7 +256,7 @@ def _arrange(rng: np.random.Generator, size: int) -> tuple[list[_Shape], NDArray
             painted = np.where(mask, len(shapes), owner)
             visible = np.bincount(painted.ravel() + 1, minlength=len(shapes) + 2)[1:]
             areas = [other.area for other in (*shapes, shape)]
-            # Two of a category have like colours: no edge would show between them.
+            # Two shapes of a category have similar colours: no edge would show between them.
             if shape.name not in covered and np.all(visible >= MIN_VISIBLE * np.array(areas)):
                 shapes.append(shape)
                 owner = painted

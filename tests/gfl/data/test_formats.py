@@ -155,7 +155,7 @@ def test_a_size_from_before_the_exif_turn_is_explained(tiny, tmp_path, form):
     dataset = DetectionDataset(read(section, form), tiny, training=False)
     with pytest.raises(
         DataError,
-        match=r"is 48 x 64 px, but its annotations say 64 x 48, as before the turn of its EXIF "
+        match=r"is 48 x 64 px, but its annotations say 64 x 48, as before the rotation by its EXIF "
         r"orientation; remove the orientation or correct .*annotations",
     ):
         dataset[0, 0]

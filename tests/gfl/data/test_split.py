@@ -95,7 +95,11 @@ def test_an_image_of_crowds_alone_is_trained_on_as_background(coco):
             1,
             r"bbox: got \[1, 2, 3\]; expected \[x, y, width",
         ),
-        ({"annotations": [box(0, 0, 9, 9, bbox=None)]}, 1, r"annotation 1: bbox: got None; expected"),
+        (
+            {"annotations": [box(0, 0, 9, 9, bbox=None)]},
+            1,
+            r"annotation 1: bbox: got None; expected",
+        ),
     ],
 )
 def test_a_mistake_is_named(coco, arguments, classes, message):
