@@ -1,7 +1,8 @@
-"""Better, or luckier? The difference between two detectors' AP, by a paired bootstrap over images.
+"""The difference between two detectors' AP and its interval, by a paired bootstrap over images.
 
-Images are drawn with replacement, the same for both (Efron, 1979). hotcoco's `compare` counts an
-image that was drawn twice only once, which makes its intervals a fifth too narrow.
+The same images are drawn with replacement for both detectors (Efron, 1979). hotcoco's `compare`
+counts an image that was drawn twice only once, which makes its intervals a fifth too narrow.
+
 Shapes: D detections, T IoU thresholds, I images, S draws.
 """
 
@@ -19,18 +20,21 @@ from gfl.evaluation.coco_eval import Floats, match_split
 from gfl.structures import Rows
 
 RECALLS = np.linspace(0, 1, 101)
+"""Recalls at which COCO reads the precision."""
+
 DRAWS_AT_ONCE = 50
+"""Draws that are computed together."""
 
 
 @dataclass(frozen=True)
 class Gain:
-    """AP of a detector less another's on the same images, in 0 to 1.
+    """The difference between the AP (0 to 1) of two detectors on the same images.
 
     Attributes:
-        ap: The difference.
-        low: Lower end of its interval.
-        high: Upper end.
-        by_class: The difference for each class that has objects, by name.
+        ap: Difference of the AP.
+        low: Lower end of the difference's interval.
+        high: Upper end of the difference's interval.
+        by_class: Difference of the AP of each class that has objects, by name.
     """
 
     ap: float
@@ -40,13 +44,13 @@ class Gain:
 
     @property
     def is_noise(self) -> bool:
-        """Whether the interval holds zero."""
+        """Whether the interval includes zero."""
         return self.low <= 0 <= self.high
 
 
 @dataclass(frozen=True)
 class _Class:
-    """All detections of one class, best first, and how many objects each image has."""
+    """All detections of one class, best first, and the number of objects in each image."""
 
     images: npt.NDArray[np.intp]  # (D,)
     hits: npt.NDArray[np.bool_]  # (T, D)
@@ -64,49 +68,56 @@ def measure_gain(
     confidence: float = 0.95,
     seed: int = 0,
 ) -> Gain:
-    """Return by how much the AP of detections `rows` exceeds that of `baseline`, and how surely.
+    """Return the difference of the AP of two detectors, with its interval.
 
     Args:
-        split: The images of both, and their ground truths.
-        rows: Detections, (N, 7), as `gfl.structures.Rows` says.
-        baseline: Those of the other detector.
-        config: Its section `evaluation` counts.
-        draws: How often images are drawn.
-        confidence: Of the interval, the percentiles of the differences drawn.
-        seed: Of the draws.
+        split: The images of both detectors, and their ground truths.
+        rows: Detections of the one detector, (N, 7), as `gfl.structures.Rows` describes.
+        baseline: Detections of the other detector, whose AP is subtracted.
+        config: The configuration, whose section `evaluation` counts.
+        draws: Number of draws.
+        confidence: Confidence of the interval, which lies between percentiles of the draws.
+        seed: Seed of the draws.
     """
     order = {record.image_id: place for place, record in enumerate(split.records)}
-    both = [_by_class(match_split(split, found, config), order) for found in (rows, baseline)]
-    once = [_ap_by_class(each, np.ones((1, len(order)))) for each in both]
+    both = [
+        _by_class(match_split(split, detections, config), order) for detections in (rows, baseline)
+    ]
+    measured = [_ap_by_class(classes, np.ones((1, len(order)))) for classes in both]
     names = dict(zip(split.category_ids, split.classes, strict=True))
     by_class = {
-        names[category]: float(once[0][category][0] - once[1][category][0])
-        for category in sorted(once[0])
-        if np.isfinite(once[0][category][0])
+        names[category]: float(measured[0][category][0] - measured[1][category][0])
+        for category in sorted(measured[0])
+        if np.isfinite(measured[0][category][0])
     }
     generator = np.random.default_rng(seed)
     differences: list[Floats] = []
     for start in range(0, draws, DRAWS_AT_ONCE):
         count = min(DRAWS_AT_ONCE, draws - start)
         weights = generator.multinomial(len(order), np.full(len(order), 1 / len(order)), count)
-        drawn = [_mean_ap(_ap_by_class(each, weights.astype(float))) for each in both]
+        drawn = [_mean_ap(_ap_by_class(classes, weights.astype(float))) for classes in both]
         differences.append(drawn[0] - drawn[1])
     tail = 50 * (1 - confidence)
     low, high = np.nanpercentile(np.concatenate(differences), [tail, 100 - tail])
-    ap = float((_mean_ap(once[0]) - _mean_ap(once[1]))[0])
+    ap = float((_mean_ap(measured[0]) - _mean_ap(measured[1]))[0])
     return Gain(ap, float(low), float(high), by_class)
 
 
 def _by_class(
     matches: Iterable[Mapping[str, Any] | None], order: Mapping[int, int]
 ) -> dict[int, _Class]:
-    """Gather what COCO's evaluator says of each image and class, over all sizes of objects."""
-    found: dict[int, list[Mapping[str, Any]]] = defaultdict(list)
+    """Return the matches of all images by class, for objects of all sizes.
+
+    Args:
+        matches: Results of COCO's evaluator for each image, class and range of sizes.
+        order: Index of each image by its id.
+    """
+    by_category: dict[int, list[Mapping[str, Any]]] = defaultdict(list)
     for match in matches:
         if match is not None and match["aRng"][1] >= 1e10 and match["aRng"][0] == 0:
-            found[match["category_id"]].append(match)
+            by_category[match["category_id"]].append(match)
     classes = {}
-    for category, parts in found.items():
+    for category, parts in by_category.items():
         parts.sort(key=lambda part: order[part["image_id"]])
         scores = np.concatenate([part["dtScores"] for part in parts])
         best_first = np.argsort(-scores, kind="stable")
@@ -128,30 +139,33 @@ def _by_class(
 
 
 def _ap_by_class(classes: Mapping[int, _Class], weights: Floats) -> dict[int, Floats]:
-    """Return every class's AP, (S,), with images weighted by `weights`, (S, I); NaN: no objects."""
-    return {category: _class_ap(each, weights) for category, each in classes.items()}
+    """Return every class's AP, (S,), with images weighted by `weights` (S, I).
+
+    A class without objects has NaN.
+    """
+    return {category: _class_ap(matches, weights) for category, matches in classes.items()}
 
 
-def _class_ap(found: _Class, weights: Floats) -> Floats:
-    """Return the AP over 101 recalls and all thresholds, as pycocotools interpolates it."""
-    objects = weights @ found.objects  # (S,)
+def _class_ap(matches: _Class, weights: Floats) -> Floats:
+    """Return the AP (S,) over 101 recalls and all thresholds, interpolated as in pycocotools."""
+    objects = weights @ matches.objects  # (S,)
     total = np.zeros(len(weights))
-    of_detections = weights[:, found.images]  # (S, D)
-    for hits, counted in zip(found.hits, found.counted, strict=True):
+    detection_weights = weights[:, matches.images]  # (S, D)
+    for hits, counted in zip(matches.hits, matches.counted, strict=True):
         places = np.flatnonzero(hits)
-        true = np.cumsum(of_detections[:, places], axis=1)  # (S, hits)
-        said = np.cumsum(of_detections * counted, axis=1)[:, places]
-        precision = true / (said + np.spacing(1))
+        true = np.cumsum(detection_weights[:, places], axis=1)  # (S, hits)
+        detected = np.cumsum(detection_weights * counted, axis=1)[:, places]
+        precision = true / (detected + np.spacing(1))
         envelope = np.maximum.accumulate(precision[:, ::-1], axis=1)[:, ::-1]
         with np.errstate(invalid="ignore", divide="ignore"):
             recall = true / objects[:, None]
         reached = np.searchsorted(RECALLS, recall, side="right")
         total += (envelope * np.diff(reached, axis=1, prepend=0)).sum(axis=1)
-    return np.where(objects > 0, total / (len(found.hits) * len(RECALLS)), np.nan)
+    return np.where(objects > 0, total / (len(matches.hits) * len(RECALLS)), np.nan)
 
 
 def _mean_ap(by_class: Mapping[int, Floats]) -> Floats:
-    """Return the mean over the classes that have objects, (S,)."""
+    """Return the mean AP (S,) over the classes that have objects."""
     together = np.stack(list(by_class.values()))
     present = np.isfinite(together)
     return np.where(present, together, 0).sum(axis=0) / np.maximum(present.sum(axis=0), 1)

@@ -1,6 +1,6 @@
 """COCO average precision of detections.
 
-hotcoco measures; pycocotools, many times slower, is the referee that must find the same.
+hotcoco measures. pycocotools, many times slower, is the reference for tests.
 Shapes: N detections, T IoU thresholds, R recall thresholds, K classes, A area ranges, M limits on
 the detections of an image.
 """
@@ -25,18 +25,17 @@ Floats = npt.NDArray[np.float64]
 
 IOU_THRESHOLDS = tuple(f"{percent / 100:.2f}" for percent in range(50, 100, 5))
 
-
 NO_GROUND_TRUTH = -1.0
-"""COCO's value of a statistic over no ground truth: APl of images without a large object, say."""
+"""COCO's value of a statistic without ground truth, such as APl without a large object."""
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What was measured; `NO_GROUND_TRUTH` where there is none.
+    """COCO's statistics, `NO_GROUND_TRUTH` where there is none.
 
     Attributes:
-        metrics: COCO's statistics in its order: AP, AP50, AP75, APs, APm, APl, AR1, AR10, AR100
-            (one for each limit on the detections of an image), ARs, ARm, ARl.
+        metrics: Statistics in COCO's order: AP, AP50, AP75, APs, APm, APl, AR1, AR10, AR100 (one
+            for each limit on the detections of an image), ARs, ARm, ARl.
         ap_by_iou: AP at each IoU threshold, "0.50" to "0.95".
         ap_by_class: AP of each class, by name.
     """
@@ -66,13 +65,13 @@ def evaluate_detections(
     """Measure detections on some images of a COCO dataset.
 
     Args:
-        truth: The dataset: its JSON file, or what is in it.
-        rows: The detections, (N, 7), as `gfl.structures.Rows` says. Between equal scores, of images
-            that of the smaller id goes first, within an image the earlier row.
-        image_ids: The images that count.
-        max_detections: Of an image and class, the best so many count for the AR of this name, and
-            for all else as many as the largest says.
-        official: Measure with pycocotools.
+        truth: The dataset: its JSON file, or the content of one.
+        rows: The detections, (N, 7), as `gfl.structures.Rows` describes. Equal scores are ordered
+            by image id, and within an image by row.
+        image_ids: Ids of the images to measure.
+        max_detections: Limits on the detections of an image and class. Each limit has an AR of its
+            own; all other statistics use the largest limit.
+        official: Whether to measure with pycocotools instead of hotcoco.
     """
     content = _ground_truth(truth)
     names = {category["id"]: category["name"] for category in content["categories"]}
@@ -86,7 +85,7 @@ def evaluate_detections(
 
 
 def match_split(split: Split, rows: Rows, config: Config) -> list[dict[str, Any] | None]:
-    """Return which detections hit which objects of `split`: COCO's `evalImgs`."""
+    """Return the matches of detections and objects of `split`: COCO's `evalImgs`."""
     evaluator = _hotcoco(_ground_truth(split.truth), rows)
     ids = [record.image_id for record in split.records]
     _match(evaluator, ids, sorted(config.evaluation.max_detections))
@@ -95,15 +94,15 @@ def match_split(split: Split, rows: Rows, config: Config) -> list[dict[str, Any]
 
 
 def score_images(split: Split, rows: Rows, config: Config, min_score: float = 0.3) -> Floats:
-    """Return the F1 score of every image of `split`, (I,), of detections with `min_score` or more.
+    """Return the F1 score of every image of `split`, (I,), for detections from `min_score` on.
 
-    A detection is right at an IoU of 0.5. An image without objects and detections has 1.
+    A detection is correct at an IoU of 0.5. An image without objects and detections has 1.
     """
     evaluator = _hotcoco(_ground_truth(split.truth), rows[rows[:, 5] >= min_score])
     ids = [record.image_id for record in split.records]
     _match(evaluator, ids, sorted(config.evaluation.max_detections))
-    found = evaluator.image_diagnostics(iou_thr=0.5)["img_summary"]
-    return np.array([found[image]["f1"] if image in found else 1.0 for image in ids])
+    summaries = evaluator.image_diagnostics(iou_thr=0.5)["img_summary"]
+    return np.array([summaries[image]["f1"] if image in summaries else 1.0 for image in ids])
 
 
 def _match(evaluator: Any, image_ids: Sequence[int], limits: Sequence[int]) -> None:
@@ -113,10 +112,10 @@ def _match(evaluator: Any, image_ids: Sequence[int], limits: Sequence[int]) -> N
 
 
 def _ground_truth(truth: Path | Mapping[str, Any]) -> dict[str, Any]:
-    """Return what counts of a COCO dataset, in the form that both evaluators understand alike.
+    """Return the part of a COCO dataset that counts, in a form that both evaluators accept.
 
-    pycocotools needs areas and takes a match with the id 0 for none; hotcoco refuses segmentations
-    and image sizes that are not as it expects them.
+    pycocotools needs areas and mistakes a match with the id 0 for none; hotcoco refuses
+    segmentations and image sizes of unexpected forms.
     """
     content = json.loads(truth.read_bytes()) if isinstance(truth, Path) else truth
     annotations = []
@@ -133,43 +132,43 @@ def _ground_truth(truth: Path | Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _hotcoco(truth: dict[str, Any], rows: Rows) -> Any:
-    known = hotcoco.COCO(truth)
-    return hotcoco.COCOeval(known, known.load_res(rows), "bbox")
+    dataset = hotcoco.COCO(truth)
+    return hotcoco.COCOeval(dataset, dataset.load_res(rows), "bbox")
 
 
 def _pycocotools(truth: dict[str, Any], rows: Rows) -> Any:
     from pycocotools.coco import COCO
     from pycocotools.cocoeval import COCOeval
 
-    known, found = COCO(), COCO()
-    known.dataset = truth
+    dataset, results = COCO(), COCO()
+    dataset.dataset = truth
     # pycocotools' own `loadRes` fails without any detection.
-    found.dataset = truth | {
+    results.dataset = truth | {
         "annotations": [
             record | {"id": number, "area": record["bbox"][2] * record["bbox"][3], "iscrowd": 0}
             for number, record in enumerate(coco_records(rows), start=1)
         ]
     }
-    known.createIndex()
-    found.createIndex()
-    return COCOeval(known, found, "bbox")
+    dataset.createIndex()
+    results.createIndex()
+    return COCOeval(dataset, results, "bbox")
 
 
 def _summarize(
     precision: Floats, recall: Floats, classes: Sequence[str], limits: Sequence[int]
 ) -> Evaluation:
-    """Average as COCO does.
+    """Return COCO's averages of precision and recall.
 
     Args:
-        precision: (T, R, K, A, M); -1 where there is no ground truth.
-        recall: (T, K, A, M); likewise.
-        classes: Their names.
+        precision: Precision, (T, R, K, A, M); -1 where there is no ground truth.
+        recall: Recall, (T, K, A, M); -1 where there is no ground truth.
+        classes: Names of the K classes.
         limits: The M limits, the largest last.
     """
     ap, ar = precision[..., -1], recall[..., -1]
     everything = ap[..., 0]  # (T, R, K)
     ap_by_iou = dict(zip(IOU_THRESHOLDS, map(_mean, everything), strict=True))
-    areas = tuple(enumerate("sml", start=1))  # after the range of all sizes
+    areas = tuple(enumerate("sml", start=1))  # area 0 is the range of all sizes
     metrics = {
         "AP": _mean(everything), "AP50": ap_by_iou["0.50"], "AP75": ap_by_iou["0.75"],
         **{f"AP{size}": _mean(ap[..., area]) for area, size in areas},
@@ -186,5 +185,5 @@ def _mean(values: Floats) -> float:
 
 
 def format_statistic(value: float, spec: str = ".4f") -> str:
-    """Return an AP or AR for a reader: formatted as `spec` says, a dash without ground truth."""
+    """Return an AP or AR as text in the format `spec`; a dash without ground truth."""
     return "-" if value == NO_GROUND_TRUTH else format(value, spec)

@@ -1,4 +1,4 @@
-"""Evaluation of a detector: the detections of all workers, gathered, measured once."""
+"""Evaluation of a detector: all workers detect, and rank 0 measures the gathered detections."""
 
 from collections.abc import Callable
 
@@ -19,18 +19,18 @@ def evaluate(
     split: Split,
     loader: DataLoader[Batch],
     device: torch.device,
-    tell: Callable[[int], None] | None = None,
+    progress: Callable[[int], None] | None = None,
 ) -> dict[str, float]:
     """Return the COCO statistics over `split`, the same on every worker.
 
     Args:
-        detector: Its mode is left as it was.
+        detector: The detector, whose mode does not change.
         split: The images and their ground truths.
-        loader: This worker's share of them (`EvaluationBatches`).
-        device: Where the detector is.
-        tell: Is told after every batch how many images this worker has done.
+        loader: Loads this worker's images (`EvaluationBatches`).
+        device: Device of the detector.
+        progress: Called after every batch with the number of images that this worker has done.
     """
-    rows = gather(detect(detector, split, loader, device, tell))
+    rows = gather(detect(detector, split, loader, device, progress))
     metrics = [{} if rows is None else evaluate_split(split, rows, detector.config).metrics]
     if dist.is_initialized():
         dist.broadcast_object_list(metrics, src=0)
@@ -42,9 +42,9 @@ def detect(
     split: Split,
     loader: DataLoader[Batch],
     device: torch.device,
-    tell: Callable[[int], None] | None = None,
+    progress: Callable[[int], None] | None = None,
 ) -> Rows:
-    """Return the detections of this worker's share of `split`, as `coco_rows` has them."""
+    """Return the detections in this worker's images of `split`, (N, 7) as in `coco_rows`."""
     detector = folded(detector)
     parts = [np.empty((0, 7))]
     done = 0
@@ -55,16 +55,17 @@ def detect(
         predictions = detector.predict(
             detector.normalize(moved.pixels, sizes), sizes, moved.original_sizes
         )
-        for image, found in zip(images, predictions, strict=True):
-            parts.append(coco_rows(found, split.records[image].image_id, split.category_ids))
+        for image, detections in zip(images, predictions, strict=True):
+            image_id = split.records[image].image_id
+            parts.append(coco_rows(detections, image_id, split.category_ids))
         done += len(images)
-        if tell is not None:
-            tell(done)
+        if progress is not None:
+            progress(done)
     return np.concatenate(parts)
 
 
 def gather(rows: Rows) -> Rows | None:
-    """Return the detections of all workers on rank 0, in the order of image ids, None elsewhere."""
+    """Return the detections of all workers in the order of image ids on rank 0, None elsewhere."""
     parts: list[Rows] | None = [rows]
     if dist.is_initialized():
         parts = [rows] * dist.get_world_size() if dist.get_rank() == 0 else None
@@ -72,6 +73,6 @@ def gather(rows: Rows) -> Rows | None:
     if parts is None:
         return None
     together = np.concatenate(parts)
-    # Which worker had which image must not show. Within an image the order stays: it decides
-    # between equal scores.
+    # The order must not depend on which worker had which image. The sort is stable, because the
+    # order within an image decides between equal scores.
     return together[np.argsort(together[:, 0], kind="stable")]

@@ -1,7 +1,7 @@
 """Frames per second and latency under a recorded protocol.
 
-As GFocal measured it: one image at a time, post-processing included, loading excluded, the device
-synchronised, after five warm-ups.
+The standard variant is GFocal's: one image at a time, post-processing included, loading excluded,
+the device synchronised, after five warm-up passes.
 """
 
 import gc
@@ -28,6 +28,73 @@ from gfl.evaluation.protocol import IMAGES, STATE, WARM_UP, YARDSTICK, Variant
 from gfl.model.detector import Detector, folded, place
 
 CLOCKS = ("clocks.sm", "pstate")
+"""nvidia-smi's names of a GPU's state that changes by itself."""
+
+
+class UnavailableError(ValueError):
+    """A variant that this device or installation cannot run; the message names it and why."""
+
+
+def measure_fps(
+    detector: Detector, split: Split, config: Config, device: torch.device, images: int = IMAGES
+) -> tuple[float, dict[str, Any]]:
+    """Return frames per second over the first `images` images of `split`, and the protocol."""
+    seconds, protocol = measure_latency(detector, split, config, device, Variant(), images)
+    return len(seconds) / sum(seconds), protocol
+
+
+def measure_latency(
+    detector: Detector,
+    split: Split,
+    config: Config,
+    device: torch.device,
+    variant: Variant,
+    images: int,
+    at_least_s: float = 0,
+) -> tuple[list[float], dict[str, Any]]:
+    """Return the seconds of every forward pass with its post-processing, and the protocol.
+
+    Args:
+        detector: The detector, on `device`; it does not change.
+        split: The set, whose first images are measured.
+        config: The configuration, for the scaling of images and the selection of detections.
+        device: Device of the detector.
+        variant: The way to run the detector.
+        images: Largest number of images; a last batch that is not full is left out.
+        at_least_s: Smallest measured time in seconds. The images are measured again until it or
+            the number `images` is reached.
+
+    Raises:
+        UnavailableError: The variant cannot run here.
+    """
+    dataset = DetectionDataset(split, config, training=False)
+    count = min(images, len(dataset)) // variant.batch * variant.batch
+    if count == 0:
+        raise UnavailableError(
+            f"{variant.name}: a batch of {variant.batch} needs as many images, got "
+            f"{min(images, len(dataset))}; use smaller batches or more images"
+        )
+
+    def batches() -> Iterator[Batch]:
+        for first in range(0, count, variant.batch):
+            samples = [dataset[0, image] for image in range(first, first + variant.batch)]
+            batch = collate(samples).to(device)
+            if not variant.channels_last:
+                batch = replace(batch, pixels=batch.pixels.contiguous())
+            yield batch
+
+    yardstick = _Yardstick(device)
+    with _prepared(detector, variant, device) as run:
+        _time(run, islice(batches(), WARM_UP), yardstick)
+        if variant.compiled:  # compiles for the image sizes that the warm-up did not contain
+            _time(run, batches(), yardstick)
+        yardstick.seconds.clear()
+        enough = images // variant.batch
+        seconds = repeated(lambda: _time(run, batches(), yardstick), enough, at_least_s)
+    protocol = record(split, config, device, variant, count)
+    if yardstick.seconds:
+        protocol[STATE][YARDSTICK] = 1000 * statistics.fmean(yardstick.seconds)
+    return seconds, protocol
 
 
 def record(
@@ -42,7 +109,7 @@ def record(
         "cuda": torch.version.cuda if on_gpu else None,
         "cudnn": _cudnn() if on_gpu else None,
         "threads": torch.get_num_threads(),
-        "torch": str(torch.__version__),  # no `TorchVersion`: who reads it need not import torch
+        "torch": str(torch.__version__),  # a plain `str`, which can be read without torch
         "precision": variant.precision,
         "channels_last": variant.channels_last,
         "compiled": variant.compiled,
@@ -54,12 +121,12 @@ def record(
         "short_side": config.data.short_side,
         "long_side": config.data.long_side,
         "postprocess": config.postprocess.model_dump(mode="json"),
-        STATE: {what: _nvidia_smi(what, device) for what in CLOCKS} if on_gpu else {},
+        STATE: {query: _nvidia_smi(query, device) for query in CLOCKS} if on_gpu else {},
     }
 
 
 def _cudnn() -> dict[str, Any]:
-    """Return what decides how convolutions are done on a GPU."""
+    """Return the settings that decide how a GPU computes convolutions."""
     cudnn = torch.backends.cudnn
     precision = cudnn.conv.fp32_precision  # type: ignore[attr-defined]
     return {
@@ -77,86 +144,30 @@ def _cpu_name() -> str:
 
 
 def _power(device: torch.device) -> str:
-    """Return what bounds the clocks: the power limit of a GPU, a CPU's governor."""
+    """Return the limit of the clocks: a GPU's power limit, or a CPU's governor."""
     if device.type == "cuda":
         return _nvidia_smi("power.limit", device)
     governor = Path("/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor")
     return governor.read_text().strip() if governor.exists() else "unknown"
 
 
-def _nvidia_smi(what: str, device: torch.device) -> str:
+def _nvidia_smi(query: str, device: torch.device) -> str:
     uuid = torch.cuda.get_device_properties(device).uuid
-    command = ["nvidia-smi", f"--id=GPU-{uuid}", f"--query-gpu={what}", "--format=csv,noheader"]
+    command = ["nvidia-smi", f"--id=GPU-{uuid}", f"--query-gpu={query}", "--format=csv,noheader"]
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
 
 
-class UnavailableError(ValueError):
-    """A variant that this device or installation cannot run."""
-
-
-def measure_fps(
-    detector: Detector, split: Split, config: Config, device: torch.device, images: int = IMAGES
-) -> tuple[float, dict[str, Any]]:
-    """Return frames per second over the first `images` of `split`, and the protocol."""
-    seconds, protocol = measure_latency(detector, split, config, device, Variant(), images)
-    return len(seconds) / sum(seconds), protocol
-
-
-def measure_latency(
-    detector: Detector,
-    split: Split,
-    config: Config,
-    device: torch.device,
-    variant: Variant,
-    images: int,
-    at_least_s: float = 0,
-) -> tuple[list[float], dict[str, Any]]:
-    """Return the seconds of every forward pass with its post-processing, and the protocol.
+def repeated(measure: Callable[[], list[float]], enough: int, at_least_s: float) -> list[float]:
+    """Return the seconds from calls of `measure`, repeated until they suffice.
 
     Args:
-        detector: On `device`; stays as it is.
-        split: Its first images are taken.
-        config: Says how images are scaled, and how detections are selected.
-        device: Where the detector is.
-        variant: How it is run.
-        images: How many, at most; a last batch that is not full is left out.
-        at_least_s: All are measured again until that many seconds or `images` have been.
-
-    Raises:
-        UnavailableError: the variant cannot run here.
+        measure: Returns the seconds of several passes; called at least once.
+        enough: Number of passes that suffices.
+        at_least_s: Total time in seconds that suffices.
     """
-    dataset = DetectionDataset(split, config, training=False)
-    count = min(images, len(dataset)) // variant.batch * variant.batch
-    if count == 0:
-        raise UnavailableError(f"a batch of {variant.batch} needs as many images")
-
-    def batches() -> Iterator[Batch]:
-        for first in range(0, count, variant.batch):
-            samples = [dataset[0, image] for image in range(first, first + variant.batch)]
-            batch = collate(samples).to(device)
-            if not variant.channels_last:
-                batch = replace(batch, pixels=batch.pixels.contiguous())
-            yield batch
-
-    yardstick = _Yardstick(device)
-    with _prepared(detector, variant, device) as run:
-        _time(run, islice(batches(), WARM_UP), yardstick)
-        if variant.compiled:  # sizes that the warm-up has not seen are compiled for, too
-            _time(run, batches(), yardstick)
-        yardstick.seconds.clear()
-        enough = images // variant.batch
-        seconds = repeated(lambda: _time(run, batches(), yardstick), enough, at_least_s)
-    protocol = record(split, config, device, variant, count)
-    if yardstick.seconds:
-        protocol[STATE][YARDSTICK] = 1000 * statistics.fmean(yardstick.seconds)
-    return seconds, protocol
-
-
-def repeated(measure: Callable[[], list[float]], enough: int, at_least_s: float) -> list[float]:
-    """Return all that `measure`, called at least once, gave until it is `enough` or long enough."""
     seconds = measure()
     while len(seconds) < enough and sum(seconds) < at_least_s:
         seconds += measure()
@@ -171,8 +182,8 @@ def count_parameters(detector: Detector) -> int:
 def count_flops(detector: Detector, height: int, width: int) -> int:
     """Return the floating-point operations of the network for one image of `height` x `width` px.
 
-    A multiplication and an addition are two. Of a deformable convolution its products count, not
-    where it looks. Post-processing is not counted.
+    A multiply-add counts as two. A deformable convolution counts as a plain one, without the
+    sampling at its offsets. Post-processing does not count.
     """
     device = detector.pixel_mean.device
     deformable = {torch.ops.torchvision.deform_conv2d: _deformable_flops}
@@ -185,32 +196,32 @@ def count_flops(detector: Detector, height: int, width: int) -> int:
 def _deformable_flops(
     _: torch.Size, weight: torch.Size, *others: Any, out_shape: torch.Size, **__: Any
 ) -> int:
-    """Count as for a convolution with this weight, (C_out, C_in, height, width)."""
+    """Return the operations of a plain convolution, weight (C_out, C_in, height, width)."""
     return 2 * out_shape.numel() * weight[1:].numel()
 
 
 @contextmanager
 def peak_memory(device: torch.device) -> Iterator[dict[str, int]]:
-    """Give a mapping that in the end holds the peak under `bytes`.
+    """Yield a mapping that holds the peak memory under `bytes` after the block.
 
-    On a GPU that is the memory allocated, on a CPU the process's resident memory with all that is
-    in it. Where a process cannot forget its earlier peak (not Linux), that counts, too.
+    On a GPU it is the allocated memory, on a CPU the resident memory of the whole process. Outside
+    Linux, a process cannot reset its peak, so an earlier peak counts, too.
     """
-    found = {"bytes": 0}
+    peak = {"bytes": 0}
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-        yield found
-        found["bytes"] = torch.cuda.max_memory_allocated(device)
+        yield peak
+        peak["bytes"] = torch.cuda.max_memory_allocated(device)
         return
     with suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")
-    yield found
-    found["bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    yield peak
+    peak["bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 @contextmanager
 def _prepared(detector: Detector, variant: Variant, device: torch.device) -> Iterator[Detector]:
-    """Give the detector as `variant` wants it."""
+    """Yield a copy of the detector in the form that `variant` describes."""
     detector = place(folded(detector), device)
     if not variant.channels_last:
         detector.to(memory_format=torch.contiguous_format)
@@ -218,29 +229,30 @@ def _prepared(detector: Detector, variant: Variant, device: torch.device) -> Ite
         detector.compile(dynamic=True)
     dtype = getattr(torch, variant.precision)
     enabled = variant.precision != "float32"
-    detector.requires_grad_(enabled)  # autocast keeps its copies of such weights alone
-    as_before = torch.backends.cudnn.deterministic
-    torch.backends.cudnn.deterministic = False  # a training, in the same process, wants it
+    detector.requires_grad_(enabled)  # autocast caches copies of trainable weights only
+    was_deterministic = torch.backends.cudnn.deterministic
+    torch.backends.cudnn.deterministic = False  # a training in the same process may have set it
     try:
         with torch.autocast(device.type, dtype, enabled=enabled), torch.no_grad():
             yield detector
-    except (RuntimeError, OSError) as error:  # no compiler, no such kernel, no memory
+    except (RuntimeError, OSError) as error:  # no compiler, no such kernel, or not enough memory
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UnavailableError(f"{variant.name}: cannot run here ({reason})") from error
     finally:
-        torch.backends.cudnn.deterministic = as_before
+        torch.backends.cudnn.deterministic = was_deterministic
 
 
 class _Yardstick:
-    """A convolution of 0.3 GFLOPs, timed after every pass on a CPU: how fast the machine is then.
+    """A convolution of 0.3 GFLOPs, timed after every pass on a CPU to measure the machine itself.
 
-    Machines that others share drift by tens of percents within minutes. So does a model's time,
-    and in proportion: what is left of a difference, measured by it, is the model's. Means show
-    that, not medians, which of something short miss the bursts in which a processor is taken away.
+    The speed of a shared machine changes by tens of percents within minutes, and a model's time
+    changes in proportion. Divided by the time of this convolution, a difference between two models
+    is due to the models. Means are compared: medians of short times miss the bursts in which
+    another process has the processor.
 
     Attributes:
-        device: Where it runs.
-        seconds: Every time that was measured; none on a GPU, where it would time the launch.
+        device: Device of the measurement.
+        seconds: Measured times; empty on a GPU, where only the launch would be timed.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -262,7 +274,7 @@ def _time(detector: Detector, batches: Iterable[Batch], yardstick: _Yardstick) -
     device = yardstick.device
     seconds = []
     collecting = gc.isenabled()
-    gc.disable()  # a collection would fall on some image
+    gc.disable()  # a collection would delay one image
     try:
         for batch in batches:
             sizes = batch.targets.sizes
