@@ -1,4 +1,4 @@
-"""Where code comes from: commit, uncommitted changes, and the acting user."""
+"""The origin of the running code: its commit, uncommitted changes, and the acting user."""
 
 import getpass
 import os
@@ -6,21 +6,22 @@ import subprocess
 from pathlib import Path
 
 COMMIT = "git.commit"
+"""Tag of an MLflow run: the commit of the code."""
 
 GIT_VARIABLES = ("GFL_GIT_COMMIT", "GFL_GIT_CHANGED", "GFL_GIT_DIFF")
-"""In the environment of a submitted job: what `git_state` returned where it was submitted."""
+"""Environment variables of a submitted job: the submitter's commit, changed files and diff."""
 
 CODE = ("*.py", "*.yaml", "*.yml", "*.toml")
-"""Of the files that git does not know, those whose content is noted."""
+"""Patterns of the untracked files whose content is part of the diff."""
 
 USER = "GFL_USER"
-"""In the environment of a submitted job: who submitted it."""
+"""Environment variable of a submitted job: the user who submitted it."""
 
 
 def git_state() -> tuple[str, str, str]:
     """Return the code's commit (`unknown` outside a repository), changed files and their diff.
 
-    A job that was submitted has no repository: its environment says.
+    A submitted job has no repository, so these come from its environment.
     """
     if GIT_VARIABLES[0] in os.environ:
         commit, changed, diff = (os.environ.get(name, "") for name in GIT_VARIABLES)
@@ -30,21 +31,21 @@ def git_state() -> tuple[str, str, str]:
 
 
 def git_state_of(folder: Path) -> tuple[str, str, str]:
-    """Return `git_state` of a repository; the diff has the code and configurations it adds, too."""
+    """Return `git_state` of a repository; the diff includes new code and configuration files."""
 
-    def git(*arguments: str, differs: int = 0) -> str:
+    def git(*arguments: str, other_success: int = 0) -> str:
         command = ["git", "-C", str(folder), *arguments]
-        ran = subprocess.run(command, capture_output=True, text=True, errors="replace")
-        if ran.returncode not in (0, differs):
-            raise subprocess.CalledProcessError(ran.returncode, command)
-        return ran.stdout
+        result = subprocess.run(command, capture_output=True, text=True, errors="replace")
+        if result.returncode not in (0, other_success):
+            raise subprocess.CalledProcessError(result.returncode, command)
+        return result.stdout
 
     try:
         changed = ", ".join(line[3:] for line in git("status", "--porcelain").splitlines())
-        listed = git("ls-files", "-z", "--others", "--exclude-standard", "--", *CODE)
+        untracked = git("ls-files", "-z", "--others", "--exclude-standard", "--", *CODE)
         new = [
-            git("diff", "--no-index", "--", os.devnull, file, differs=1)
-            for file in listed.split("\0")
+            git("diff", "--no-index", "--", os.devnull, file, other_success=1)
+            for file in untracked.split("\0")
             if file
         ]
         return git("rev-parse", "HEAD").strip(), changed, "".join([git("diff", "HEAD"), *new])
@@ -53,10 +54,10 @@ def git_state_of(folder: Path) -> tuple[str, str, str]:
 
 
 def acting_user() -> str:
-    """Return who runs this, or submitted it; the number of a user without a name."""
+    """Return the user who submitted the job or runs it; the user id if that user has no name."""
     if submitted_by := os.environ.get(USER):
         return submitted_by
     try:
         return getpass.getuser()
-    except (KeyError, OSError):  # a container's user may have no entry in its passwd
+    except (KeyError, OSError):  # A user of a container may have no entry in /etc/passwd.
         return f"uid {os.getuid()}"

@@ -1,4 +1,4 @@
-"""What an MLflow run says of itself: configuration, code and packages."""
+"""The description of an MLflow run: its configuration, the state of the code and the packages."""
 
 import importlib.metadata
 import uuid
@@ -15,19 +15,26 @@ from gfl_platform.storage.files import write_atomically
 from gfl_platform.tracking.client import without_password
 
 CONFIG_FILE, PACKAGES_FILE, DIFF_FILE = "config.yaml", "packages.txt", "git.diff"
-"""Among the artifacts of a run: how it was configured, and what it ran with."""
+"""Artifacts of a run: its configuration, the versions of packages, and uncommitted changes."""
 
 PROTOCOL = "fps.protocol"
-"""Tag: the protocol of FPS as JSON."""
+"""Tag of a run: the protocol of its FPS as JSON."""
 
 IDENTITY = "identity"
-"""Tag: given to a run before its store could be reached."""
+"""Tag of a run: a random identifier that it has before the store has answered."""
 
 PACKAGES = ("torch", "torchvision", "ray", "mlflow", "hotcoco", "numpy", "safetensors")
+"""Packages whose versions are logged."""
 
 
 def describe(job: JobConfig, name: str, tags: Mapping[str, str] | None = None) -> RunOpened:
-    """Return the event that opens a run: its configuration, the code's state, the packages."""
+    """Return the event that opens a run.
+
+    Args:
+        job: Configuration, which is logged as parameters and as a file, without passwords.
+        name: Name of the run.
+        tags: Further tags of the run.
+    """
     values = job.model_dump(mode="json")
     if job.tracking.uri:
         values["tracking"]["uri"] = without_password(job.tracking.uri)
@@ -42,17 +49,17 @@ def describe(job: JobConfig, name: str, tags: Mapping[str, str] | None = None) -
     return RunOpened(name, {**(tags or {}), **state}, params, texts)
 
 
-def require_same(path: Path, config: ConfigT, what: str, free: Sequence[str] = ()) -> None:
-    """Note the configuration of a new run; refuse to go on with another than the one noted.
+def require_same(path: Path, config: ConfigT, kind: str, may_change: Sequence[str] = ()) -> None:
+    """Write the configuration of a new run to a file; of an old one, compare it with the file.
 
     Args:
-        path: Where it is noted.
-        config: The present one.
-        what: Is called so in the message.
-        free: Beginnings of keys that may differ.
+        path: The file.
+        config: The configuration of this attempt.
+        kind: What the message calls the run: `run` or `sweep`.
+        may_change: Beginnings of the keys that may differ.
 
     Raises:
-        ConfigError: names every key that differs.
+        ConfigError: the configurations differ; the message names every such key.
     """
     if not path.exists():
         write_atomically(path, dump_config(config))
@@ -62,11 +69,11 @@ def require_same(path: Path, config: ConfigT, what: str, free: Sequence[str] = (
     changes = [
         f"{key} {before.get(key)!r} -> {now.get(key)!r}"
         for key in sorted(before.keys() | now.keys())
-        if before.get(key) != now.get(key) and not key.startswith(tuple(free))
+        if before.get(key) != now.get(key) and not key.startswith(tuple(may_change))
     ]
     if changes:
         raise ConfigError(
-            f"{path}: this {what} was started with another configuration ({', '.join(changes)}); "
+            f"{path}: this {kind} was started with another configuration ({', '.join(changes)}); "
             "resume it with the same, or start another run"
         )
     write_atomically(path, dump_config(config))

@@ -1,8 +1,7 @@
-"""MLflow runs: the driver's process opens one, notes what happens, and closes it.
+"""The MLflow run of a training or a sweep, which its driver opens, fills with events and closes.
 
-Opening and closing may wait for MLflow; noting never does, for a thread delivers what is noted.
-Nothing here is called by a training process. Importing MLflow costs seconds, so it is imported
-where it is used.
+Opening and closing may wait for MLflow. `RunTracker.handle` never does: it adds the event to the
+spool, and a thread logs it. No training process uses this module.
 """
 
 import logging
@@ -39,11 +38,11 @@ from gfl_platform.tracking.status import note_killed
 logger = logging.getLogger(__name__)
 
 LOGGED = {"step": "loss", "stored": "checkpoint_seconds", "evaluated": "AP"}
-"""Metrics that tell these numbers of a run that another machine has noted."""
+"""Counters of the spool, each with the metric whose last step it equals."""
 
 
 class RunTracker:
-    """One MLflow run from its opening to its end, through a spool: a dead server loses nothing."""
+    """One MLflow run from its opening to its end; its events wait in a spool for the store."""
 
     def __init__(
         self, store: Store, folder: Path, opened: RunOpened, *, may_be_away: bool | None = None
@@ -71,12 +70,12 @@ class RunTracker:
             self._spool.add(opened)
         else:
             if self._spool.is_new:
-                self._learn_what_is_logged()
+                self._read_logged_steps()
             with self._spool.transaction():
                 self._spool.add(RunReopened(self._spool.count(RESTARTS)))
         self._delivery.deliver()
-        self._asked: SimpleQueue[Callable[[], object] | None] = SimpleQueue()
-        # At its end the process waits for no such thread: what is noted is safe.
+        self._tasks: SimpleQueue[Callable[[], object] | None] = SimpleQueue()
+        # The process does not wait for this thread at its end, because the spool is a file.
         self._thread = threading.Thread(target=self._work, name="tracking", daemon=True)
         self._thread.start()
 
@@ -84,29 +83,29 @@ class RunTracker:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        """Close the run: FINISHED, or what an exception makes of it."""
-        # Ray turns SIGTERM, which `ray job stop` sends, into SystemExit.
+        """Close the run as FINISHED, or as KILLED or FAILED after an exception."""
+        # `ray job stop` sends SIGTERM, which Ray turns into SystemExit.
         stopped = kind is not None and issubclass(kind, KeyboardInterrupt | SystemExit)
         self.close("FINISHED" if kind is None else "KILLED" if stopped else "FAILED")
 
     @property
     def run_id(self) -> str | None:
-        """The MLflow run; none before a store has answered."""
+        """Identifier of the MLflow run, None before the store has answered."""
         return self._delivery.run_id
 
     def require_run(self) -> str:
-        """Return the MLflow run, with what was noted of it, if the store answers.
+        """Log the events that wait, and return the identifier of the MLflow run.
 
         Raises:
-            TrackingError: no store has answered yet, so there is none.
+            TrackingError: there is no run, because the store has not answered yet.
         """
         self.flush()
         return self._delivery.require_run()
 
     def handle(self, event: Event) -> None:
-        """Note `event`; it is logged when a store answers, and outlives this process until then.
+        """Add an event to the spool, from which it is logged as soon as the store answers.
 
-        Steps and epochs that were noted before an interruption are not noted again.
+        Steps and epochs that were added before an interruption are not added again.
         """
         if not isinstance(event, Logged):
             return
@@ -116,7 +115,7 @@ class RunTracker:
             if isinstance(event, WorkerFailed) and not event.final:
                 event = replace(event, restarts=self._spool.count(RESTARTS))
             self._spool.add(event)
-        self._asked.put(self._delivery.deliver)
+        self._tasks.put(self._delivery.deliver)
 
     def _is_new(self, event: Event) -> bool:
         match event:
@@ -132,49 +131,50 @@ class RunTracker:
                 return True
 
     def flush(self) -> None:
-        """Wait until all that was noted is logged, or has been tried in vain."""
+        """Wait until all events are logged, or an attempt has failed."""
         done = threading.Event()
-        self._asked.put(self._delivery.deliver_all)
-        self._asked.put(done.set)
+        self._tasks.put(self._delivery.deliver_all)
+        self._tasks.put(done.set)
         while self._thread.is_alive() and not done.wait(1):
             pass
 
     def _work(self) -> None:
-        """Do what is asked for, in the thread."""
-        for task in iter(self._asked.get, None):
+        """Do the tasks of the queue, in the thread."""
+        for task in iter(self._tasks.get, None):
             try:
                 task()
-            except Exception:  # what is not logged is still noted
+            except Exception:  # The event stays in the spool.
                 logger.exception("tracking: %s", self._spool.path)
 
-    def _learn_what_is_logged(self) -> None:
-        """Where another machine noted the run before: its last numbers are those in the store."""
+    def _read_logged_steps(self) -> None:
+        """Set the counters from the store, if the run was continued from another machine."""
         try:
             for number, metric in LOGGED.items():
                 self._spool.raise_to(number, self._delivery.last_step(metric))
-        except Exception as error:  # as `Delivery` has it
+        except Exception as error:  # The store raises many types.
             logger.warning("tracking: %s; steps may be logged twice", reason_of(error))
 
     def close(self, status: str | None = None) -> None:
-        """End the run as FINISHED, FAILED or KILLED; wait until that is logged or tried in vain.
+        """End the run, and wait until all events are logged or an attempt has failed.
 
-        Without a status its end has been noted.
+        No error of the store is raised, so that the reason why a job ended stays visible.
 
-        Hides nothing of why a job ended: only an interruption comes of it, and loses no event.
+        Args:
+            status: FINISHED, FAILED or KILLED; None if a `RunEnded` has been handled already.
         """
         if status:
             self.handle(RunEnded(status))
         try:
             self.flush()
         finally:
-            self._asked.put(None)
+            self._tasks.put(None)
         with self._on_a_full_device():
-            if left := len(self._spool):
+            if waiting := len(self._spool):
                 logger.warning(
                     "tracking: %d events wait in %s; they are logged when the run goes on with "
                     "--resume, or by `python -m jobs.status %s storage.root=%s tracking.uri=%s "
                     "--deliver`",
-                    left,
+                    waiting,
                     self._spool.path,
                     self._folder.name,
                     self._store.storage.location,
@@ -185,7 +185,7 @@ class RunTracker:
 
     @contextmanager
     def _on_a_full_device(self) -> Iterator[None]:
-        """Let nothing but a warning come of a spool that cannot be written."""
+        """Warn if the spool cannot be written, instead of ending the job."""
         try:
             yield
         except sqlite3.Error as error:
@@ -193,14 +193,14 @@ class RunTracker:
 
 
 def settle(store: Store, folder: Path) -> None:
-    """Log what waits of a run that has no driver any more; what was killed is then KILLED.
+    """Log the events that wait of a run without a driver; a killed run gets the status KILLED.
 
     Args:
         store: Where to log.
-        folder: The run's, held by the caller.
+        folder: The run's folder, which the caller has locked.
 
     Raises:
-        TrackingError: no store answers, or it is not the run's.
+        TrackingError: the store does not answer, or it is not the store of the run.
     """
     require_store(store, folder)
     store.require_answer()

@@ -1,4 +1,8 @@
-"""The way from a run's spool to MLflow, the only one that writes to runs besides the registry's."""
+"""The spool: events of a run wait in a file until they have been logged to MLflow.
+
+`Spool` is the queue in the file, `Delivery` takes events from it and logs them. A driver that dies
+or a store that does not answer loses no event, and none is logged twice.
+"""
 
 import json
 import logging
@@ -46,29 +50,31 @@ Logged = (
     | RunOpened | RunReopened | TagsSet | SpeedMeasured | FolderWritten | CheckpointsDiscarded
     | RunEnded
 )  # fmt: skip
-"""The events of which something is logged."""
+"""Types of the events that are logged; the others only concern the display."""
 
 SPOOL_FILE = "spool.db"
-"""In a run's folder."""
+"""SQLite file in a run's folder that holds the spool."""
 
 LIMIT = 100_000
-"""Events; beyond, a tenth of the oldest training steps gives way. About 40 MB."""
+"""Largest number of waiting events, about 40 MB; then the oldest reports of steps are dropped."""
 
-PATIENCE = 60.0
-"""Seconds to wait for another thread or process, whose disk may be slow."""
+LOCK_SECONDS = 60.0
+"""Seconds to wait for the file's lock, which another thread holds while a slow disk writes."""
 
 
 class Spool:
-    """A queue of events in a file, and numbers that outlive the process; of one process only.
+    """A queue of events and some counters in a file, used by one process.
 
-    The threads that add and remove have one each.
+    The thread that adds events and the thread that removes them have a `Spool` each.
     """
 
     def __init__(self, path: Path, limit: int = LIMIT) -> None:
-        """Open the spool at `path`, or make one."""
+        """Open or create the spool at `path`; `limit` is the largest number of waiting events."""
         self.path, self._limit = path, limit
-        # Outside `transaction` every statement is one of its own; a job's threads take turns.
-        self._db = sqlite3.connect(path, PATIENCE, isolation_level=None, check_same_thread=False)
+        # Outside `transaction` every statement commits by itself; the threads take turns.
+        self._db = sqlite3.connect(
+            path, LOCK_SECONDS, isolation_level=None, check_same_thread=False
+        )
         self._db.execute("PRAGMA synchronous = NORMAL")
         self._db.execute(
             "CREATE TABLE IF NOT EXISTS events "
@@ -82,14 +88,14 @@ class Spool:
 
     @property
     def is_new(self) -> bool:
-        """Whether nothing was ever noted."""
+        """Whether the spool has never held an event or a counter."""
         (count,) = self._db.execute("SELECT count(*) FROM numbers").fetchone()
         return not count and not len(self)
 
     @contextmanager
     def transaction(self) -> Iterator[None]:
-        """Let all that is done within outlive the process, or nothing of it."""
-        with self._db:  # which commits, or takes back
+        """Commit all changes of the context together, or none of them if it raises an exception."""
+        with self._db:
             self._db.execute("BEGIN IMMEDIATE")
             yield
 
@@ -101,16 +107,16 @@ class Spool:
         self._db.execute("INSERT INTO events (kind, event) VALUES (?, ?)", row)
 
     def first(self, count: int) -> dict[int, Event]:
-        """Return the oldest events by their numbers, in order."""
+        """Return the oldest `count` events, by their numbers in the queue."""
         rows = self._db.execute("SELECT id, event FROM events ORDER BY id LIMIT ?", (count,))
         return {number: from_json(json.loads(event)) for number, event in rows}
 
     def remove(self, last: int) -> None:
-        """Forget the events up to the one numbered `last`."""
+        """Remove the events up to the one with the number `last`."""
         self._db.execute("DELETE FROM events WHERE id <= ?", (last,))
 
     def raise_to(self, name: str, value: int) -> bool:
-        """Raise a number to `value`; return whether it was lower (0 at first)."""
+        """Raise a counter to `value`, and return whether it was lower; a new counter is 0."""
         (before,) = self._db.execute(
             "SELECT coalesce(max(value), 0) FROM numbers WHERE name = ?", (name,)
         ).fetchone()
@@ -119,7 +125,7 @@ class Spool:
         return bool(value > before)
 
     def count(self, name: str) -> int:
-        """Return how often this was asked, this time included."""
+        """Increase a counter by one, and return it."""
         row = self._db.execute(
             "INSERT INTO numbers VALUES (?, 1) ON CONFLICT (name) DO UPDATE SET value = value + 1 "
             "RETURNING value",
@@ -141,37 +147,45 @@ class Spool:
 
 
 def backlog(folder: Path) -> int:
-    """Return how many events of the run in `folder` wait for MLflow; its driver may be running."""
+    """Return the number of events of a run that wait for MLflow; its driver may be running."""
     path = folder / SPOOL_FILE
     if not path.exists():
         return 0
-    # Not only to read: what a killed driver left half-written has to be rolled back.
+    # Opened for writing, because SQLite has to roll back what a killed driver left half-written.
     with sqlite3.connect(f"{path.resolve().as_uri()}?mode=rw", uri=True) as db:
         (count,) = db.execute("SELECT count(*) FROM events").fetchone()
     return int(count)
 
 
 RUN_FILE = "run.json"
-"""Beside the checkpoints: which MLflow run they belong to, and in which store it is."""
+"""File in a run's folder that names its MLflow run and the store that the user chose for it."""
 
 RESTARTS = "restarts"
-"""Tag: how often a run went on after it had lost a worker, a node or its driver."""
+"""Tag of a run: how often it continued after the loss of a worker, a node or its driver."""
 
-BATCH, METRICS_PER_CALL = 100, 1000
-"""Events taken from the spool at once; MLflow's limit."""
+BATCH = 100
+"""Number of events that are taken from the spool together."""
+
+METRICS_PER_CALL = 1000
+"""MLflow's limit of metrics in one call."""
 
 LONGEST_DELAY = 60.0
-"""Seconds between two attempts to reach a store."""
+"""Longest pause between two attempts to reach the store, in seconds."""
 
 REFUSALS = ("INVALID_PARAMETER_VALUE", "RESOURCE_DOES_NOT_EXIST", "BAD_REQUEST")
-"""Answers of a store that would be the same next time."""
+"""Error codes of a store that would not change with another attempt."""
 
 
 class Delivery:
-    """Takes events from the spool of the run in a folder and logs them."""
+    """Logs the events in the spool of one run.
+
+    Attributes:
+        spool: The spool, as the delivering thread uses it.
+        run_id: The MLflow run, None before the store has answered.
+    """
 
     def __init__(self, store: Store, folder: Path) -> None:
-        """Open the spool; nothing is sent yet.
+        """Open the spool; nothing is logged yet.
 
         Args:
             store: Where to log.
@@ -188,18 +202,21 @@ class Delivery:
         return self._store.client
 
     def deliver(self) -> None:
-        """Log all that waits; after a failure not at once, and less and less often."""
+        """Log the events that wait; after a failure this does nothing for a while.
+
+        The pause doubles with every failure, up to `LONGEST_DELAY`.
+        """
         if time.monotonic() >= self._try_at:
             self.deliver_all()
 
     def deliver_all(self) -> None:
-        """Log all that waits, oldest first, until one fails; also if one failed a moment ago."""
+        """Log the events that wait, oldest first, until one fails; this never pauses."""
         try:
             while waiting := self.spool.first(BATCH):
                 for last, events in _together(waiting):
                     self._log_or_drop(events)
                     self.spool.remove(last)
-        except Exception as error:  # whatever a store and where its artifacts lie may raise
+        except Exception as error:  # The store and the place of its artifacts raise many types.
             self._delay = min(max(2 * self._delay, 1.0), LONGEST_DELAY)
             self._try_at = time.monotonic() + self._delay
             logger.warning("tracking: %s; %d events wait", reason_of(error), len(self.spool))
@@ -207,56 +224,58 @@ class Delivery:
             self._delay = 0.0
 
     def require_run(self) -> str:
-        """Return the MLflow run.
+        """Return the identifier of the MLflow run.
 
         Raises:
-            TrackingError: no store has answered yet, so there is none.
+            TrackingError: there is no run, because the store has not answered yet.
         """
         if self.run_id is None:
             raise TrackingError(f"{self._store.shown_uri}: no MLflow store answers")
         return self.run_id
 
     def last_step(self, metric: str) -> int:
-        """Return the last step at which a metric of the run is logged; 0 if none is.
+        """Return the last step at which a metric of the run was logged, 0 if it never was.
 
         Raises:
             TrackingError: the store does not answer, or there is no run yet.
         """
         history = self.client.get_metric_history(self.require_run(), metric)
-        return max((each.step for each in history), default=0)
+        return max((point.step for point in history), default=0)
 
     def _log_or_drop(self, events: list[Event]) -> None:
-        """Log events; drop what the store will never take, lest it hold up all that follow."""
+        """Log events; drop those that the store will never accept, which would block the rest."""
         from mlflow.exceptions import MlflowException
 
-        for last in (False, True):  # a connection that broke may look like a refusal, once
+        for is_last in (False, True):  # A broken connection may look like a refusal, once.
             try:
                 self._log(events)
             except MlflowException as error:
                 if error.error_code not in REFUSALS:
                     raise
-                if last:
+                if is_last:
                     if self.run_id:
-                        self.client.get_run(self.run_id)  # in another store: nothing is dropped
-                    what = name_of(events[0])
-                    logger.warning("tracking: %s; not logged: %s", reason_of(error), what)
+                        # If the run is in another store, this raises, and nothing is dropped.
+                        self.client.get_run(self.run_id)
+                    kind = name_of(events[0])
+                    logger.warning("tracking: %s; not logged: %s", reason_of(error), kind)
             else:
                 return
 
     def _metrics(self, rows: Iterable[tuple[Event, int, Mapping[str, float]]]) -> None:
-        """Log metrics: the events that they come from, their steps and their values.
+        """Log metrics, given as tuples of their event, their step and their values.
 
-        MLflow keeps one of two metrics that are alike to the millisecond: trying again is safe.
+        MLflow keeps one of two metrics with the same millisecond, step and value, so that another
+        attempt does no harm.
         """
         from mlflow.entities import Metric
 
-        found = [
+        metrics = [
             Metric(key, value, event.time_ms, step)
             for event, step, values in rows
             for key, value in values.items()
         ]
-        for start in range(0, len(found), METRICS_PER_CALL):
-            part = found[start : start + METRICS_PER_CALL]
+        for start in range(0, len(metrics), METRICS_PER_CALL):
+            part = metrics[start : start + METRICS_PER_CALL]
             self.client.log_batch(self._run, metrics=part)
 
     def _tag(self, tags: Mapping[str, str]) -> None:
@@ -266,14 +285,14 @@ class Delivery:
 
     @property
     def _run(self) -> str:
-        return self.require_run()  # which is there: `opened` comes first
+        return self.require_run()  # It exists, because `RunOpened` is the first event.
 
     def _open(self, event: RunOpened) -> None:
-        """Create the run that `event` describes, once: an interruption may have been in between."""
+        """Create the run that `event` describes, unless an interrupted attempt has created it."""
         experiment = self._store.find_experiment()
         same = f"tags.`{IDENTITY}` = '{event.tags[IDENTITY]}'"
-        found = self.client.search_runs([experiment], filter_string=same, max_results=1)
-        run = found[0] if found else self._create(experiment, event)
+        runs = self.client.search_runs([experiment], filter_string=same, max_results=1)
+        run = runs[0] if runs else self._create(experiment, event)
         self.run_id = run.info.run_id
         note(self._folder, run_id=self.run_id)
         self._store.storage.share_state(self._folder)
@@ -290,9 +309,9 @@ class Delivery:
         )
 
     def _log(self, events: list[Event]) -> None:
-        """Log one event, or reports of steps that follow each other."""
+        """Log one event, or several reports of steps that follow each other."""
         event = events[0]
-        if not isinstance(event, Logged):  # by another version of this program
+        if not isinstance(event, Logged):  # Another version of this program has added it.
             return
         match event:
             case StepsDone():
@@ -333,13 +352,13 @@ class Delivery:
     def _log_folder(self, folder: Path) -> None:
         if folder.is_dir():
             self.client.log_artifacts(self._run, str(folder), folder.name)
-        else:  # it would never come
+        else:  # Another attempt would fail, too.
             logger.warning("tracking: %s is gone; not logged: folder", folder)
 
     def _log_checkpoint(self, event: EpochEvaluated) -> None:
-        """Log an epoch's evaluation, and its checkpoint as a model that stays where it is.
+        """Log the metrics of an epoch, and its checkpoint as an external model without a copy.
 
-        What was logged before an interruption, whole or in part, is not logged twice.
+        Metrics that were logged before an interruption are not logged twice.
         """
         import mlflow
         from mlflow.entities import Metric
@@ -353,7 +372,7 @@ class Delivery:
                 tags={"uri": event.uri},
                 experiment_id=self._experiment(),
             )
-        elif model.tags.get("uri") != event.uri:  # the epoch's first checkpoint was damaged
+        elif model.tags.get("uri") != event.uri:  # The epoch was trained again.
             self.client.set_logged_model_tags(model.model_id, {"uri": event.uri})
         logged = {metric.key for metric in model.metrics or []}
         metrics = [
@@ -361,10 +380,11 @@ class Delivery:
             for key, value in event.metrics.items()
             if key not in logged
         ]
-        self.client.log_batch(self._run, metrics=metrics)  # of a model, hence of its run, too
+        # Metrics of a model are metrics of its run, too.
+        self.client.log_batch(self._run, metrics=metrics)
 
     def _tag_deleted_checkpoints(self, *, all_of_them: bool = False) -> None:
-        """Mark the models of checkpoints that gave way to better ones."""
+        """Tag the models whose checkpoints are gone, or with `all_of_them` every model."""
         for model in self._models():
             uri = model.tags.get("uri")
             if uri and (all_of_them or not is_there(uri)):
@@ -374,23 +394,23 @@ class Delivery:
         return str(self.client.get_run(self._run).info.experiment_id)
 
     def _models(self) -> list[Any]:
-        where, what = [self._experiment()], f"source_run_id = '{self._run}'"
+        experiments, of_run = [self._experiment()], f"source_run_id = '{self._run}'"
         return on_all_pages(
-            lambda token: self.client.search_logged_models(where, what, page_token=token)
+            lambda token: self.client.search_logged_models(experiments, of_run, page_token=token)
         )
 
 
 def note(folder: Path, **facts: str) -> None:
-    """Note facts in a run's `RUN_FILE`."""
+    """Add facts to a run's `RUN_FILE`."""
     known = read_json(folder / RUN_FILE)
     write_atomically(folder / RUN_FILE, json.dumps(known | facts) + "\n")
 
 
 def require_store(store: Store, folder: Path) -> None:
-    """Check that a run whose store was chosen once does not end up in the default one.
+    """Check that a run with a chosen store does not continue in the default store.
 
     Raises:
-        TrackingError: no store is chosen now.
+        TrackingError: the run's store was chosen before, and none is chosen now.
     """
     chosen_before = read_json(folder / RUN_FILE).get("store")
     if chosen_before and not store.chosen_uri:
@@ -401,7 +421,7 @@ def require_store(store: Store, folder: Path) -> None:
 
 
 def _together(waiting: Mapping[int, Event]) -> Iterator[tuple[int, list[Event]]]:
-    """Give events with the number of the last: neighbouring steps together, others alone."""
+    """Yield groups of events with their last number: successive steps together, others alone."""
     for is_steps, group in groupby(waiting.items(), lambda item: isinstance(item[1], StepsDone)):
         items = list(group)
         for part in [items] if is_steps else [[item] for item in items]:

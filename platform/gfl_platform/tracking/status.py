@@ -1,4 +1,4 @@
-"""Where a run stands: noted in its folder by the driver, read by `jobs.status`."""
+"""The status of a run, which its driver writes to a file and `jobs.status` shows."""
 
 import json
 import logging
@@ -21,23 +21,25 @@ from gfl_platform.tracking.spool import RUN_FILE, backlog
 logger = logging.getLogger(__name__)
 
 STATUS_FILE = "status.json"
+"""File in a run's folder that holds its status."""
 
 ENDED = ("finished", "stopped", "failed")
+"""States of a run that has ended."""
 
 SILENCE = 300.0
-"""Seconds without a word from a running driver, after which it is asked for."""
+"""Seconds without a report after which the driver of a run may be dead."""
 
 
 class StatusFile:
-    """Notes where a run stands, at most every second; a context that notes its end."""
+    """Writes the status of a run, steps at most once a second; its context writes the end."""
 
     def __init__(self, folder: Path, workers: int, nodes: int) -> None:
-        """Begin, or go on with the counts of the driver before.
+        """Write the first status; restarts and lost time of earlier drivers are kept.
 
         Args:
-            folder: The run's.
-            workers: Training processes.
-            nodes: Of the cluster.
+            folder: The run's folder.
+            workers: Number of training processes.
+            nodes: Number of nodes of the cluster.
         """
         self._path = folder / STATUS_FILE
         before = read_json(self._path)
@@ -61,16 +63,16 @@ class StatusFile:
 
     @property
     def outages(self) -> dict[str, float]:
-        """How often the run went on after a loss, and the minutes without a step."""
+        """Number of restarts after a loss, and minutes without a step."""
         facts = self._facts
         return {"restarts": facts["restarts"], "lost_minutes": facts["lost_seconds"] / 60}
 
     def handle(self, event: Event) -> None:
-        """Note what `event` tells."""
+        """Add an event to the status."""
         facts = self._facts
         match event:
             case StepsDone(repeated=False):
-                if self._lost_at is not None:  # it steps again
+                if self._lost_at is not None:  # Training continues after a loss.
                     facts["lost_seconds"] += time.time() - self._lost_at
                     self._lost_at = None
                 facts |= {key: getattr(event, key) for key in ("epoch", "step", "total_steps")}
@@ -96,15 +98,15 @@ class StatusFile:
         self._written = self._facts["time"] = time.time()
         try:
             write_atomically(self._path, json.dumps(self._facts) + "\n")
-        except OSError as error:  # a full device must not hide what ends a training
+        except OSError as error:  # A full device must not hide the reason why a training ends.
             logger.warning("%s: %s", self._path, error.strerror)
 
 
 def note_killed(folder: Path) -> bool:
-    """Note that a run has ended whose driver could not; return whether that was so.
+    """Write the state `stopped` if the driver was killed; return whether it was.
 
     Args:
-        folder: The run's, held by the caller: its driver is gone.
+        folder: The run's folder, which the caller has locked, so that the driver is gone.
     """
     facts = read_json(folder / STATUS_FILE)
     if not facts or facts["state"] in ENDED:
@@ -114,7 +116,7 @@ def note_killed(folder: Path) -> bool:
 
 
 def read_status(folder: Path) -> dict[str, Any]:
-    """Return where the run in `folder` stands, as `jobs.status` shows it."""
+    """Return the status of the run in `folder` as rows of a table."""
     facts = read_json(folder / STATUS_FILE)
     run_id = read_json(folder / RUN_FILE).get("run_id")
     elsewhere = "unknown here; ask on its driver's machine" if run_id else "not started"
@@ -141,7 +143,7 @@ def read_status(folder: Path) -> dict[str, Any]:
 
 
 def _rates(metrics: dict[str, float]) -> dict[str, str]:
-    """Return how fast training goes and what its workers use."""
+    """Return rows on the speed of the training and on the resources of its workers."""
     p50, p90, p99 = (metrics[f"step_ms_p{percent}"] for percent in (50, 90, 99))
     rows = {
         "images/s": f"{metrics['images_per_second']:.1f}",
@@ -150,14 +152,14 @@ def _rates(metrics: dict[str, float]) -> dict[str, str]:
     }
     for rank in count():
         names = ("data_wait_share", "memory_gib", "gpu", "gpu_memory_gib")
-        used = {name: metrics.get(f"worker{rank}.{name}") for name in names}
-        if used["memory_gib"] is None:
+        usage = {name: metrics.get(f"worker{rank}.{name}") for name in names}
+        if usage["memory_gib"] is None:
             return rows
-        waiting = f"waits for images {used['data_wait_share']:.0%} of the time"
-        texts = [waiting, f"{used['memory_gib']:.1f} GiB"]
-        if used["gpu"] is not None:
-            texts.append(f"GPU busy {used['gpu']:.0%}")
-        if used["gpu_memory_gib"] is not None:
-            texts.append(f"{used['gpu_memory_gib']:.1f} GiB on the GPU")
+        waiting = f"waits for images {usage['data_wait_share']:.0%} of the time"
+        texts = [waiting, f"{usage['memory_gib']:.1f} GiB"]
+        if usage["gpu"] is not None:
+            texts.append(f"GPU busy {usage['gpu']:.0%}")
+        if usage["gpu_memory_gib"] is not None:
+            texts.append(f"{usage['gpu_memory_gib']:.1f} GiB on the GPU")
         rows[f"worker {rank}"] = ", ".join(texts)
     return rows
