@@ -1,4 +1,7 @@
-"""What passes between rooms: padded ground truths, the detections of an image, COCO rows."""
+"""Data that several rooms share: padded ground truths, detections of an image, COCO rows.
+
+Shapes: B images, G padded ground truths of an image, N detections, R bins.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
@@ -17,12 +20,12 @@ class Predictions:
 
     Attributes:
         boxes: `xyxy` in px of the original image, (N, 4).
-        scores: In (0, 1), (N,).
+        scores: Scores in (0, 1), (N,).
         labels: Classes, (N,), int64.
         edge_std: Standard deviation in px of the learned distribution of each edge (left, top,
-            right, bottom), (N, 4): how sure the model is of where the edge lies. 0 of a model
-            without distributions (`model.edges: dirac`).
-        distributions: The learned edge distributions themselves, (N, 4, R).
+            right, bottom), (N, 4). It tells how uncertain the edge's position is, and is 0 for a
+            model without distributions (`model.edges: dirac`).
+        distributions: The learned edge distributions, (N, 4, R).
     """
 
     boxes: Tensor
@@ -35,7 +38,7 @@ class Predictions:
         return len(self.scores)
 
     def cpu(self) -> "Predictions":
-        """Return the same in the host's memory."""
+        """Return these detections in the host's memory."""
         return Predictions(*(getattr(self, field.name).cpu() for field in fields(self)))
 
     def select(self, keep: Tensor) -> "Predictions":
@@ -61,7 +64,7 @@ class Targets:
 
 
 def pad_targets(boxes: Sequence[Tensor], labels: Sequence[Tensor], sizes: Tensor) -> Targets:
-    """Return ground truths padded to the largest count, and to one at least: no shape is empty.
+    """Return ground truths padded to the largest count, and to at least one.
 
     Args:
         boxes: Per image (G_i, 4).
@@ -69,7 +72,7 @@ def pad_targets(boxes: Sequence[Tensor], labels: Sequence[Tensor], sizes: Tensor
         sizes: (height, width) of every image, (B, 2).
 
     Raises:
-        ValueError: counts or shapes that do not fit together.
+        ValueError: counts or shapes do not fit together.
     """
     if not len(boxes) == len(labels) == len(sizes):
         raise ValueError(
@@ -97,7 +100,7 @@ Rows = npt.NDArray[np.float64]
 
 
 def coco_records(rows: Rows) -> list[dict[str, Any]]:
-    """Return detections as COCO's results format has them, in full precision."""
+    """Return detections as records of COCO's results format, in full precision."""
     return [
         {"image_id": int(image), "category_id": int(category), "bbox": box, "score": score}
         for image, *box, score, category in rows.tolist()
@@ -105,7 +108,7 @@ def coco_records(rows: Rows) -> list[dict[str, Any]]:
 
 
 def coco_rows(predictions: Predictions, image_id: int, category_ids: Sequence[int]) -> Rows:
-    """Return the detections of one image as `Rows`; `category_ids` are those of the labels."""
+    """Return the detections of one image as `Rows`; label i has category `category_ids[i]`."""
     labels = predictions.labels
     corner, far = predictions.boxes.split(2, dim=1)
     columns = [
@@ -115,5 +118,5 @@ def coco_rows(predictions: Predictions, image_id: int, category_ids: Sequence[in
         predictions.scores.unsqueeze(1),
         torch.tensor(category_ids, device=labels.device)[labels].unsqueeze(1),
     ]
-    # Ids of images are not always exact in float32.
+    # Large ids of images are not exact in float32.
     return torch.cat([column.double() for column in columns], dim=1).cpu().numpy()

@@ -1,4 +1,7 @@
-"""The convolutional body: torchvision's ResNet without its classifier, returning C3, C4 and C5."""
+"""The backbone, torchvision's ResNet without its classifier, and the feature pyramid on top of it.
+
+Shapes: B images of H x W px, C channels, (H_l, W_l) the cells of level l.
+"""
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
@@ -20,15 +23,15 @@ BATCH_NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm)
 
 
 class DeformableConv2d(nn.Conv2d):
-    """A convolution whose samples are moved by offsets that it predicts from its own input.
+    """A convolution that samples its input at positions moved by offsets it predicts from there.
 
-    Parameter names are the reference's: `weight`, `conv_offset.weight`, `conv_offset.bias`. All
-    groups share one set of offsets, which starts at zero: then v1 is a plain convolution, and v2
-    half of one (its mask is `sigmoid(0)`).
+    Its parameters have the reference's names: `weight`, `conv_offset.weight`, `conv_offset.bias`.
+    All groups share one set of offsets. Offsets start at zero, where version 1 is a plain
+    convolution and version 2 half of one, because its mask is `sigmoid(0)`.
     """
 
     def __init__(self, convolution: nn.Conv2d, version: int) -> None:
-        """Take the place of `convolution`, without a bias, with its weights."""
+        """Build the deformable form of `convolution`, which has no bias, with its weights."""
         assert convolution.bias is None
         assert isinstance(convolution.padding, tuple)
         super().__init__(
@@ -57,10 +60,10 @@ class DeformableConv2d(nn.Conv2d):
         nn.init.zeros_(self.conv_offset.bias)
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 (torch's name)
-        """Return (B, out_channels, H', W') of `input` (B, in_channels, H, W)."""
+        """Return the convolution (B, out_channels, H', W') of `input` (B, in_channels, H, W)."""
         moved = self.conv_offset(input)
         mask = moved[:, self._offsets :].float().sigmoid() if self._modulated else None
-        # Positions need float32, and torchvision's kernel knows autocast on GPUs only.
+        # Positions need float32, and torchvision's kernel supports autocast on GPUs only.
         with torch.autocast(input.device.type, enabled=False):
             sampled = deform_conv2d(
                 input.float(),
@@ -76,7 +79,7 @@ class DeformableConv2d(nn.Conv2d):
 
 
 class StridedLevels(ExtraFPNBlock):
-    """P6 by a stride-2 convolution on P5, P7 likewise on P6."""
+    """The levels P6 and P7, each by a convolution of stride 2 on the level before."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -86,13 +89,13 @@ class StridedLevels(ExtraFPNBlock):
     def forward(
         self, results: list[Tensor], x: list[Tensor], names: list[str]
     ) -> tuple[list[Tensor], list[str]]:
-        """Append the two levels to `results` (torchvision's interface)."""
+        """Return `results` with P6 and P7 appended (the interface is torchvision's)."""
         p6 = self.p6(results[-1])
         return [*results, p6, self.p7(p6)], [*names, "p6", "p7"]
 
 
 class FPN(nn.Module):
-    """Five levels of `channels` each."""
+    """The feature pyramid: five levels of equally many channels."""
 
     def __init__(self, in_channels: list[int], channels: int) -> None:
         super().__init__()
@@ -104,7 +107,7 @@ class FPN(nn.Module):
         replace_convolutions(self)
 
     def forward(self, features: list[Tensor]) -> list[Tensor]:
-        """Return P3..P7, (B, channels, H_l, W_l) each, of C3, C4, C5."""
+        """Return the levels P3 to P7, (B, channels, H_l, W_l) each, from the maps C3, C4 and C5."""
         named = dict(zip(("p3", "p4", "p5"), features, strict=True))
         return list(self.levels(named).values())
 
@@ -119,7 +122,11 @@ BUILDERS: dict[str, Callable[[], ResNet]] = {
 
 
 class Backbone(nn.Module):
-    """A ResNet body; parameter names are torchvision's, and the reference's."""
+    """A ResNet without its classifier; its parameters have the names of torchvision's.
+
+    Attributes:
+        out_channels: Channels of C3, C4 and C5.
+    """
 
     def __init__(self, config: BackboneConfig) -> None:
         super().__init__()
@@ -138,7 +145,7 @@ class Backbone(nn.Module):
         self.layer3, self.layer4 = body.layer3, body.layer4
         if config.deformable is not None:
             for stage in config.deformable.stages:
-                # Of a basic block, which has two 3x3, the second.
+                # `conv2` is the 3 x 3 convolution of a bottleneck, the second one of a basic block.
                 for block in getattr(self, f"layer{stage - 1}"):
                     block.conv2 = DeformableConv2d(block.conv2, config.deformable.version)
         replace_convolutions(self)
@@ -160,7 +167,7 @@ class Backbone(nn.Module):
         return maps[1:]
 
     def train(self, mode: bool = True) -> "Backbone":
-        """Set the mode; BatchNorm of frozen stages, with `norm_eval` all, stays in evaluation."""
+        """Set the mode; BatchNorms of frozen stages, or all with `norm_eval`, keep evaluating."""
         super().train(mode)
         for norm in _norms([self] if self._norm_eval else self._frozen):
             norm.eval()
@@ -176,14 +183,14 @@ class Backbone(nn.Module):
         def contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
             return nullcontext(), _statistics_kept(block)
 
-        if self._norm_eval:  # no statistics to keep
+        if self._norm_eval:  # then there are no statistics to protect
             return checkpoint(block, features, use_reentrant=False)
         return checkpoint(block, features, use_reentrant=False, context_fn=contexts)
 
 
 @contextmanager
 def _statistics_kept(block: nn.Module) -> Iterator[None]:
-    """Keep BatchNorm from counting a batch twice when its block is computed again."""
+    """Keep BatchNorms from counting a batch again when their block is computed again."""
     with ExitStack() as stack:
         for norm in _norms([block]):
             counter = norm.num_batches_tracked

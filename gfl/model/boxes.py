@@ -1,6 +1,9 @@
-"""Boxes: `xyxy` corners, `ltrb` distances from a point to the four edges, and their overlaps.
+"""Boxes and locations: coordinates, overlaps, and the grids of locations of all levels.
 
-Shapes: every function broadcasts over leading dimensions; the last one holds the 4 coordinates.
+Boxes are `xyxy` corners, or `ltrb` distances from a point to the four edges.
+
+Shapes: B images, P locations, L levels. Functions of boxes broadcast over leading dimensions (...);
+the last dimension holds the 4 coordinates.
 """
 
 from collections.abc import Iterable
@@ -12,7 +15,7 @@ import torch
 from torch import Tensor
 
 EPSILON = 1e-6
-"""Least area that divides an overlap, in squared units of the boxes (the reference's value)."""
+"""Least area used as a divisor, in squared units of the boxes (the reference's value)."""
 
 
 def ltrb_to_xyxy(points: Tensor, ltrb: Tensor) -> Tensor:
@@ -23,7 +26,7 @@ def ltrb_to_xyxy(points: Tensor, ltrb: Tensor) -> Tensor:
 def xyxy_to_ltrb(points: Tensor, boxes: Tensor) -> Tensor:
     """Return `ltrb` (..., 4) from `points` (..., 2) to the edges of `boxes` (..., 4).
 
-    A side is negative where its point lies outside of it.
+    A distance is negative where the point lies outside that edge.
     """
     return torch.cat([points - boxes[..., :2], boxes[..., 2:] - points], dim=-1)
 
@@ -31,7 +34,7 @@ def xyxy_to_ltrb(points: Tensor, boxes: Tensor) -> Tensor:
 def ltrb_centerness(ltrb: Tensor) -> Tensor:
     """Return how near a point is to the centre of its box, (...) in [0, 1], from `ltrb` (..., 4).
 
-    1 at the centre, 0 on an edge (FCOS, equation 3; Tian et al., ICCV 2019) and outside.
+    It is 1 at the centre, 0 on an edge and outside (FCOS, equation 3; Tian et al., ICCV 2019).
     """
     near = torch.minimum(ltrb[..., :2], ltrb[..., 2:]).clamp(min=0)
     far = torch.maximum(ltrb[..., :2], ltrb[..., 2:]).clamp(min=EPSILON)
@@ -44,7 +47,7 @@ def box_area(boxes: Tensor) -> Tensor:
 
 
 def _product(sides: Tensor) -> Tensor:
-    """Return width times height, (...), of `sides` (..., 2); `prod` has a costly gradient."""
+    """Return width times height, (...), of `sides` (..., 2); the gradient of `prod` is costly."""
     width, height = sides.unbind(-1)
     return width * height
 
@@ -102,7 +105,7 @@ class Points:
 def grid_points(level_sizes: tuple[tuple[int, int], ...], device: torch.device) -> Points:
     """Return the locations of levels of (height, width) cells, with the strides `STRIDES`.
 
-    Cached: copying these constants to a GPU would make the host wait in every step.
+    They are cached, because copying them to a GPU would make the host wait in every step.
     """
     xy, stride = [], []
     with torch.inference_mode(False):  # a cached inference tensor could not be trained with
@@ -123,7 +126,7 @@ def grid_points(level_sizes: tuple[tuple[int, int], ...], device: torch.device) 
 
 
 def _constants(values: Iterable[float], device: torch.device) -> Tensor:
-    """Return `values` (N,) written on `device`: copying a list there would wait for it."""
+    """Return `values` (N,) as a tensor made on `device`; copying a list would wait for it."""
     return torch.stack([torch.full((), value, device=device) for value in values])
 
 
@@ -135,6 +138,6 @@ def flatten_levels(levels: list[Tensor]) -> Tensor:
 def level_points(levels: list[Tensor]) -> Points:
     """Return the points of maps (B, channels, H_l, W_l)."""
     sizes = tuple((level.shape[2], level.shape[3]) for level in levels)
-    # The compiler makes constants of its own, and warns of any cache.
+    # The compiler turns the points into constants itself, and warns of caches.
     make = grid_points.__wrapped__ if torch.compiler.is_compiling() else grid_points
     return make(sizes, levels[0].device)

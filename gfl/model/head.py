@@ -1,4 +1,4 @@
-"""The head: two towers shared over levels, class logits and logits of edges.
+"""The head: two towers shared by all levels, class logits and edge logits, and their decoding.
 
 Shapes: B images, C classes, R bins (`ModelConfig.bins`), (H, W) the cells of a level.
 """
@@ -13,13 +13,13 @@ from gfl.model.boxes import STRIDES
 from gfl.ops.convolution import Conv3x3
 
 LARGEST_LOG_DISTANCE = 10.0
-"""Of a Dirac edge, in strides: far beyond any image, and areas stay finite in float32."""
+"""Greatest logarithm of a Dirac edge's distance in strides; areas stay finite in float32."""
 
 
 class Integral(nn.Module):
-    """The general distribution of every edge.
+    """Decoder of edges that are general distributions over the bins of a distance.
 
-    Its bins are `0, bin_width, ..., reg_max * bin_width`, in strides.
+    The bins are `0, bin_width, ..., reg_max * bin_width`, in strides.
     """
 
     bins: Tensor
@@ -31,16 +31,17 @@ class Integral(nn.Module):
         self.register_buffer("bins", torch.arange(reg_max + 1) * bin_width, persistent=False)
 
     def distribution(self, logits: Tensor) -> Tensor:
-        """Return the probability of every bin, (..., 4, R), in float32."""
+        """Return the probability of every bin, (..., 4, R) in float32, of `logits` (..., 4 * R)."""
         return logits.float().unflatten(-1, (4, self.reg_max + 1)).softmax(dim=-1)
 
     def forward(self, logits: Tensor) -> Tensor:
         """Return the expected `ltrb` (..., 4) in strides (equation 5)."""
-        with torch.autocast(logits.device.type, enabled=False):  # which would lower the product
+        # Autocast would compute the product in a lower precision.
+        with torch.autocast(logits.device.type, enabled=False):
             return self.distribution(logits) @ self.bins
 
     def describe(self, logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return mean and standard deviation (..., 4), in strides, and distribution (..., 4, R)."""
+        """Return mean and standard deviation (..., 4) in strides, and distribution (..., 4, R)."""
         distribution = self.distribution(logits)
         return (*self.moments(distribution), distribution)
 
@@ -52,17 +53,17 @@ class Integral(nn.Module):
 
 
 class Dirac(nn.Module):
-    """The Dirac delta of every edge: one distance, all of the probability (R = 1).
+    """Decoder of edges that are Dirac deltas: one distance has all of the probability (R = 1).
 
-    Decodes as FCOS does (Tian et al., ICCV 2019), which keeps distances positive.
+    It decodes as FCOS does (Tian et al., ICCV 2019), which keeps distances positive.
     """
 
     def forward(self, logits: Tensor) -> Tensor:
-        """Return `ltrb` (..., 4) in strides, `exp` of `logits`, in float32 and never infinite."""
+        """Return `ltrb` (..., 4) in strides: `exp` of the clamped `logits`, in float32."""
         return logits.float().clamp(max=LARGEST_LOG_DISTANCE).exp()
 
     def describe(self, logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return distance and spread (..., 4), which is 0, and the one bin's share (..., 4, 1)."""
+        """Return distance and standard deviation 0, (..., 4), and probability 1 (..., 4, 1)."""
         distance = self(logits)
         return distance, torch.zeros_like(distance), torch.ones_like(distance).unsqueeze(-1)
 
@@ -75,14 +76,15 @@ def build_integral(config: ModelConfig) -> Integral | Dirac:
 
 
 LARGEST_LOG_SCORE = -1e-7
-"""Joint scores stay under 1 by this much, so that their logit is finite in float32."""
+"""Greatest logarithm of a joint score; below 0, so its logit is finite in float32."""
 
 
 class QualityPredictor(nn.Module):
-    """The distribution-guided quality predictor: a sharp distribution is a well-placed edge.
+    """GFLv2's distribution-guided quality predictor (Li et al., CVPR 2021, section 3.2).
 
-    It reads the `topk` highest probabilities of each of the four distributions and their mean, and
-    gives one number per location (section 3.2).
+    The sharper the distribution of an edge, the better the edge is placed. From the `topk` highest
+    probabilities of each of the four distributions and their mean it predicts one quality per
+    location.
     """
 
     def __init__(self, config: QualityPredictorConfig, bins: int) -> None:
@@ -106,8 +108,8 @@ class QualityPredictor(nn.Module):
 def joint_logits(cls_logits: Tensor, quality_logits: Tensor) -> Tensor:
     """Return the logits of `sigmoid(cls_logits) * sigmoid(quality_logits)`, in float32.
 
-    GFLv2's score J = C * I (equation 4) as a logit, so that losses and predictions need not know
-    of it: log(J) is a sum, and logit(J) = log(J) - log(1 - J).
+    GFLv2's score is J = C * I (equation 4). As a logit it needs no other losses or predictions:
+    log(J) is a sum, and logit(J) = log(J) - log(1 - J).
     """
     log_score = (
         nn.functional.logsigmoid(cls_logits.float())
@@ -120,7 +122,7 @@ PRIOR_PROBABILITY = 0.01
 """Score of every class at the start of training (Lin et al., ICCV 2017)."""
 
 GROUP_WIDTH = 8
-"""Channels per group of GroupNorm: the reference's 256 in 32 groups, as wide in other towers."""
+"""Channels per group of GroupNorm, as in the reference, which has 256 channels in 32 groups."""
 
 TOWER_LAYERS = 3
 """Number of modules of a tower per convolution: the convolution, its GroupNorm and the ReLU."""
@@ -148,7 +150,7 @@ class Tower(nn.Sequential):
 
 
 class Head(nn.Module):
-    """Class logits and logits of edges of every location of every level."""
+    """The head: class logits and edge logits of every location of every level."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -174,7 +176,7 @@ class Head(nn.Module):
         nn.init.constant_(self.cls_logits.bias, prior_logit)
 
     def forward(self, levels: list[Tensor]) -> tuple[list[Tensor], ...]:
-        """Return class logits (B, C, H, W) and logits of edges (B, 4 * R, H, W) per level.
+        """Return class logits (B, C, H, W) and edge logits (B, 4 * R, H, W) per level.
 
         With `model.quality: centerness` a third list follows: centerness logits (B, 1, H, W).
         """

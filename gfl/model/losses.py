@@ -1,6 +1,7 @@
-"""The losses of Generalized Focal Loss (Li et al., NeurIPS 2020): unreduced, in float32.
+"""The losses of Generalized Focal Loss (Li et al., NeurIPS 2020) and its baseline, elementwise.
 
-Shapes: every function broadcasts over leading dimensions (...); R = reg_max + 1 bins.
+Shapes: every function broadcasts over leading dimensions (...) and computes in float32;
+R = reg_max + 1 bins.
 """
 
 from collections.abc import Callable
@@ -11,12 +12,13 @@ from torch import Tensor
 from gfl.model.boxes import box_giou
 
 MODULATION_FLOOR = 1e-6
-"""Least |y - sigmoid(z)| raised to 0 < beta < 1; below, loss and gradient are 0, not infinite."""
+"""Least |y - sigmoid(z)| for 0 < beta < 1, whose gradient at 0 is infinite; below, loss is 0."""
 
 FOCAL_ALPHA = 0.25
-"""Weight of an object's class; 1 - FOCAL_ALPHA is that of all others (Lin et al., ICCV 2017)."""
+"""Weight of positives in focal loss; negatives have 1 - FOCAL_ALPHA (Lin et al., ICCV 2017)."""
 
 FOCAL_GAMMA = 2.0
+"""Exponent of focal loss (Lin et al., ICCV 2017)."""
 
 TARGET_MARGIN = 0.1
 """How far below the last bin a DFL target stays, in bins (the reference's value)."""
@@ -27,7 +29,7 @@ def quality_focal_loss(logits: Tensor, quality: Tensor, beta: float) -> Tensor:
 
     Args:
         logits: z of every location and class, (...).
-        quality: y in [0, 1], same shape: the IoU where an object of the class is, 0 elsewhere.
+        quality: y in [0, 1], (...): the IoU where an object of the class is, 0 elsewhere.
         beta: Any real >= 0; 0 is plain binary cross-entropy.
     """
     logits = logits.float()
@@ -36,20 +38,20 @@ def quality_focal_loss(logits: Tensor, quality: Tensor, beta: float) -> Tensor:
 
 
 def background_focal_loss(logits: Tensor, beta: float) -> Tensor:
-    """Return Quality Focal Loss where there is no object, `sigmoid(z)^beta * log(1 + e^z)`.
+    """Return Quality Focal Loss for y = 0, `sigmoid(z)^beta * log(1 + e^z)`.
 
-    The same as with y = 0, for a third of the work: nearly all locations and classes are such.
+    Nearly all locations and classes have y = 0, and this takes a third of the operations.
 
     Args:
         logits: z of every location and class, (...).
-        beta: As of `quality_focal_loss`.
+        beta: Any real >= 0.
     """
     logits = logits.float()
     return _modulated(F.softplus(logits), logits.sigmoid, beta)
 
 
 def _modulated(cross_entropy: Tensor, error: Callable[[], Tensor], beta: float) -> Tensor:
-    """Return `error^beta * cross_entropy`; the error is not computed in vain."""
+    """Return `error()^beta * cross_entropy`; with beta = 0 the error is not computed."""
     if beta == 0:
         return cross_entropy
     if beta >= 1:
@@ -62,11 +64,11 @@ def _modulated(cross_entropy: Tensor, error: Callable[[], Tensor], beta: float) 
 def focal_loss(logits: Tensor, target: Tensor) -> Tensor:
     """Return `-alpha_t (1 - p_t)^gamma log(p_t)` elementwise (Lin et al., ICCV 2017, equation 5).
 
-    On hard labels Quality Focal Loss is this without `alpha_t`: `1 - p_t` is then `|y - p|`.
+    For y of 0 or 1, `1 - p_t` is `|y - p|`, so Quality Focal Loss is focal loss without `alpha_t`.
 
     Args:
-        logits: Of every location and class, (...).
-        target: 1 where an object of the class is, 0 elsewhere, same shape.
+        logits: Logits of every location and class, (...).
+        target: 1 where an object of the class is, 0 elsewhere, (...).
     """
     alpha = FOCAL_ALPHA * target + (1 - FOCAL_ALPHA) * (1 - target)
     return alpha * quality_focal_loss(logits, target, FOCAL_GAMMA)
@@ -81,14 +83,14 @@ def distribution_focal_loss(logits: Tensor, target: Tensor) -> Tensor:
     """Return the cross-entropy to the two bins around `target`, weighted by nearness (equation 6).
 
     Args:
-        logits: Of the bins of one edge, (..., R).
+        logits: Logits of the bins of one edge, (..., R).
         target: Distance in bins, (...); values beyond [0, R - 1 - TARGET_MARGIN] are clamped to it.
     """
     target = target.float().clamp(min=0, max=logits.shape[-1] - 1 - TARGET_MARGIN)
     left = target.floor()
     to_right = target - left
     log_probability = logits.float().log_softmax(dim=-1)
-    # A NaN has no bin, and an index out of bounds would kill a GPU's context: let the loss be NaN.
+    # A NaN has no bin. An index out of bounds would end a GPU's context; the loss becomes NaN.
     index = left.long().clamp(min=0, max=logits.shape[-1] - 2).unsqueeze(-1)
     at_left = log_probability.gather(-1, index).squeeze(-1)
     at_right = log_probability.gather(-1, index + 1).squeeze(-1)
@@ -109,8 +111,8 @@ def localisation_distillation_loss(
     arXiv 2102.12252), averaged over the R bins as in the authors' code, whose weight belongs to it.
 
     Args:
-        logits: Of the bins of one edge, (..., R).
-        teacher_logits: The teacher's, same shape.
+        logits: Logits of the bins of one edge, (..., R).
+        teacher_logits: The teacher's logits of the same bins, (..., R).
         temperature: T > 0.
     """
     student = (logits.float() / temperature).log_softmax(dim=-1)

@@ -1,6 +1,4 @@
-"""From logits to the detections of an image: top-k per level, decoding, clipping, classwise NMS.
-
-`coco_rows` makes COCO's rows of them.
+"""Post-processing of logits to detections: top-k per level, decoding, clipping, NMS per class.
 
 Shapes: B images, N detections, R bins (`ModelConfig.bins`), K candidates of an image over all
 levels, P locations.
@@ -28,18 +26,18 @@ def postprocess(
 ) -> list[Predictions]:
     """Return the detections of every image.
 
-    Candidates are the best by class score, above the threshold. A model with centerness ranks
-    them by class score times centerness from there on, as ATSS does in MMDetection.
+    Candidates are the (location, class) pairs of the highest class scores above the threshold. A
+    model with centerness then ranks them by class score times centerness, as ATSS in MMDetection.
 
     Args:
-        cls_logits: Per level (B, H_l * W_l, C).
-        reg_logits: Per level (B, H_l * W_l, 4 * R).
+        cls_logits: Class logits per level, (B, H_l * W_l, C).
+        reg_logits: Edge logits per level, (B, H_l * W_l, 4 * R).
         points: The locations of these levels.
-        integral: Decodes the edges.
+        integral: Decoder of the edge logits.
         sizes: (height, width) of every network input without its padding, (B, 2).
         original_sizes: (height, width) of the images that boxes are returned for, (B, 2).
         config: Thresholds and counts.
-        centerness_logits: Per level (B, H_l * W_l, 1), of a model that has them.
+        centerness_logits: Centerness logits per level, (B, H_l * W_l, 1), if the model has them.
     """
     scores, labels, location = _candidates(cls_logits, config.candidates_per_level)
     logits = torch.cat(reg_logits, dim=1)
@@ -95,5 +93,6 @@ def _candidates(cls_logits: list[Tensor], per_level: int) -> tuple[Tensor, Tenso
 
 
 def _suppress(predictions: Predictions, config: PostprocessConfig) -> Predictions:
+    """Return the best detections of an image after NMS within every class."""
     keep = batched_nms(predictions.boxes, predictions.scores, predictions.labels, config.nms_iou)
     return predictions.select(keep[: config.detections_per_image])

@@ -15,24 +15,24 @@ from gfl.model.detector import Detector
 class Average:
     """The average of a detector's weights and statistics over its training.
 
-    torch's `AveragedModel` keeps its count on the host and copies it to the device in every step,
-    which waits for the device; this one needs no count.
+    It is torch's `AveragedModel` without the count of steps, which `AveragedModel` copies from the
+    host to the device in every step: the host would wait for the device.
 
     Attributes:
-        detector: The average, as a detector of its own.
+        detector: A detector with the averaged weights and statistics.
     """
 
     def __init__(self, detector: Detector, decay: float) -> None:
-        """Start from the present weights; each step keeps `decay` of the average."""
+        """Start with the present weights; each step multiplies the average by `decay`."""
         self.detector = deepcopy(detector).requires_grad_(False)
-        self._fold = get_ema_multi_avg_fn(decay)
+        self._update = get_ema_multi_avg_fn(decay)
 
     def add(self, detector: Detector) -> None:
-        """Fold in the present weights of `detector`; counters are taken over."""
-        pairs = list(zip(self.detector.state_dict().values(), detector.state_dict().values(),
-                         strict=True))  # fmt: skip
-        average, present = zip(*(p for p in pairs if p[0].is_floating_point()), strict=True)
-        self._fold(list(average), list(present), torch.empty(0))
+        """Add the present weights of `detector` to the average; counters are copied."""
+        averages, present = self.detector.state_dict().values(), detector.state_dict().values()
+        pairs = list(zip(averages, present, strict=True))
+        floating = [pair for pair in pairs if pair[0].is_floating_point()]
+        self._update([a for a, _ in floating], [p for _, p in floating], torch.empty(0))
         for counter, now in pairs:
             if not counter.is_floating_point():
                 counter.copy_(now)
@@ -42,8 +42,10 @@ ONE_CYCLE_RISE = 0.3
 """Share of training in which the one-cycle rate rises (Smith & Topin, 2018; torch's default)."""
 
 ONE_CYCLE_START = 1 / 25
+"""First rate of the one-cycle schedule, relative to its peak."""
 
 ONE_CYCLE_END = 1e-5
+"""Last rate of the one-cycle schedule, relative to its peak."""
 
 
 def scaled_lr(config: Config) -> float:
@@ -62,7 +64,7 @@ def lr_factor(step: int, config: ScheduleConfig, steps_per_epoch: int) -> float:
 
 
 def _one_cycle(progress: float) -> float:
-    """Return the factor at `progress` in 0..1: a cosine up to 1, one down to `ONE_CYCLE_END`."""
+    """Return the factor at `progress` in 0..1: it rises to 1 and falls, both along a cosine."""
     if progress < ONE_CYCLE_RISE:
         start, end, share = ONE_CYCLE_START, 1.0, progress / ONE_CYCLE_RISE
     else:
@@ -74,7 +76,7 @@ def _one_cycle(progress: float) -> float:
 def build_optimizer(detector: nn.Module, config: Config) -> optim.Optimizer:
     """Return the optimizer of every trainable parameter, at the rate scaled to `data.batch`.
 
-    Fused: one kernel for all parameters, which also can be told on the device to skip a step.
+    It is fused: one kernel steps all parameters, and a tensor on the device can skip the step.
     """
     lr = scaled_lr(config)
     decay = config.optim.weight_decay
@@ -102,7 +104,7 @@ def build_scheduler(
 
 
 def _convolution_biases(detector: nn.Module) -> list[Tensor]:
-    """Return the biases that have their own rate: those of deformable offsets do not (mmcv's)."""
+    """Return the biases of convolutions; as in mmcv, those of deformable offsets do not count."""
     convolutions = [
         module
         for name, module in detector.named_modules()
