@@ -42,15 +42,19 @@ def test_a_training_is_done_again_where_it_is_asked_for(tiny, tmp_path, monkeypa
     assert again.differences == []
     assert again.digests == {"weights.pretrained": "w (sha256 123)"}
     code("a.py", "+2\n")  # the same file, changed otherwise
-    (told,) = model_card.recipe(where, store_of(where), f"runs:/{tracker.run_id}", []).differences
-    assert told.startswith("git.diff: what is not committed is not what")
+    (difference,) = model_card.recipe(
+        where, store_of(where), f"runs:/{tracker.run_id}", []
+    ).differences
+    assert difference.startswith("git.diff: what is not committed is not what")
     code("a.py", "+1\n")
     installed = model_card._installed
     monkeypatch.setattr(
         model_card, "_installed", lambda name: "9" if name == "torch" else installed(name)
     )
-    (told,) = model_card.recipe(where, store_of(where), f"runs:/{tracker.run_id}", []).differences
-    assert told == f"torch {installed('torch')} -> 9"
+    (difference,) = model_card.recipe(
+        where, store_of(where), f"runs:/{tracker.run_id}", []
+    ).differences
+    assert difference == f"torch {installed('torch')} -> 9"
 
 
 def test_other_weights_are_told(capsys):

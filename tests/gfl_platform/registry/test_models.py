@@ -20,9 +20,11 @@ def test_models_and_checkpoints_beyond_the_first_page_are_found(tmp_path, monkey
     (best := tmp_path / "best").mkdir()
     for number in range(MORE_THAN_A_PAGE):
         client.create_registered_model(f"m{number:03}")
-        made = client.create_logged_model(experiment, source_run_id=run_id, tags={"uri": str(best)})
+        logged = client.create_logged_model(
+            experiment, source_run_id=run_id, tags={"uri": str(best)}
+        )
         if number == 0:
-            ap = Metric("AP", 0.5, 0, 0, model_id=made.model_id)
+            ap = Metric("AP", 0.5, 0, 0, model_id=logged.model_id)
             client.log_batch(run_id, metrics=[ap])
     client.create_registered_model("m000-decisions", tags={"gfl.decisions_of": "m000"})
     assert len(models._names(client)) == MORE_THAN_A_PAGE
