@@ -12,14 +12,14 @@ from ray import cloudpickle
 cloudpickle.register_pickle_by_value(sys.modules[__name__])  # where trials run this is no module
 
 
-def dry_training(job: Any, folder: Path, _workers: Any, events: Any) -> dict[str, Any]:
+def dry_training(job: Any, folder: Path, _workers: Any, events: Any) -> Any:
     """Stand in for a training: AP is a formula of beta, reg_max, seed and epoch.
 
     Beta 0.5 diverges and beta 3 is refused. What is done is kept in `folder`, as by checkpoints.
     """
     from ray import tune
 
-    from gfl_platform.cluster.events import EpochEvaluated
+    from gfl_platform.cluster.events import EpochEvaluated, TrialOutcome
     from gfl_platform.cluster.launch import DivergedError
 
     beta, bins = job.loss.qfl.beta, job.model.reg_max
@@ -39,8 +39,7 @@ def dry_training(job: Any, folder: Path, _workers: Any, events: Any) -> dict[str
         events.tell(EpochEvaluated(10 * epoch, epoch, metrics, str(folder / "ray")))
         tune.report({**metrics, "epoch": epoch})
     figures = {**metrics, "fps": 10.0 + bins, "latency_ms": 1000 / (10 + bins)}
-    outcome = {"state": "finished", "figures": figures, "epochs": job.schedule.epochs}
-    return {**outcome, "checkpoint": None, "protocol": {}}
+    return TrialOutcome("finished", figures=figures, epochs=job.schedule.epochs)
 
 
 def main() -> None:

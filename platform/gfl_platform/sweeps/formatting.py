@@ -1,4 +1,4 @@
-"""Values of swept keys, and figures: when two values are the same, and how they are written."""
+"""How values of swept keys and figures are compared and printed."""
 
 import json
 import shlex
@@ -10,15 +10,15 @@ from typing import Any
 import yaml
 
 UNITS = {"fps": "images/s", "latency_ms": "ms"}
-"""Of figures that are no share; the others are printed in percent, as papers do."""
+"""Units of the figures that are no share; all others are printed in percent, as papers do."""
 
 NAMES = {"fps": "FPS", "latency_ms": "latency"}
 
 
 def identity(value: Any) -> str:
-    """Return a text that two values share if they are the same to a configuration.
+    """Return a text that is equal for two values that mean the same in a configuration.
 
-    2 and 2.0 are, and a list and a tuple; True and 1 are not.
+    2 and 2.0 mean the same, and so do a list and a tuple; True and 1 differ.
     """
     return json.dumps(_plain(value), sort_keys=True)
 
@@ -27,9 +27,9 @@ def _plain(value: Any) -> Any:
     if is_number(value):
         return float(value)
     if isinstance(value, Mapping):
-        return {str(key): _plain(each) for key, each in value.items()}
+        return {str(key): _plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(each) for each in value]
+        return [_plain(item) for item in value]
     return value if value is None or isinstance(value, bool | str) else str(value)
 
 
@@ -39,13 +39,13 @@ def is_number(value: Any) -> bool:
 
 
 def distinct(values: Iterable[Any]) -> list[Any]:
-    """Return the values without repetitions: numbers by size, others as they come."""
-    found = list({identity(value): value for value in values}.values())
-    return sorted(found) if all(map(is_number, found)) else found
+    """Return the values without repetitions, sorted if all are numbers."""
+    unique = list({identity(value): value for value in values}.values())
+    return sorted(unique) if all(map(is_number, unique)) else unique
 
 
 def label(value: Any, longest: int = 40) -> str:
-    """Return `value` for a reader: four digits of a fraction, `longest` characters at most."""
+    """Return `value` for a reader, with four digits and `longest` characters at most."""
     if isinstance(value, float):
         return f"{value:.4g}"
     text = value if isinstance(value, str) else json.dumps(value, default=str)
@@ -53,7 +53,7 @@ def label(value: Any, longest: int = 40) -> str:
 
 
 def short_names(keys: Iterable[str]) -> dict[str, str]:
-    """Return the shortest ends of dotted keys that tell them apart: `beta` of `loss.qfl.beta`."""
+    """Return the shortest unique ends of dotted keys: `beta` for `loss.qfl.beta`."""
     keys = list(keys)
     names = {}
     for key in keys:
@@ -72,7 +72,7 @@ def point_label(point: Mapping[str, Any]) -> str:
 
 
 def overrides(point: Mapping[str, Any], seed: int) -> str:
-    """Return what a shell passes to a job to train at a point: `loss.qfl.beta=2.5 seed=1`."""
+    """Return a job's arguments for a training at a point: `loss.qfl.beta=2.5 seed=1`."""
     words = []
     for key, value in {**point, "seed": seed}.items():
         plain = list(value) if isinstance(value, tuple) else value
@@ -83,7 +83,7 @@ def overrides(point: Mapping[str, Any], seed: int) -> str:
 
 
 def factor(metric: str) -> float:
-    """Return what a figure is multiplied with to be printed."""
+    """Return the factor by which a figure is multiplied before it is printed."""
     return 1.0 if metric in UNITS else 100.0
 
 
@@ -93,11 +93,11 @@ def axis_name(metric: str) -> str:
 
 
 def shown(metric: str, value: float, *, sign: bool = False) -> str:
-    """Return a figure or, with its sign, a difference of two, as it is printed."""
+    """Return a figure as it is printed; with its sign, if it is a difference of two."""
     value = value * factor(metric)
     return f"{value:+.2f}" if sign else f"{value:.2f}"
 
 
 def unit_of_difference(metric: str) -> str:
-    """Return the unit of a difference: points of AP, for 40 % and 41 % are no percent apart."""
+    """Return the unit of a difference: points of AP, as 41 % is not 1 % more than 40 %."""
     return UNITS.get(metric, f"{metric} points")

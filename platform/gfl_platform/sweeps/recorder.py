@@ -1,4 +1,4 @@
-"""What the driver of a sweep notes: every trial in its folder and in its own MLflow run."""
+"""The driver of a sweep records every trial in its folder and in an MLflow run of its own."""
 
 import logging
 import time
@@ -44,15 +44,14 @@ from gfl_platform.training.fit import RAY_FOLDER
 logger = logging.getLogger(__name__)
 
 RUN_STATUS = {"finished": "FINISHED", "failed": "FAILED", "nan": "FAILED"}
-"""How MLflow calls a trial's end; one that was stopped is KILLED, as in Optuna's integration."""
-
+"""MLflow's status for the end of a trial; all other ends are KILLED, as in Optuna's integration."""
 
 DISCARDED = ("stopped early", "nan")
-"""Ends of trials whose checkpoints nobody will want."""
+"""States of trials whose checkpoints are deleted after the search."""
 
 
 class Recorder:
-    """Hears of all trials; `watch` is told of each one that changed, after it was noted."""
+    """Records what happens to the trials of a sweep."""
 
     def __init__(
         self,
@@ -64,37 +63,37 @@ class Recorder:
         devices: int,
         watch: Callable[[Trial, Event], None],
     ) -> None:
-        """Take up the trials noted in `folder`.
+        """Read the records of earlier sessions.
 
         Args:
-            job: The sweep's configuration.
-            store: Where trials are logged.
-            name: The sweep's.
-            folder: Of the trials.
-            parent: The sweep's MLflow run.
-            devices: That a trial holds.
-            watch: Is told of a trial and what happened to it.
+            job: Configuration of the sweep.
+            store: MLflow store that the trials are logged to.
+            name: Name of the sweep.
+            folder: Folder with the trials' folders.
+            parent: MLflow run of the sweep.
+            devices: Number of GPUs or CPUs that a trial holds.
+            watch: Called with a trial and each of its events, after the event was recorded.
         """
         self._job, self._name, self._folder = job, name, folder
         self._store = store
         self._parent, self._devices, self._watch = parent, devices, watch
-        found = [read_trial(path) for path in sorted(folder.glob("*"))]
-        self.trials = {trial.id: trial for trial in found if trial}
+        records = [read_trial(path) for path in sorted(folder.glob("*"))]
+        self.trials = {trial.id: trial for trial in records if trial}
         self._trackers: dict[str, RunTracker] = {}
         self._since: dict[str, float] = {}
         for trial in self.trials.values():
-            if trial.state != "running" and backlog(folder / trial.id):  # the store was away
+            if trial.state != "running" and backlog(folder / trial.id):  # MLflow did not answer
                 settle(store, folder / trial.id)
                 trial.run_id = read_json(folder / trial.id / RUN_FILE).get("run_id")
         self._watched = job.sweep.objectives[0] if job.sweep else "AP"
 
     def plan(self, planned: Planned) -> None:
-        """Note a trial before it starts: from then on its identity is taken."""
+        """Record a trial before it starts: from then on its id is taken."""
         trial = self.trials.setdefault(planned.id, Trial(**vars(planned)))
         self._write(trial)
 
     def handle(self, event: Event) -> None:
-        """Note an event of a trial."""
+        """Record an event of a trial."""
         assert isinstance(event, OfTrial)
         self._handle(event.trial, event.event)
 
@@ -105,14 +104,14 @@ class Recorder:
             case TrialEnded(planned=planned) if planned and name not in self._trackers:
                 self._start(planned)
         if name not in self._trackers:
-            return  # a training that was stopped still speaks until its processes are gone
+            return  # a stopped training goes on sending events until its processes are gone
         trial = self.trials[name]
         match event:
             case EpochEvaluated():
-                self._note_epoch(trial, event)
+                self._add_epoch(trial, event)
             case TrialOutcome():
-                self._note_outcome(trial, event)
-            case WorkersStarted():  # time spent waiting for room is nobody's
+                self._set_outcome(trial, event)
+            case WorkersStarted():  # the time before was spent waiting for resources
                 self._since.setdefault(name, time.monotonic())
             case TrialEnded():
                 self._end(trial, event)
@@ -122,19 +121,19 @@ class Recorder:
 
     def close(self) -> None:
         """Close the runs of trials that an interruption left running."""
-        for name, tracker in self._trackers.items():  # all, before any waits for a store
-            self._tick(self.trials[name])
+        for name, tracker in self._trackers.items():  # all of them before any waits for MLflow
+            self._add_seconds(self.trials[name])
             self._write(self.trials[name])
             tracker.handle(RunEnded("KILLED"))
         while self._trackers:
             self._trackers.popitem()[1].close()
 
     def end_running(self, state: TrialState) -> None:
-        """Note that the search is over for trials that Ray Tune stopped without a word."""
+        """Record the end of the search for trials that Ray Tune stopped without a callback."""
         for name in list(self._trackers):
             self._handle(name, TrialEnded(state))
         for trial in self.trials.values():
-            if trial.state == "running":  # planned, and never started
+            if trial.state == "running":  # planned but never started
                 trial.state = state
                 self._write(trial)
 
@@ -142,7 +141,7 @@ class Recorder:
         """Delete the checkpoints of trials that were stopped."""
         for trial in self.trials.values():
             if trial.state in DISCARDED and trial.checkpoint:
-                with suppress(S3Error):  # they only take room
+                with suppress(S3Error):  # what is left only takes space
                     self._store.storage.discard(self._folder / trial.id / RAY_FOLDER)
                 trial.checkpoint = None
                 self._write(trial)
@@ -160,27 +159,27 @@ class Recorder:
                 "sweep.stage": trial.stage,
                 "config.hash": trial.config_hash,
             }
-            called = f"{self._name}-{name} {point_label(trial.point)} seed={trial.seed}"
+            run_name = f"{self._name}-{name} {point_label(trial.point)} seed={trial.seed}"
             folder.mkdir(parents=True, exist_ok=True)
-            # The sweep's own run was opened: a store that is away by now will be back.
+            # MLflow answered when the sweep's own run was opened, so an outage is temporary.
             self._trackers[name] = RunTracker(
-                self._store, folder, describe(job, called, tags), may_be_away=True
+                self._store, folder, describe(job, run_name, tags), may_be_away=True
             )
         trial.run_id = self._trackers[name].run_id
         self._write(trial)
 
-    def _note_epoch(self, trial: Trial, event: EpochEvaluated) -> None:
+    def _add_epoch(self, trial: Trial, event: EpochEvaluated) -> None:
         metrics = event.metrics
         if event.epoch > trial.epochs:
             watched = self._watched if self._watched in metrics else "AP"
             trial.curve.append((event.epoch, metrics[watched]))
         if metrics["AP"] >= trial.figures.get("AP", -1.0):
             trial.figures, trial.checkpoint = dict(metrics), event.uri
-        self._tick(trial)
+        self._add_seconds(trial)
         self._write(trial)
         self._trackers[trial.id].handle(event)
 
-    def _note_outcome(self, trial: Trial, outcome: TrialOutcome) -> None:
+    def _set_outcome(self, trial: Trial, outcome: TrialOutcome) -> None:
         trial.state, trial.cause = outcome.state, outcome.cause
         if outcome.state == "finished":
             trial.figures, trial.checkpoint = dict(outcome.figures), outcome.checkpoint
@@ -189,9 +188,9 @@ class Recorder:
             self._trackers[trial.id].handle(SpeedMeasured(fps, trial.protocol))
 
     def _end(self, trial: Trial, event: TrialEnded) -> None:
-        if trial.state == "running":  # it gave no outcome of its own
+        if trial.state == "running":  # it sent no outcome
             trial.state, trial.cause = event.state, event.cause
-        self._tick(trial)
+        self._add_seconds(trial)
         self._since.pop(trial.id, None)
         tracker = self._trackers.pop(trial.id)
         tags = {"sweep.state": trial.state, "sweep.cause": trial.cause or ""}
@@ -203,37 +202,37 @@ class Recorder:
         self._write(trial)
 
     def _write(self, trial: Trial) -> None:
-        """Note a trial here, and where another driver would look."""
+        """Write a trial's record here, and to S3 where a driver on another machine reads it."""
         folder = self._folder / trial.id
         write_trial(folder, trial)
         try:
             self._store.storage.share_state(folder)
-        except S3Error as error:  # the next time it is noted, S3 may be back
+        except S3Error as error:  # S3 may answer again at the trial's next event
             logger.warning("%s", error)
 
-    def _tick(self, trial: Trial) -> None:
-        """Add the time since the last event to what the trial has taken."""
+    def _add_seconds(self, trial: Trial) -> None:
+        """Add the time since the trial's last event to its seconds."""
         now = time.monotonic()
         trial.seconds += now - self._since.get(trial.id, now)
         self._since[trial.id] = now
 
 
 class EndOfTrials(Callback):
-    """Tells the recorder what only Ray Tune knows: that a trial has ended, and who ended it."""
+    """Sends the recorder what only Ray Tune knows: that a trial has ended, and why."""
 
     def __init__(self, events: Events, out_of_budget: Callable[[], bool]) -> None:
         self._events, self._out_of_budget = events, out_of_budget
 
     def on_trial_complete(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
-        """Tell of a trial that finished or was stopped."""
-        self._tell(trial, "out of budget" if self._out_of_budget() else "stopped early")
+        """Send the end of a trial that finished or was stopped."""
+        self._send(trial, "out of budget" if self._out_of_budget() else "stopped early")
 
     def on_trial_error(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
-        """Tell of a trial that failed without giving a reason: its process was lost, too often."""
-        told = Path(trial.error_file).read_text().split("\n") if trial.error_file else []
-        reasons = [line for line in told if line and not line.startswith(" ")]
-        self._tell(trial, "failed", reasons[-1] if reasons else "its process was lost")
+        """Send the end of a trial whose process was lost too often."""
+        lines = Path(trial.error_file).read_text().split("\n") if trial.error_file else []
+        reasons = [line for line in lines if line and not line.startswith(" ")]
+        self._send(trial, "failed", reasons[-1] if reasons else "its process was lost")
 
-    def _tell(self, trial: Any, state: TrialState, cause: str | None = None) -> None:
+    def _send(self, trial: Any, state: TrialState, cause: str | None = None) -> None:
         planned = dict(trial.config)
         self._events.tell(OfTrial(planned["id"], TrialEnded(state, cause, planned)))

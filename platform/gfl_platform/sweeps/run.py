@@ -54,9 +54,9 @@ CHALLENGER = "challenger"
 
 
 def register_best(results: SweepResults, model: str) -> int:
-    """Register the best point's best trial as a version of `model`, once; return the version.
+    """Register the best point's best trial as a version of `model`; return the version.
 
-    It gets the alias `challenger`.
+    A trial is registered once. Its version gets the alias `challenger`.
 
     Raises:
         ValueError: no trial finished.
@@ -83,27 +83,38 @@ REPORT_FOLDER = "report"
 MAY_CHANGE = ("sweep.budget.", "sweep.concurrency")
 """Keys that a resumed sweep may change."""
 
-FOREVER = 10**8
-"""Seconds, as Ray is to be told."""
+NO_TIMEOUT_S = 10**8
+"""Timeout passed to Ray, in seconds, for workers that may wait as long as they need to."""
 
 UNKNOWN_SIZE = 16
-"""Trials at once on a cluster of which nothing says how large it may grow."""
+"""Trials that run at once on a cluster that may grow to an unknown size."""
 
 
 @dataclass(frozen=True)
 class _Sweep:
-    """A sweep that runs."""
+    """A sweep while it runs."""
 
     job: JobConfig
     storage: Storage
-    trials: Path
+    folder: Path
     workers: Workers
     recorder: Recorder
     train: Train
 
     @property
+    def config(self) -> SweepConfig:
+        """The section `sweep:`."""
+        return sweep_of(self.job)
+
+    @property
     def known(self) -> list[Trial]:
+        """All trials with a record, sorted by their ids."""
         return [trial for _, trial in sorted(self.recorder.trials.items())]
+
+    def has_ended(self, planned: Planned) -> bool:
+        """Return whether a planned trial has ended in this session or an earlier one."""
+        trial = self.recorder.trials.get(planned.id)
+        return trial is not None and trial.state in ENDED
 
 
 def run_sweep(
@@ -114,18 +125,18 @@ def run_sweep(
     watch: Callable[[Trial, Event], None],
     train: Train = train_with_ray,
 ) -> SweepResults:
-    """Run the sweep that `job` describes, or go on with it, and write its report.
+    """Run the sweep that `job` describes, or continue it, and write its report.
 
     Args:
-        job: A configuration with a `sweep:` section.
-        name: Of the sweep.
-        resume: Whether to go on with an interrupted one.
-        watch: Is told of a trial and of what happened to it.
-        train: What trains a trial.
+        job: Configuration with a `sweep:` section.
+        name: Name of the sweep.
+        resume: Whether to continue an interrupted sweep.
+        watch: Called with a trial and each of its events.
+        train: Function that trains a trial.
 
     Raises:
-        ValueError: a sweep, dataset, cluster or tracking store that cannot be used.
-        KeyboardInterrupt: it was interrupted, and can be resumed.
+        ValueError: the sweep, dataset, cluster or MLflow store cannot be used.
+        KeyboardInterrupt: the sweep was interrupted, and can be resumed.
     """
     check_sweep(job)
     storage = Storage(job.storage)
@@ -152,88 +163,91 @@ def run_sweep(
 
 
 def _prepare(job: JobConfig, store: Store, name: str, *, resume: bool) -> tuple[Path, Workers]:
-    """Return the sweep's folder and what a trial runs on; nothing is written if that fails."""
-    asked, first = comparable(job), trial_job(job, {}, job.seed)
+    """Return the sweep's folder and a trial's workers; write nothing if that fails."""
+    recipe, first = comparable(job), trial_job(job, {}, job.seed)
     folder = store.storage.find_run_folder(name, resume=resume, kind="sweeps")
     if resume:
-        require_same(folder / CONFIG_FILE, asked, "sweep", MAY_CHANGE)
+        require_same(folder / CONFIG_FILE, recipe, "sweep", MAY_CHANGE)
     resources.connect()
     workers = replace(resources.allot(first), stoppable=_stops_trials(sweep_of(job)))
-    if not resources.in_cluster():  # here workers see the same files: say at once what is wrong
+    if not resources.in_cluster():  # workers read the same files, so a mistake is found at once
         check_data(first, workers.count, sweep_of(job).objectives)
     store.require_answer()
     fetch_sources(first, store)
     if not resume:
         store.storage.open_run_folder(name, resume=False, kind="sweeps")
-        require_same(folder / CONFIG_FILE, asked, "sweep")
+        require_same(folder / CONFIG_FILE, recipe, "sweep")
     return folder, workers
 
 
 def comparable(job: JobConfig) -> JobConfig:
-    """Return `job` without what a resumed sweep may change: where it runs, and its names."""
+    """Return `job` without where it runs and its names, which a resumed sweep may change."""
     return derive(JobConfig, reproducible(job), []).model_copy(update={"sweep": job.sweep})
 
 
 def _devices(workers: Workers) -> int:
-    """Return what a trial holds: GPUs, or CPUs where it takes no GPU."""
+    """Return the number of GPUs that a trial holds, or of CPUs if it takes no GPU."""
     return workers.count * (1 if workers.use_gpu else workers.cpus)
 
 
-def _stops_trials(asked: SweepConfig) -> bool:
+def _stops_trials(config: SweepConfig) -> bool:
     """Return whether trials may be stopped before their last epoch."""
-    budget = asked.budget
-    limited = budget.epochs is not None or budget.hours is not None
-    return limited or asked.scheduler.name != "none"
+    budget = config.budget
+    is_limited = budget.epochs is not None or budget.hours is not None
+    return is_limited or config.scheduler.name != "none"
 
 
 def _search(sweep: _Sweep) -> None:
-    """Run the trials of the search that have not ended."""
-    asked, job = sweep_of(sweep.job), sweep.job
+    """Run all trials of the search that have not ended."""
+    config, job = sweep.config, sweep.job
     known = [trial for trial in sweep.known if trial.stage == "search"]
     epochs = sum(trial.epochs for trial in known)
     at_once = min(concurrency(sweep), len(known) or 1)
     seconds = sum(trial.seconds for trial in known) / at_once
-    last = inf if EPOCHS_KEY in asked.space else job.schedule.epochs
-    budget = BudgetStopper(asked.budget, epochs, seconds, last)
+    last = inf if EPOCHS_KEY in config.space else job.schedule.epochs
+    budget = BudgetStopper(config.budget, epochs, seconds, last)
     plan = sweep.recorder.plan
     searcher: ListedTrials | DrawnTrials
-    if asked.search.name == "grid":
-        points = grid_points(asked)
-        seeds = 1 if asked.finalists else asked.seeds
+    if config.search.name == "grid":
+        points = grid_points(config)
+        seeds = 1 if config.finalists else config.seeds
         order = [(point, job.seed + seed) for seed in range(seeds) for point in points]
         planned = [
             Planned(trial_name(number), point, seed, "search")
             for number, (point, seed) in enumerate(order)
         ]
-        remaining = [trial for trial in planned if not _has_ended(sweep, trial.id)]
+        remaining = [trial for trial in planned if not sweep.has_ended(trial)]
         searcher = ListedTrials(remaining, plan, budget.used_up)
     else:
         searcher = DrawnTrials(job, known, plan, budget.used_up)
     scheduler = (
-        None if asked.scheduler.name == "none" else EarlyStopping(asked, job.schedule.epochs, known)
+        None
+        if config.scheduler.name == "none"
+        else EarlyStopping(config, job.schedule.epochs, known)
     )
     _run(sweep, searcher, scheduler, budget)
 
 
 def _train_finalists(sweep: _Sweep) -> None:
     """Train the best points, and the default, with all seeds."""
-    planned = [p for p in _finalists(sweep) if not _has_ended(sweep, p.id)]
+    planned = [trial for trial in _finalists(sweep) if not sweep.has_ended(trial)]
     if planned:
         trials = ListedTrials(planned, sweep.recorder.plan)
         _run(sweep, trials, None, BudgetStopper(BudgetConfig(), 0, 0.0, inf))
 
 
 def _finalists(sweep: _Sweep) -> list[Planned]:
-    asked, job = sweep_of(sweep.job), sweep.job
-    if asked.seeds == 1 or (asked.search.name == "grid" and asked.finalists is None):
+    """Return the trials of the best points and the default with all seeds, ended ones included."""
+    config, job = sweep.config, sweep.job
+    if config.seeds == 1 or (config.search.name == "grid" and config.finalists is None):
         return []
-    objective = asked.objectives[0]
+    objective = config.objectives[0]
     searched = [trial for trial in sweep.known if trial.stage == "search"]
     finished = [trial for trial in searched if trial.state == "finished"]
     finished.sort(key=lambda trial: -direction(objective) * trial.figures[objective])
-    points = _distinct([trial.point for trial in finished])[: asked.finalists]
+    points = _distinct([trial.point for trial in finished])[: config.finalists]
     default = default_point(job)  # what every verdict compares with
-    points = _distinct([*points, *(t.point for t in searched if t.point == default)])
+    points = _distinct([*points, *(trial.point for trial in searched if trial.point == default)])
     known = {
         (identity(trial.point), trial.seed): trial.id
         for trial in sweep.known
@@ -243,7 +257,7 @@ def _finalists(sweep: _Sweep) -> list[Planned]:
     return [
         Planned(known.get((identity(point), seed)) or next(free), point, seed, "finalists")
         for point in points
-        for seed in range(job.seed, job.seed + asked.seeds)
+        for seed in range(job.seed, job.seed + config.seeds)
     ]
 
 
@@ -251,31 +265,27 @@ def _distinct(points: list[Point]) -> list[Point]:
     return list({identity(point): point for point in points}.values())
 
 
-def _has_ended(sweep: _Sweep, name: str) -> bool:
-    known = sweep.recorder.trials.get(name)
-    return known is not None and known.state in ENDED
-
-
 def concurrency(sweep: _Sweep) -> int:
-    """Return how many trials run at once: as many as fit, unless fewer are wanted."""
+    """Return how many trials run at once: as many as fit, or `sweep.concurrency` if it is less."""
     import ray
 
     most, workers = most_resources(ray.cluster_resources())[0], sweep.workers
     fits = most["CPU"] / (workers.count * workers.cpus)
     if workers.use_gpu:
         fits = min(fits, most["GPU"] / workers.count)
-    asked = sweep_of(sweep.job).concurrency
+    limit = sweep_of(sweep.job).concurrency
     if fits == inf:
-        return asked or UNKNOWN_SIZE
+        return limit or UNKNOWN_SIZE
     fits = max(1, int(fits))
-    return min(fits, asked or fits)
+    return min(fits, limit or fits)
 
 
-def _of_a_driver(trials: int) -> dict[str, float]:
-    """Return the resources of a trial's driver: no CPU, which its workers need.
+def _driver_resources(trials: int) -> dict[str, float]:
+    """Return the resources of a trial's driver: no CPU, because its workers need all of them.
 
-    Tune refuses to reserve nothing. On a cluster of ours there is room for as many as run at once
-    and no more, else Tune starts a process for each trial that then takes over the one before's.
+    Ray Tune refuses an empty request. On a cluster of our own the request lets `trials` drivers run
+    at once and no more: otherwise Ray Tune starts a process for each trial in advance, even if the
+    trial then reuses the process of the trial before.
     """
     import ray
 
@@ -284,26 +294,26 @@ def _of_a_driver(trials: int) -> dict[str, float]:
 
 
 def _run(sweep: _Sweep, searcher: Any, scheduler: Any, budget: BudgetStopper) -> None:
-    """Let Ray Tune run the trials that `searcher` gives."""
+    """Run the trials that `searcher` gives."""
     os.environ.update(
-        TUNE_DISABLE_SIGINT_HANDLER="1",  # Ctrl-C ends the job; there is no state of Tune's to keep
+        TUNE_DISABLE_SIGINT_HANDLER="1",  # Ctrl-C ends the job: Ray Tune has no state to save
         TUNE_DISABLE_AUTO_CALLBACK_LOGGERS="1",
-        RAY_AIR_NEW_OUTPUT="0",  # the new one prints even if told not to
+        RAY_AIR_NEW_OUTPUT="0",  # the new output is printed in spite of verbose=0
         TUNE_PRINT_ALL_TRIAL_ERRORS="0",
     )
     from ray import tune
 
     with sweep.storage.scratch_folder() as scratch, pumped(sweep.recorder.handle) as events:
-        # A trial fits, as was checked: it may wait until others, also of other jobs, make room.
-        environment = {START_TIMEOUT: os.environ.get(START_TIMEOUT, str(FOREVER))}
+        # A trial fits into the cluster, and may wait until other trials or jobs have ended.
+        environment = {START_TIMEOUT: os.environ.get(START_TIMEOUT, str(NO_TIMEOUT_S))}
         settings = TrialSettings(
-            sweep.job, sweep.trials, sweep.workers, events, sweep.train, environment
+            sweep.job, sweep.folder, sweep.workers, events, sweep.train, environment
         )
         tune.run(
             tune.with_parameters(run_trial, settings=settings),
             name="tune",
             **sweep.storage.ray_options(scratch),
-            resources_per_trial=tune.PlacementGroupFactory([_of_a_driver(concurrency(sweep))]),
+            resources_per_trial=tune.PlacementGroupFactory([_driver_resources(concurrency(sweep))]),
             num_samples=-1,
             search_alg=searcher,
             scheduler=scheduler,
@@ -312,7 +322,7 @@ def _run(sweep: _Sweep, searcher: Any, scheduler: Any, budget: BudgetStopper) ->
             max_concurrent_trials=concurrency(sweep),
             max_failures=sweep.job.cluster.max_failures,
             raise_on_failed_trial=False,
-            reuse_actors=not sweep.workers.stoppable,  # a stopped training runs on for a moment
+            reuse_actors=not sweep.workers.stoppable,  # a stopped training goes on for a moment
             verbose=0,
         )
     sweep.recorder.end_running("out of budget")

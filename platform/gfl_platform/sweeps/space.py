@@ -1,4 +1,4 @@
-"""The space of a sweep: its points, checked against the schema, and a trial's configuration."""
+"""The points of a sweep, checked against the schema, and the configuration of a trial."""
 
 import itertools
 import json
@@ -16,22 +16,26 @@ from gfl_platform.config import JobConfig, RangeConfig, SweepConfig
 from gfl_platform.storage.storage import Storage
 from gfl_platform.sweeps.trials import AT_THE_END, Point
 
+logger = logging.getLogger(__name__)
+
+ORIGIN = "sweep.space"
+
 
 def check_data(job: JobConfig, workers: int, objectives: tuple[str, ...]) -> None:
-    """Refuse data that cannot be used, or objectives that they cannot have.
+    """Refuse data that cannot be used, or that cannot have the objectives.
 
     Args:
-        job: A trial's configuration.
-        workers: Of a trial.
-        objectives: Of the sweep; without any large objects, say, there is no AP of these.
+        job: Configuration of a trial.
+        workers: Number of workers of a trial.
+        objectives: Objectives of the sweep. Data without large objects, say, have no APl.
 
     Raises:
-        ValueError: what is wrong, where, and what to do.
+        ValueError: the message says what is wrong, where, and what to do.
     """
     share_of_batch(job, workers)
     val = load_splits(Storage(job.storage).cache.localized(job))[1]
-    nothing = np.empty((0, 7))
-    metrics = dict.fromkeys(AT_THE_END, 0.0) | evaluate_split(val, nothing, job).metrics
+    no_detections = np.empty((0, 7))
+    metrics = dict.fromkeys(AT_THE_END, 0.0) | evaluate_split(val, no_detections, job).metrics
     for name in objectives:
         if metrics.get(name, -1.0) < 0:
             raise ConfigError(
@@ -40,16 +44,11 @@ def check_data(job: JobConfig, workers: int, objectives: tuple[str, ...]) -> Non
             )
 
 
-logger = logging.getLogger(__name__)
-
-ORIGIN = "sweep.space"
-
-
 def sweep_of(job: JobConfig) -> SweepConfig:
     """Return the `sweep:` section.
 
     Raises:
-        ConfigError: there is none.
+        ConfigError: the configuration has no such section.
     """
     if job.sweep is None:
         raise ConfigError("no sweep: section; see configs/sweeps/ for examples")
@@ -57,23 +56,27 @@ def sweep_of(job: JobConfig) -> SweepConfig:
 
 
 def trial_job(job: JobConfig, point: Point, seed: int) -> JobConfig:
-    """Return the configuration of the training of `point`.
+    """Return the configuration of the training at `point`.
 
     It has one worker, unless `cluster` says more, and keeps its best and its latest checkpoint.
 
     Raises:
-        ConfigError: values that the schema does not allow, alone or together.
+        ConfigError: the schema does not allow the values, alone or together.
     """
-    where = {"cluster.workers": job.cluster.workers or 1, "storage.keep_checkpoints": 1}
-    whole = {"storage.checkpoint_steps": None}  # Ray Tune decides on epochs
-    values = {"seed": seed, **point, **where, **whole}
+    values = {
+        "seed": seed,
+        **point,
+        "cluster.workers": job.cluster.workers or 1,
+        "storage.keep_checkpoints": 1,
+        "storage.checkpoint_steps": None,  # Ray Tune decides after whole epochs
+    }
     plain = job.model_copy(update={"sweep": None, "registry": type(job.registry)()})
     overrides = [f"{key}={json.dumps(value)}" for key, value in values.items()]
     return derive(JobConfig, plain, overrides, ORIGIN)
 
 
 def default_point(job: JobConfig) -> Point:
-    """Return what the configuration says for the swept keys."""
+    """Return the values that the configuration itself has for the swept keys."""
 
     def look_up(key: str) -> Any:
         values: Any = job.model_dump(mode="json")
@@ -86,15 +89,15 @@ def default_point(job: JobConfig) -> Point:
 
 def grid_points(sweep: SweepConfig) -> list[Point]:
     """Return all points of a finite space, the last key changing fastest."""
-    lists = [each.values or () for each in sweep.space.values()]
+    lists = [ranges.values or () for ranges in sweep.space.values()]
     return [dict(zip(sweep.space, values, strict=True)) for values in itertools.product(*lists)]
 
 
 def check_sweep(job: JobConfig) -> None:
-    """Refuse a sweep that cannot be run, before anything is; warn of one that may surprise.
+    """Refuse a sweep that cannot be run, and warn of settings that may surprise.
 
     Raises:
-        ConfigError: what is wrong, where, and what to do.
+        ConfigError: the message says what is wrong, where, and what to do.
     """
     sweep = sweep_of(job)
     _check_settings(sweep)
@@ -119,7 +122,7 @@ def check_sweep(job: JobConfig) -> None:
 
 
 def _check_settings(sweep: SweepConfig) -> None:
-    lists = [each.values for each in sweep.space.values()]
+    lists = [ranges.values for ranges in sweep.space.values()]
     if sweep.search.name == "grid":
         if None in lists:
             key = list(sweep.space)[lists.index(None)]
@@ -159,7 +162,7 @@ def _check_settings(sweep: SweepConfig) -> None:
 
 
 def _check_range(job: JobConfig, key: str, values: RangeConfig) -> None:
-    """Refuse a key that the configuration does not have, or values that it does not take."""
+    """Refuse a key that the configuration lacks, or values that the key cannot have."""
     if key.split(".")[0] in JOB_SECTIONS:
         raise ConfigError(f"{ORIGIN}: {key} says how a job runs, and changes no result; remove it")
     if values.values is not None and len({json.dumps(v) for v in values.values}) < len(
@@ -173,13 +176,13 @@ def _check_range(job: JobConfig, key: str, values: RangeConfig) -> None:
         except ConfigError as error:
             if "valid integer" in str(error) and values.bounds:
                 raise ConfigError(f"{ORIGIN}: {key} takes integers: use int_uniform") from error
-            if values.bounds:  # lists may hold values that go with others only
+            if values.bounds:  # a list may hold a value that needs another key's value
                 raise
             _refuse_alone(error, key)
 
 
 def _refuse_alone(error: ConfigError, key: str) -> None:
-    """Raise `error` if it is about `key` itself, not about how it goes with other keys."""
+    """Raise `error` if it is about `key` alone, not about its combination with other keys."""
     if f"{key}:" in str(error) or "unknown key" in str(error):
         raise error
 

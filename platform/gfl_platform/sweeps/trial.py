@@ -4,7 +4,7 @@ import json
 import logging
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,26 +23,24 @@ from gfl_platform.training.sources import fetch_sources
 logger = logging.getLogger(__name__)
 
 OUTCOME_FILE = "outcome.json"
-"""In a trial's folder once it has ended: one that is started again repeats it, unless it failed."""
+"""File in a trial's folder once it has ended. A trial that is started again sends this outcome
+instead of training, unless it failed."""
 
-Outcome = dict[str, Any]
-"""`state`; if finished `figures`, `epochs`, `checkpoint` and `protocol`, if not the `cause`."""
-
-Train = Callable[[JobConfig, Path, Workers, Events], Outcome]
-"""Trains a configuration in a folder, tells of epochs, and returns how it went."""
+Train = Callable[[JobConfig, Path, Workers, Events], TrialOutcome]
+"""A function that trains a configuration in a folder, sends its epochs, and returns the outcome."""
 
 
 @dataclass(frozen=True)
 class TrialSettings:
-    """What all trials of a sweep have in common.
+    """Settings that all trials of a sweep have in common.
 
     Attributes:
-        job: The sweep's configuration.
-        folder: Of the sweep's trials.
-        workers: What each runs on.
+        job: Configuration of the sweep.
+        folder: Folder with the trials' folders.
+        workers: Workers of each trial.
         events: The way to the sweep's driver.
-        train: What trains.
-        environment: Variables of the sweep's driver that its trials' have, too.
+        train: Function that trains.
+        environment: Environment variables that the sweep's driver passes to its trials.
     """
 
     job: JobConfig
@@ -54,9 +52,10 @@ class TrialSettings:
 
 
 def run_trial(planned: dict[str, Any], settings: TrialSettings) -> None:
-    """Run a `Planned` trial to its end, or repeat how it ended; a Tune trainable.
+    """Run a `Planned` trial to its end, or send its outcome again; a trainable of Ray Tune.
 
-    A training that fails is no failure to Tune, which would try it again; a lost process is.
+    Ray Tune tries a failed trial again. So only a lost process fails a trial for Ray Tune, and a
+    training that fails is an outcome.
     """
     import ray
     from ray import tune
@@ -66,40 +65,40 @@ def run_trial(planned: dict[str, Any], settings: TrialSettings) -> None:
     job = trial_job(settings.job, planned["point"], planned["seed"])
     events = Events(settings.events.queue, planned["id"])
     events.tell(TrialStarted(planned))
-    outcome = read_json(folder / OUTCOME_FILE)
-    if outcome.get("state", "failed") == "failed":
+    record = read_json(folder / OUTCOME_FILE)
+    if record.get("state", "failed") == "failed":
         folder.mkdir(parents=True, exist_ok=True)
-        outcome = _train(settings, job, folder, events)
-        write_atomically(folder / OUTCOME_FILE, json.dumps(outcome) + "\n")
-    ray.get(events.tell(TrialOutcome(**outcome)))  # before Tune can say that it ended
-    final = {"epoch": outcome.get("epochs", 0), "final": outcome["state"]}
-    tune.report({**outcome.get("figures", {}), **final})
+        record = asdict(_train(settings, job, folder, events))
+        write_atomically(folder / OUTCOME_FILE, json.dumps(record) + "\n")
+    outcome = TrialOutcome(**record)
+    ray.get(events.tell(outcome))  # it arrives before Ray Tune reports the end
+    tune.report({**outcome.figures, "epoch": outcome.epochs, "final": outcome.state})
 
 
-def _train(settings: TrialSettings, job: JobConfig, folder: Path, events: Events) -> Outcome:
+def _train(settings: TrialSettings, job: JobConfig, folder: Path, events: Events) -> TrialOutcome:
     try:
         return settings.train(job, folder, settings.workers, events)
     except DivergedError as error:
-        return {"state": "nan", "cause": str(error)}
+        return TrialOutcome("nan", str(error))
     except (JobFailedError, ValueError) as error:
-        return {"state": "failed", "cause": str(error)}
-    except Exception as error:  # a mistake of ours fails this trial, and Tune does not repeat it
+        return TrialOutcome("failed", str(error))
+    except Exception as error:  # a bug fails this trial, and Ray Tune does not repeat it
         logger.exception("trial failed")
-        return {"state": "failed", "cause": f"{type(error).__name__}: {one_line(error)}"}
+        return TrialOutcome("failed", f"{type(error).__name__}: {one_line(error)}")
 
 
-def train_with_ray(job: JobConfig, folder: Path, workers: Workers, events: Events) -> Outcome:
-    """Train on `workers`; go on from the latest checkpoint in `folder` if there is one."""
+def train_with_ray(job: JobConfig, folder: Path, workers: Workers, events: Events) -> TrialOutcome:
+    """Train on `workers`; continue from the latest checkpoint in `folder` if there is one."""
     from ray.tune.integration.ray_train import TuneReportCallback
 
     sources = fetch_sources(job, Store(job.tracking, Storage(job.storage)))
     callbacks = [TuneReportCallback()] if workers.stoppable else []
     result = fit.run(job, sources, workers, folder, events, callbacks)
     speed = {"fps": result.fps, "latency_ms": 1000 / result.fps}
-    return {
-        "state": "finished",
-        "figures": {**result.metrics, **speed},
-        "epochs": result.epochs,
-        "checkpoint": result.checkpoint,
-        "protocol": result.protocol,
-    }
+    return TrialOutcome(
+        "finished",
+        figures={**result.metrics, **speed},
+        epochs=result.epochs,
+        checkpoint=result.checkpoint,
+        protocol=result.protocol,
+    )
