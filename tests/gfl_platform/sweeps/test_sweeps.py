@@ -11,6 +11,7 @@ import pytest
 
 from gfl.config.loader import ConfigError, config_hash, dump_config, reproducible
 from gfl_platform.cluster import launch, resources
+from gfl_platform.cluster.event_queue import Events
 from gfl_platform.cluster.events import (
     OfTrial,
     StepsDone,
@@ -24,7 +25,8 @@ from gfl_platform.sweeps.recorder import Recorder
 from gfl_platform.sweeps.run import CONFIG_FILE, comparable, concurrency, run_sweep
 from gfl_platform.sweeps.search import BudgetStopper, DrawnTrials, EarlyStopping
 from gfl_platform.sweeps.space import check_data, check_sweep, default_point, trial_job
-from gfl_platform.sweeps.trials import Trial, read_trial, trial_name, write_trial
+from gfl_platform.sweeps.trial import TrialSettings, run_trial
+from gfl_platform.sweeps.trials import Planned, Trial, read_trial, trial_name, write_trial
 from gfl_platform.tracking.spool import backlog
 from gfl_platform.training import fit
 from gfl_platform.training.worker import WorkerListener
@@ -449,6 +451,31 @@ def test_a_trial_may_begin_while_the_store_is_away(tmp_path):
     recorder.handle(OfTrial("000", TrialEnded("stopped early", planned=planned)))
     assert read_trial(tmp_path / "trials" / "000").state == "finished"
     assert backlog(tmp_path / "trials" / "000") > 2
+
+
+def test_a_trial_that_is_started_again_sends_its_outcome_unless_it_failed(tmp_path, monkeypatch):
+    events, reports = [], []
+    queue = SimpleNamespace(add=SimpleNamespace(remote=events.append))
+    monkeypatch.setattr("ray.get", lambda reference: None)
+    monkeypatch.setattr("ray.tune.report", reports.append)
+    results = [ValueError("no space"), TrialOutcome("finished", figures={"AP": 0.5}, epochs=3)]
+
+    def train(job, folder, workers, events):
+        result = results.pop(0)
+        if isinstance(result, Exception):
+            raise result
+        return result
+
+    settings = TrialSettings(job_of(GRID), tmp_path, None, Events(queue), train, {})
+    for _ in range(3):
+        run_trial(vars(Planned("000", {BETA: 2, BINS: 4}, 0, "search")), settings)
+    assert results == []
+    outcomes = [e.event for e in events if isinstance(e.event, TrialOutcome)]
+    assert [(outcome.state, outcome.cause) for outcome in outcomes] == [
+        ("failed", "no space"), ("finished", None), ("finished", None)
+    ]  # fmt: skip
+    assert reports[1:] == 2 * [{"AP": 0.5, "epoch": 3, "final": "finished"}]
+    assert outcomes[1] == outcomes[2]
 
 
 def test_what_a_stopped_training_still_says_is_not_noted(tmp_path):
