@@ -18,13 +18,13 @@ Key = tuple[int, int]
 
 
 class TrainBatches(Sampler[list[Key]]):
-    """This worker's shares of every global batch, from `start_step` to the end of training.
+    """This worker's shards of every global batch, from `start_step` to the end of training.
 
     Every epoch is a permutation of the images; its last batch is filled up from its beginning.
 
     Attributes:
-        total_shares: Equal shares into which a global batch is cut.
-        shares: Those that are this worker's, each a batch to load.
+        total_shards: Number of equal shards into which a global batch is cut.
+        shards: Indices of this worker's shards, each of which is a batch to load.
     """
 
     def __init__(
@@ -34,15 +34,15 @@ class TrainBatches(Sampler[list[Key]]):
         rank: int,
         world: int,
         start_step: int,
-        shares: int | None = None,
+        shards: int | None = None,
     ) -> None:
-        """Cut global batches into `shares`, by default as many as there are workers (`world`).
+        """Cut global batches into `shards`, by default as many as there are workers (`world`).
 
         Each worker takes every `world`-th.
         """
-        self.total_shares = shares or world
-        self.shares = range(rank, self.total_shares, world)
-        self._size = share_of_batch(config, self.total_shares)
+        self.total_shards = shards or world
+        self.shards = range(rank, self.total_shards, world)
+        self._size = shard_size(config, self.total_shards)
         self.batch = config.data.batch
         self._seed = config.seed
         self._start_step = start_step
@@ -55,17 +55,17 @@ class TrainBatches(Sampler[list[Key]]):
         self.total_steps = self.steps_per_epoch * config.schedule.epochs
 
     def __len__(self) -> int:
-        return (self.total_steps - self._start_step) * len(self.shares)
+        return (self.total_steps - self._start_step) * len(self.shards)
 
     def __iter__(self) -> Iterator[list[Key]]:
         for step in range(self._start_step, self.total_steps):
-            for share in self.shares:
-                yield self.keys(step, share)
+            for shard in self.shards:
+                yield self.keys(step, shard)
 
-    def keys(self, step: int, share: int | None = None) -> list[Key]:
-        """Return the samples of a share, by default the worker's first, at global `step`."""
+    def keys(self, step: int, shard: int | None = None) -> list[Key]:
+        """Return the samples of a shard, by default the worker's first, at global `step`."""
         epoch, batch = divmod(step, self.steps_per_epoch)
-        number = self.shares[0] if share is None else share
+        number = self.shards[0] if shard is None else shard
         start = batch * self.batch + number * self._size
         order = self._order(epoch)[start : start + self._size]
         shown = (self._shown[index] for index in order)
@@ -150,7 +150,7 @@ def batches_of_one_group(order: Sequence[int], group: Sequence[bool], batch: int
     return [*arranged, *waiting[False], *waiting[True]]
 
 
-def share_of_batch(config: Config, world: int) -> int:
+def shard_size(config: Config, world: int) -> int:
     """Return the number of images of a global batch that each of `world` workers takes.
 
     Raises:

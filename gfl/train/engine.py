@@ -146,7 +146,7 @@ def fit(
     trainer.parallel.train()
     preempted = False
     batches = () if trainer.stops_early else window.meter.timed(loader)
-    for step_shards in _by_step(batches, len(trainer.batches.shares)):
+    for step_shards in _by_step(batches, len(trainer.batches.shards)):
         window.add(trainer.train_step(*(shard.to(device) for shard in step_shards)))
         end_of_epoch = trainer.step % trainer.batches.steps_per_epoch == 0
         checkpoint_due = checkpoint_every is not None and trainer.step % checkpoint_every == 0

@@ -176,7 +176,7 @@ class Trainer:
         micro-batch.
         """
         total = torch.zeros(len(self.loss_module.names), device=self.device)
-        shard_weight = self.world / self.batches.total_shares
+        shard_weight = self.world / self.batches.total_shards
         parts = self._micro_batches(shards)
         for number, part in enumerate(parts, start=1):
             with (
@@ -191,7 +191,7 @@ class Trainer:
         return total
 
     def _micro_batches(self, shards: Sequence[Batch]) -> list[MicroBatch]:
-        images_per_pass, total_shards = self.config.data.images_per_pass, self.batches.total_shares
+        images_per_pass, total_shards = self.config.data.images_per_pass, self.batches.total_shards
         return micro_batches(self.loss_module, shards, images_per_pass, total_shards)
 
     def _local_gradients(self) -> AbstractContextManager[None]:
@@ -253,7 +253,7 @@ class Trainer:
         (folder / "config.yaml").write_text(dump_config(self.config))
         shards: list[Batch] = []
         images: list[str] = []
-        for number in self.batches.shares:
+        for number in self.batches.shards:
             keys = self.batches.keys(step, number)
             shards.append(collate([self.dataset[key] for key in keys]).to(self.device))
             of_shard = [str(self.train_split.records[image].path) for _, image in keys]

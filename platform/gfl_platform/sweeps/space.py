@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from gfl.config.loader import JOB_SECTIONS, ConfigError, derive
-from gfl.data.samplers import share_of_batch
+from gfl.data.samplers import shard_size
 from gfl.data.split import load_splits
 from gfl.evaluation.coco_eval import evaluate_split
 from gfl_platform.config import JobConfig, RangeConfig, SweepConfig
@@ -32,7 +32,7 @@ def check_data(job: JobConfig, workers: int, objectives: tuple[str, ...]) -> Non
     Raises:
         ValueError: the message says what is wrong, where, and what to do.
     """
-    share_of_batch(job, workers)
+    shard_size(job, workers)
     val = load_splits(Storage(job.storage).cache.localized(job))[1]
     no_detections = np.empty((0, 7))
     metrics = dict.fromkeys(AT_THE_END, 0.0) | evaluate_split(val, no_detections, job).metrics

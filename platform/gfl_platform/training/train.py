@@ -8,7 +8,7 @@ from pathlib import Path
 from mlflow.exceptions import MlflowException
 
 from gfl.config.loader import reproducible
-from gfl.data.samplers import share_of_batch
+from gfl.data.samplers import shard_size
 from gfl.data.split import load_splits
 from gfl.train.optimizer import scaled_lr
 from gfl_platform.cluster import resources
@@ -85,7 +85,7 @@ def train(job: JobConfig, name: str, *, resume: bool, watch: Watcher) -> Trainin
         load_splits(storage.cache.localized(config))
     resources.connect()
     workers = resources.allot(job)
-    share_of_batch(config, workers.count)
+    shard_size(config, workers.count)
     if not store.may_be_away:
         store.require_answer()  # before anything is written
     sources = fetch_sources(job, store)

@@ -187,8 +187,8 @@ def steps(rank, config, count, shards=None):
     trainer.parallel.train()
     rows = []
     for step in range(count):
-        keys = [trainer.batches.keys(step, share) for share in trainer.batches.shares]
-        batches = [collate([trainer.dataset[key] for key in of_share]) for of_share in keys]
+        keys = [trainer.batches.keys(step, shard) for shard in trainer.batches.shards]
+        batches = [collate([trainer.dataset[key] for key in of_shard]) for of_shard in keys]
         rows.append(trainer.train_step(*batches))
     return torch.stack(rows), trainer.detector.state_dict()
 
