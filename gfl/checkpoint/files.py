@@ -3,8 +3,8 @@
 - weights.safetensors: the detector's state dict
 - config.yaml: the resolved `Config`
 - about.json: class names, category ids, step, epoch, metrics
-- training.pt: optimizer and schedule, to go on from; not needed to predict
-- sha256.json: checksums of all these, and of what else was written with them
+- training.pt: optimizer and schedule, needed to continue the training, not to predict
+- sha256.json: checksums of these files and of all others that were written with them
 """
 
 import hashlib
@@ -25,14 +25,14 @@ CHECKSUMS = "sha256.json"
 
 @dataclass(frozen=True)
 class About:
-    """What a checkpoint says of its model.
+    """Facts about the model of a checkpoint.
 
     Attributes:
         classes: Class names; the index is the label.
-        category_ids: The id of every class in the annotations it was trained on.
-        step: Training steps done.
-        epoch: Epochs done.
-        metrics: What the last evaluation measured.
+        category_ids: Id of every class in the annotations of the training set.
+        step: Number of completed training steps.
+        epoch: Number of completed epochs.
+        metrics: Results of the latest evaluation.
     """
 
     classes: list[str]
@@ -48,18 +48,24 @@ def read_config(folder: Path) -> Config:
 
 
 def read_about(folder: Path) -> About:
-    """Return what a checkpoint says of its model."""
+    """Return the facts about the model of a checkpoint."""
     try:
         return About(**json.loads(_read(folder / ABOUT)))
     except (TypeError, json.JSONDecodeError) as error:
-        raise ValueError(f"{folder / ABOUT}: damaged ({error})") from error
+        raise ValueError(f"{folder / ABOUT}: damaged ({error}); use another checkpoint") from error
+
+
+def write_checksums(folder: Path, names: Iterable[str]) -> None:
+    """Write the checksums of the named files in `folder`."""
+    sums = {name: _sha256(folder / name) for name in names}
+    (folder / CHECKSUMS).write_text(json.dumps(sums, indent=1))
 
 
 def require_whole(folder: Path) -> None:
-    """Check that a training can go on from a checkpoint: all that was written is there, unharmed.
+    """Check that a training can continue from a checkpoint: every file exists and is undamaged.
 
     Raises:
-        ValueError: a file that is missing or is not what was written, or no checksums.
+        ValueError: A file is missing or damaged, or there are no checksums.
     """
     for name, expected in _checksums(folder).items():
         if not (folder / name).is_file():
@@ -68,10 +74,10 @@ def require_whole(folder: Path) -> None:
 
 
 def require_unharmed(folder: Path) -> None:
-    """Check the files that are there: a model to predict with has no state of its training.
+    """Check that every file present is undamaged: a model to predict with needs no training state.
 
     Raises:
-        ValueError: a file that is not what was written.
+        ValueError: A file is damaged.
     """
     if (folder / CHECKSUMS).is_file():
         for name, expected in _checksums(folder).items():
@@ -94,12 +100,6 @@ def _require_sum(path: Path, expected: str) -> None:
         raise ValueError(
             f"{path}: damaged (its SHA-256 is not the one in {CHECKSUMS}); use another checkpoint"
         )
-
-
-def write_checksums(folder: Path, names: Iterable[str]) -> None:
-    """Write down what the files of these names are now."""
-    sums = {name: _sha256(folder / name) for name in names}
-    (folder / CHECKSUMS).write_text(json.dumps(sums, indent=1))
 
 
 def _sha256(path: Path) -> str:

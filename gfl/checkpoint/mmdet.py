@@ -1,4 +1,7 @@
-"""Names of MMDetection's GFL and ours, both ways; its 2.x, 3.x and GFocal's layouts are one."""
+"""Conversion between MMDetection's GFL state dicts and ours, in both directions.
+
+MMDetection 2.x, MMDetection 3.x and GFocal use the same names.
+"""
 
 import re
 from collections.abc import Mapping
@@ -10,7 +13,8 @@ from gfl.checkpoint.state_dict import require_whole
 from gfl.model.detector import Detector
 from gfl.model.head import TOWER_LAYERS
 
-# Theirs and ours; {n} is a number, {branch} cls or reg, {rest} anything. The first match counts.
+# Pairs of their pattern and ours, where {n} is a number, {branch} is cls or reg, and {rest} is
+# anything. The first match counts.
 RULES = [
     ("backbone.{rest}", "backbone.{rest}"),
     ("neck.lateral_convs.{n}.conv.{rest}", "fpn.levels.inner_blocks.{n}.0.{rest}"),
@@ -30,17 +34,16 @@ for _depth in range(16):
     ]  # fmt: skip
 
 BINS = "bbox_head.integral.project"
-"""The values of the bins: a constant, which we compute."""
+"""Their entry with the values of the bins: a constant, which our models compute."""
 
 GROUPS = {"n": r"(?P<n>\d+)", "branch": r"(?P<branch>cls|reg)", "rest": r"(?P<rest>.+)"}
 
 
 def convert_mmdet(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return MMDetection's GFL `state_dict` under our names: all of it, and a whole model.
+    """Return the `state_dict` of a whole MMDetection GFL under our names.
 
     Raises:
-        ValueError: an entry that has no place in ours, an entry without which ours would be
-            incomplete.
+        ValueError: An entry is unknown, or entries of our model are missing.
     """
     converted = rename_mmdet(state_dict)
     if BINS not in state_dict:
@@ -53,11 +56,11 @@ def rename_mmdet(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return `state_dict` under our names, whether or not it is a whole model.
 
     Raises:
-        ValueError: a name that is none of MMDetection's GFL, bins that are not 0, 1, 2, ...
+        ValueError: A name is unknown in MMDetection's GFL, or the bins are not 0, 1, 2, ...
     """
     converted, unknown = {}, []
     for key, value in state_dict.items():
-        # Until mmcv 1.0, offsets were beside their convolution.
+        # Before mmcv 1.0, offsets were entries beside their convolution.
         ours = _translate(key.replace(".conv2_offset.", ".conv2.conv_offset."), RULES)
         if key == BINS:
             _require_unit_bins(value)
@@ -71,23 +74,28 @@ def rename_mmdet(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return converted
 
 
+def _require_unit_bins(bins: Tensor) -> None:
+    if not torch.equal(bins.cpu(), torch.arange(len(bins), dtype=bins.dtype)):
+        raise ValueError(f"{BINS}: expected bins 0, 1, ..., got {bins.tolist()}")
+
+
 def export_mmdet(detector: Detector) -> dict[str, Tensor]:
     """Return the state dict of `detector` under MMDetection's names, for `torch.save`.
 
     Raises:
-        ValueError: it has edges or a quality that GFL there does not, or its bins are not
-            0, 1, ...: the reference would decode other boxes.
+        ValueError: The model has edges or a quality that MMDetection's GFL lacks, or its bins are
+            not 0, 1, ..., from which the reference would decode other boxes.
     """
     model = detector.config.model
     if (model.edges, model.quality) != ("distribution", "joint"):
         raise ValueError(
-            f"model.edges is {model.edges}, model.quality is {model.quality}: MMDetection's GFL "
-            "has distributions and joint scores alone"
+            f"model.edges is {model.edges!r}, model.quality is {model.quality!r}: MMDetection's "
+            "GFL supports only 'distribution' and 'joint'"
         )
-    if (width := model.bin_width) != 1:
+    if model.bin_width != 1:
         raise ValueError(
-            f"model.bin_width is {width:g}: MMDetection's bins are 1 wide, so it would decode "
-            "other boxes from these weights"
+            f"model.bin_width is {model.bin_width:g}: MMDetection's bins are 1 wide, so it would "
+            "decode other boxes from these weights"
         )
     theirs = {reference_name(key): value for key, value in detector.state_dict().items()}
     bins = torch.arange(model.bins, dtype=torch.float32)
@@ -95,7 +103,7 @@ def export_mmdet(detector: Detector) -> dict[str, Tensor]:
 
 
 def reference_name(key: str) -> str:
-    """Return MMDetection's name of our entry `key`."""
+    """Return the name in MMDetection of our entry `key`."""
     name = _translate(key, [(ours, theirs) for theirs, ours in RULES])
     assert name is not None, key
     return name
@@ -110,8 +118,3 @@ def _translate(key: str, rules: list[tuple[str, str]]) -> str | None:
 
 def _group(placeholder: re.Match[str]) -> str:
     return GROUPS[placeholder[1]]
-
-
-def _require_unit_bins(bins: Tensor) -> None:
-    if not torch.equal(bins.cpu(), torch.arange(len(bins), dtype=bins.dtype)):
-        raise ValueError(f"{BINS}: expected bins 0, 1, ..., got {bins.tolist()}")

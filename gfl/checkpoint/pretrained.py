@@ -1,4 +1,4 @@
-"""Loading weights: our own, MMDetection's and GFocal's GFL, torchvision's ImageNet classifiers."""
+"""Loading weights of our own models, MMDetection's and GFocal's GFL, and ImageNet classifiers."""
 
 import logging
 from collections.abc import Mapping
@@ -18,7 +18,7 @@ from gfl.model.detector import Detector
 logger = logging.getLogger(__name__)
 
 CLASSIFIER = ("head.cls_logits.weight", "head.cls_logits.bias")
-"""What depends on the classes."""
+"""Entries whose shapes depend on the number of classes."""
 
 
 def load_weights(
@@ -26,27 +26,26 @@ def load_weights(
 ) -> str:
     """Load weights into `detector`.
 
-    All of its entries are loaded, or, of an ImageNet classifier, all of its backbone's; only
-    deformable offsets, which a classifier lacks, stay at zero.
+    Weights of a detector fill all of its entries. Those of an ImageNet classifier fill the backbone
+    alone, where deformable offsets, which a classifier lacks, stay at zero.
 
     Args:
-        detector: Changed in place.
-        source: A state dict, or a local file of one: `.safetensors`, or what `torch.save` wrote.
-            Ours, MMDetection's (2.x, 3.x; GFocal's) and torchvision's names are told apart by
-            themselves.
-        reset_classifier: Leave the last layer of the classification as it is, so that weights for
-            other classes can be loaded.
+        detector: The detector, changed in place.
+        source: A state dict or a local file of one: `.safetensors`, or a file of `torch.save`. The
+            names may be ours, MMDetection's (2.x and 3.x, GFocal's) or torchvision's.
+        reset_classifier: Whether to keep the last layer of the classification as it is, so that
+            weights for other classes can be loaded.
 
     Returns:
-        One line on what was recognised and loaded.
+        One line about the recognised origin and the number of entries loaded.
 
     Raises:
-        ValueError: a file that is missing or needs pickle; weights of another architecture or
-            number of classes; entries missing or left over.
+        ValueError: The file is missing or needs pickle, the weights belong to another architecture
+            or number of classes, or entries are missing or left over.
     """
     name = "weights" if isinstance(source, Mapping) else str(source)
-    read = source if isinstance(source, Mapping) else read_state_dict(Path(source))
-    kind, state = _recognise({key.removeprefix("module."): value for key, value in read.items()})
+    entries = source if isinstance(source, Mapping) else read_state_dict(Path(source))
+    kind, state = _recognise({key.removeprefix("module."): v for key, v in entries.items()})
     expected = detector.state_dict()
     if kind == "torchvision classifier":
         expected = {
@@ -57,8 +56,8 @@ def load_weights(
     else:
         _require_same_model(name, detector, state, reset_classifier)
         if reset_classifier:
-            expected, state = ({k: v for k, v in entries.items() if k not in CLASSIFIER}
-                               for entries in (expected, state))  # fmt: skip
+            expected = _without_classifier(expected)
+            state = _without_classifier(state)
     require_same_entries(name, expected, state)
     detector.load_state_dict(state, strict=False)
     left = len(detector.state_dict()) - len(state)
@@ -68,8 +67,12 @@ def load_weights(
     return report
 
 
+def _without_classifier(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {key: value for key, value in state.items() if key not in CLASSIFIER}
+
+
 def _recognise(state: dict[str, Tensor]) -> tuple[str, dict[str, Tensor]]:
-    """Return whose names `state` has, and the same under ours."""
+    """Return the origin of the names in `state`, and the same entries under our names."""
     if any(key.startswith("bbox_head.") for key in state):
         return "MMDetection GFL", rename_mmdet(state)
     if "conv1.weight" in state:
@@ -81,21 +84,23 @@ def _recognise(state: dict[str, Tensor]) -> tuple[str, dict[str, Tensor]]:
 def _require_same_model(
     name: str, detector: Detector, state: Mapping[str, Tensor], reset_classifier: bool
 ) -> None:
-    """Refuse weights of another architecture, which would differ in many entries at once."""
+    """Check that weights have the detector's architecture; otherwise many entries would differ."""
     try:
         weights = infer_model(state)
     except LookupError:
-        return  # something is missing: which entries, the comparison will say
+        return  # an entry is missing; `require_same_entries` reports all of them
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from error
-    found = differences(weights, detector.config.model)
-    classes = [line for line in found if line.startswith("model.num_classes")]
-    if found == classes and reset_classifier:
+    differing = differences(weights, detector.config.model)
+    only_classes = all(line.startswith("model.num_classes") for line in differing)
+    if not differing or (only_classes and reset_classifier):
         return
-    if found == classes and found:
+    if only_classes:
         raise ValueError(
-            f"{name}: {found[0]}: set model.num_classes={weights.num_classes}, or give the model a "
-            "new classifier with model.reset_classifier=true (reset_classifier=True)"
+            f"{name}: {differing[0]}: set model.num_classes={weights.num_classes}, or give the "
+            "model a new classifier with model.reset_classifier=true (reset_classifier=True)"
         )
-    if found:
-        raise ValueError(f"{name}: weights of another model: {'; '.join(found)}")
+    raise ValueError(
+        f"{name}: weights of another model: {'; '.join(differing)}; change these keys, or use "
+        "weights of this model"
+    )

@@ -1,4 +1,4 @@
-"""Checkpoints as detectors and the states of their trainings: written, and read again."""
+"""Writing checkpoints, and reading them as a detector and the state of its training."""
 
 import json
 from collections.abc import Mapping
@@ -29,7 +29,14 @@ from gfl.model.detector import Detector
 
 @dataclass(frozen=True)
 class Snapshot:
-    """A checkpoint in the host's memory: training goes on while it is written."""
+    """A checkpoint in the host's memory, so that training continues while it is written.
+
+    Attributes:
+        weights: State dict of the detector.
+        config: Configuration of the training.
+        about: Facts about the model.
+        training: State of optimizer and schedule.
+    """
 
     weights: dict[str, Tensor]
     config: Config
@@ -40,8 +47,8 @@ class Snapshot:
         """Write the checkpoint into the existing `folder`, the checksums last.
 
         Args:
-            folder: Exists.
-            more: Texts to keep in it besides, by file name.
+            folder: An existing folder.
+            more: Texts to write with the checkpoint, by file name.
         """
         # safetensors refuses the strides of `channels_last`.
         weights = {key: value.contiguous() for key, value in self.weights.items()}
@@ -57,7 +64,7 @@ class Snapshot:
 def take_snapshot(
     detector: Detector, config: Config, about: About, training: dict[str, Any]
 ) -> Snapshot:
-    """Copy a detector and the state of its training; waits for the device."""
+    """Copy a detector and the state of its training into the host's memory (blocks)."""
     return Snapshot(_copied(detector.state_dict()), config, about, _copied(training))
 
 
@@ -72,14 +79,14 @@ def _copied(state: Any) -> Any:
 
 
 def load_checkpoint(folder: Path, config: Config | None = None) -> tuple[Detector, About]:
-    """Return the detector of a checkpoint, in evaluation mode, with what is known of it.
+    """Return the detector of a checkpoint, in evaluation mode, and the facts about it.
 
     Args:
         folder: The checkpoint.
-        config: In place of the one it was trained with: other thresholds or image sizes, say.
+        config: Replaces the configuration of its training, for example by other thresholds.
 
     Raises:
-        ValueError: a folder that is no checkpoint, a damaged one, a `config` of another model.
+        ValueError: The folder is no checkpoint, is damaged, or has another model than `config`.
     """
     about = read_about(folder)
     trained = read_config(folder)
