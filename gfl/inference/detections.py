@@ -1,22 +1,22 @@
-"""What a model found in one image, and how other tools want it told."""
+"""Detections: the result for one image, its conversions for other tools, and files of several."""
 
+import json
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
 
 from torch import Tensor
 
+from gfl.data.images import read_image
+from gfl.inference.visualize import draw_predictions
 from gfl.structures import Predictions, coco_records, coco_rows
 
 if TYPE_CHECKING:
     import supervision
-import json
-from collections import Counter
-from pathlib import Path
-from typing import Literal
 
-from gfl.data.images import read_image
-from gfl.inference.visualize import draw_predictions
+Format = Literal["coco", "yolo"]
 
 
 @dataclass(frozen=True)
@@ -24,11 +24,11 @@ class Detections:
     """The detections of one image, best first, in the host's memory.
 
     Attributes:
-        source: The image's path; empty if it was given as pixels.
+        source: Path of the image; empty if the image was passed as pixels.
         size: (height, width) of the image, px.
-        predictions: Boxes, scores, labels, the uncertainty of edges and their distributions.
-        classes: The model's class names, by label.
-        category_ids: Its classes' ids in the annotations it was trained on.
+        predictions: Boxes, scores, labels, and the edges' standard deviations and distributions.
+        classes: Class names of the model, by label.
+        category_ids: Ids of these classes in the annotations of the model's training set.
     """
 
     source: str
@@ -42,12 +42,12 @@ class Detections:
 
     @property
     def boxes(self) -> Tensor:
-        """`xyxy` in px of the image, (N, 4)."""
+        """Boxes `xyxy` in px of the image, (N, 4)."""
         return self.predictions.boxes
 
     @property
     def scores(self) -> Tensor:
-        """In (0, 1), (N,)."""
+        """Scores in (0, 1), (N,)."""
         return self.predictions.scores
 
     @property
@@ -57,7 +57,7 @@ class Detections:
 
     @property
     def edge_std(self) -> Tensor:
-        """How unsure the model is of each edge (left, top, right, bottom), px, (N, 4)."""
+        """Standard deviation of each edge (left, top, right, bottom) in px, (N, 4)."""
         return self.predictions.edge_std
 
     @property
@@ -66,13 +66,13 @@ class Detections:
         return [self.classes[label] for label in self.labels.tolist()]
 
     def to_coco(self, image_id: int) -> list[dict[str, Any]]:
-        """Return COCO's result records, each with its `edge_std`."""
+        """Return the detections as COCO's result records, each with its `edge_std`."""
         records = coco_records(coco_rows(self.predictions, image_id, self.category_ids))
         uncertain = self.edge_std.tolist()
         return [r | {"edge_std": std} for r, std in zip(records, uncertain, strict=True)]
 
     def to_yolo(self) -> str:
-        """Return YOLO's lines: label, centre x and y, width, height in 0 to 1, and the score."""
+        """Return lines in YOLO's format: label, centre x and y, width, height in 0 to 1, score."""
         height, width = self.size
         lines = []
         for label, box, score in zip(
@@ -86,10 +86,12 @@ class Detections:
         return "".join(lines)
 
     def to_supervision(self) -> "supervision.Detections":
-        """Return them as the package `supervision` has them, with `class_name` and `edge_std`.
+        """Return the detections in the form of the package `supervision`.
+
+        Its `data` holds `class_name` and `edge_std`.
 
         Raises:
-            ValueError: that package is not installed.
+            ValueError: The package is not installed.
         """
         try:
             import supervision
@@ -105,38 +107,35 @@ class Detections:
         )
 
 
-Format = Literal["coco", "yolo"]
-
-
 def write_detections(
-    found: Sequence[Detections], folder: Path, form: Format, min_score: float
+    detections: Sequence[Detections], folder: Path, form: Format, min_score: float
 ) -> dict[str, int]:
-    """Write the detections in image files and pictures of them; return the number by class.
+    """Write detections as files and as pictures; return the number of detections of each class.
 
-    `coco` is `predictions.json`, a dataset whose annotations have a `score` and an `edge_std`;
-    `yolo` is a text file for each image, named as it is, and `classes.txt`.
+    `coco` writes `predictions.json`, a dataset whose annotations have a `score` and an `edge_std`.
+    `yolo` writes a text file of the same name for each image, and `classes.txt`.
 
     Args:
-        found: In one image each, which is a file.
-        folder: Made if it does not exist.
-        form: Of the files.
-        min_score: Of the detections that are drawn.
+        detections: Detections of each image, whose `source` is a file.
+        folder: Folder of the results, created if it does not exist.
+        form: Format of the files.
+        min_score: Smallest score of the detections that are drawn.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    (_write_coco if form == "coco" else _write_yolo)(found, folder)
-    for number, each in enumerate(found, start=1):
-        picture = folder / f"{number:06d}-{Path(each.source).stem}.png"
-        pixels = read_image(Path(each.source))
-        draw_predictions([pixels], [each.predictions], each.classes, picture, min_score)
-    counts = Counter(name for each in found for name in each.names)
-    return {name: counts[name] for name in found[0].classes}
+    (_write_coco if form == "coco" else _write_yolo)(detections, folder)
+    for number, of_image in enumerate(detections, start=1):
+        picture = folder / f"{number:06d}-{Path(of_image.source).stem}.png"
+        pixels = read_image(Path(of_image.source))
+        draw_predictions([pixels], [of_image.predictions], of_image.classes, picture, min_score)
+    counts = Counter(name for of_image in detections for name in of_image.names)
+    return {name: counts[name] for name in detections[0].classes}
 
 
 def require_own_names(files: Sequence[Path]) -> None:
-    """Refuse images whose YOLO files would be one.
+    """Check that each image gets a YOLO file of its own.
 
     Raises:
-        ValueError: two of them have the same name but for folder and ending.
+        ValueError: Two images have the same name, apart from folder and suffix.
     """
     stem, count = Counter(file.stem for file in files).most_common(1)[0]
     if count > 1:
@@ -146,23 +145,25 @@ def require_own_names(files: Sequence[Path]) -> None:
         )
 
 
-def _write_coco(found: Sequence[Detections], folder: Path) -> None:
+def _write_coco(detections: Sequence[Detections], folder: Path) -> None:
     images: list[dict[str, Any]] = []
     annotations: list[dict[str, Any]] = []
-    for number, each in enumerate(found, start=1):
-        height, width = each.size
-        images.append({"id": number, "file_name": each.source, "height": height, "width": width})
-        for record in each.to_coco(number):
+    for number, of_image in enumerate(detections, start=1):
+        height, width = of_image.size
+        images.append(
+            {"id": number, "file_name": of_image.source, "height": height, "width": width}
+        )
+        for record in of_image.to_coco(number):
             _, _, w, h = record["bbox"]
             extra = {"id": len(annotations) + 1, "area": w * h, "iscrowd": 0}
             annotations.append(record | extra)
-    named = zip(found[0].category_ids, found[0].classes, strict=True)
+    named = zip(detections[0].category_ids, detections[0].classes, strict=True)
     categories = [{"id": identity, "name": name} for identity, name in named]
     content = {"images": images, "categories": categories, "annotations": annotations}
     (folder / "predictions.json").write_text(json.dumps(content, indent=1) + "\n")
 
 
-def _write_yolo(found: Sequence[Detections], folder: Path) -> None:
-    for each in found:
-        (folder / f"{Path(each.source).stem}.txt").write_text(each.to_yolo())
-    (folder / "classes.txt").write_text("".join(f"{name}\n" for name in found[0].classes))
+def _write_yolo(detections: Sequence[Detections], folder: Path) -> None:
+    for of_image in detections:
+        (folder / f"{Path(of_image.source).stem}.txt").write_text(of_image.to_yolo())
+    (folder / "classes.txt").write_text("".join(f"{name}\n" for name in detections[0].classes))

@@ -1,4 +1,4 @@
-"""A trained model and its use: `gfl.load(folder).predict(images)`."""
+"""Prediction with a trained model: `gfl.load(folder).predict(images)`."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import fields
@@ -25,29 +25,29 @@ ImageLike: TypeAlias = str | Path | bytes | NDArray[np.uint8] | Tensor | Image.I
 """A file, its content, or RGB pixels: (H, W, 3) as an array, (3, H, W) as a tensor, both uint8."""
 
 WAITING = 8
-"""Batches of images that wait for others of their size."""
+"""Largest number of batches of images that wait for others of their size."""
 
 
 class Model:
-    """A detector with all that is needed to use it on images.
+    """A detector with everything needed to use it on images.
 
     Attributes:
-        detector: In evaluation mode.
-        about: What its checkpoint says: class names, metrics.
+        detector: The detector, in evaluation mode.
+        about: Facts from its checkpoint, such as class names and metrics.
     """
 
     def __init__(
         self, detector: Detector, about: About, device: torch.device | str | None = None
     ) -> None:
-        """Take a detector to `device`, by default the first GPU if there is one."""
-        chosen = device or ("cuda" if torch.cuda.is_available() else "cpu")
-        self.detector = place(detector.eval(), torch.device(chosen))
+        """Move a detector to `device`, by default the first GPU if there is one."""
+        place_on = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        self.detector = place(detector.eval(), torch.device(place_on))
         self.about = about
         self._predictor = folded(self.detector)
 
     @property
     def config(self) -> Config:
-        """The configuration it was trained with, or that it was loaded with."""
+        """Configuration of the detector's training, or the one it was loaded with."""
         return self.detector.config
 
     def predict(
@@ -60,49 +60,61 @@ class Model:
         scales: Sequence[float] = (1.0,),
         progress: Callable[[int], None] | None = None,
     ) -> list[Detections]:
-        """Return what is found in each image, in their order.
+        """Return the detections of each image, in the order of the images.
 
         Args:
-            images: One image, several, or a folder; an iterator's are not held longer than needed.
-            batch: Images a forward pass. Only those of one size share one, so that a batch changes
-                no more than rounding.
-            min_score: Detections below are left out; `postprocess.score_threshold` already is.
-            flip: Look at each image mirrored, too, and merge (test-time augmentation).
-            scales: Look at each image at these multiples of its usual size, and merge.
-            progress: Is told after every pass how many images are done.
+            images: One image, several images, or a folder. Images of an iterator are released as
+                soon as possible.
+            batch: Images per forward pass. Only images of one size share a pass, so the results
+                differ from those of single images by rounding alone.
+            min_score: Smallest score of a detection, in addition to `postprocess.score_threshold`.
+            flip: Whether to detect in the mirrored image, too, and merge (test-time augmentation).
+            scales: Multiples of an image's usual size at which to detect, and to merge.
+            progress: Called after every pass with the number of images that are done.
 
         Raises:
-            DataError: a file that is missing or no image.
-            ValueError: pixels of another form.
+            DataError: A file is missing or is no image.
+            ValueError: An image has an unexpected form.
         """
         if batch < 1 or not scales or min(scales) <= 0:
-            raise ValueError(f"batch {batch}, scales {list(scales)}: expected positive numbers")
+            raise ValueError(
+                f"batch {batch!r}, scales {list(scales)!r}: expected a positive batch and at least "
+                "one scale, all positive"
+            )
         sources: list[str] = []
-        found: dict[int, Detections] = {}
+        detections: dict[int, Detections] = {}
         for places, pixels in _batches(_noted(_listed(images), sources), batch):
-            for number, seen in zip(places, self._look(pixels, flip, scales), strict=True):
-                found[number] = Detections(
+            for number, predictions in zip(places, self._detect(pixels, flip, scales), strict=True):
+                detections[number] = Detections(
                     source=sources[number],
                     size=(pixels[0].shape[1], pixels[0].shape[2]),
-                    predictions=seen.select(seen.scores >= min_score),
+                    predictions=predictions.select(predictions.scores >= min_score),
                     classes=self.about.classes,
                     category_ids=self.about.category_ids,
                 )
             if progress is not None:
-                progress(len(found))
-        return [found[number] for number in range(len(found))]
+                progress(len(detections))
+        return [detections[number] for number in range(len(detections))]
 
-    def _look(self, images: list[Tensor], flip: bool, scales: Sequence[float]) -> list[Predictions]:
-        """Return the merged detections of images (3, H, W) of one size, in every way asked for."""
-        looks = [self._pass(images, scale) for scale in scales]
+    def _detect(
+        self, images: list[Tensor], flip: bool, scales: Sequence[float]
+    ) -> list[Predictions]:
+        """Return the detections in images (3, H, W) of one size, merged over scales and flips."""
+        views = [self._detect_at(images, scale) for scale in scales]
         if flip:
             width = images[0].shape[2]
             mirrored = [image.flip(2) for image in images]
             for scale in scales:
-                looks.append([_mirror(seen, width) for seen in self._pass(mirrored, scale)])
-        return [self._merge(seen) for seen in zip(*looks, strict=True)]
+                views.append(
+                    [
+                        _mirror(predictions, width)
+                        for predictions in self._detect_at(mirrored, scale)
+                    ]
+                )
+        return [self._merge(of_image) for of_image in zip(*views, strict=True)]
 
-    def _pass(self, images: list[Tensor], scale: float) -> list[Predictions]:
+    def _detect_at(self, images: list[Tensor], scale: float) -> list[Predictions]:
+        """Return the detections in images (3, H, W) at a multiple of their usual size."""
         data = self.config.data
         sides = {key: round(getattr(data, key) * scale) for key in ("short_side", "long_side")}
         transforms = build_transforms(data.model_copy(update=sides), training=False)
@@ -115,14 +127,17 @@ class Model:
         batch = collate(samples).to(self.detector.pixel_mean.device)
         sizes = batch.targets.sizes
         inputs = self.detector.normalize(batch.pixels, sizes)
-        return [seen.cpu() for seen in self._predictor.predict(inputs, sizes, batch.original_sizes)]
+        predictions = self._predictor.predict(inputs, sizes, batch.original_sizes)
+        return [of_image.cpu() for of_image in predictions]
 
-    def _merge(self, looks: Sequence[Predictions]) -> Predictions:
-        """Return the detections of several looks at one image, suppressed together."""
-        if len(looks) == 1:
-            return looks[0]
+    def _merge(self, views: Sequence[Predictions]) -> Predictions:
+        """Return the detections in several views of one image after NMS over all of them."""
+        if len(views) == 1:
+            return views[0]
         names = [field.name for field in fields(Predictions)]
-        together = Predictions(*(torch.cat([getattr(s, n) for s in looks]) for n in names))
+        together = Predictions(
+            *(torch.cat([getattr(view, name) for view in views]) for name in names)
+        )
         settings = self.config.postprocess
         keep = batched_nms(together.boxes, together.scores, together.labels, settings.nms_iou)
         return together.select(keep[: settings.detections_per_image])
@@ -135,11 +150,11 @@ def load(
 
     Args:
         folder: The checkpoint.
-        config: In place of the one it was trained with: other thresholds or image sizes, say.
-        device: By default the first GPU if there is one.
+        config: Replaces the configuration of its training, for example by other thresholds.
+        device: Device of the model, by default the first GPU if there is one.
 
     Raises:
-        ValueError: a folder that is no checkpoint, a damaged one, a `config` of another model.
+        ValueError: The folder is no checkpoint, is damaged, or has another model than `config`.
     """
     return Model(*load_checkpoint(Path(folder), config), device)
 
@@ -148,7 +163,7 @@ def image_files(paths: Sequence[Path]) -> list[Path]:
     """Return the image files among `paths` and in the folders among them, sorted.
 
     Raises:
-        ValueError: a path that does not exist, or a folder without images.
+        ValueError: A path does not exist, or a folder has no images.
     """
     files = []
     for path in paths:
@@ -157,11 +172,12 @@ def image_files(paths: Sequence[Path]) -> list[Path]:
         elif path.is_file():
             files.append(path)
         else:
-            raise ValueError(f"{path}: no such image or folder")
+            raise ValueError(f"{path}: no such image or folder; expected an image file or a folder")
     return files
 
 
 def _listed(images: ImageLike | Iterable[ImageLike]) -> Iterable[ImageLike]:
+    """Return one image, several images or a folder as several images."""
     if isinstance(images, str | Path):
         return image_files([Path(images)])
     single = bytes | np.ndarray | Tensor | Image.Image
@@ -172,16 +188,16 @@ def _listed(images: ImageLike | Iterable[ImageLike]) -> Iterable[ImageLike]:
 
 
 def _noted(images: Iterable[ImageLike], sources: list[str]) -> Iterator[ImageLike]:
-    """Give images one after the other; `sources` gets the path of each, "" of one without."""
+    """Yield the images and append the path of each to `sources`, "" for one without a path."""
     for image in images:
         sources.append(str(image) if isinstance(image, str | Path) else "")
         yield image
 
 
 def _batches(images: Iterable[ImageLike], batch: int) -> Iterator[tuple[list[int], list[Tensor]]]:
-    """Give places in `images` and pixels (3, H, W) of one size each, up to `batch` together.
+    """Yield batches of images of one size: their places in `images`, and pixels (3, H, W).
 
-    No more than `WAITING` batches of pixels are held at once, whatever the number of sizes.
+    At most `WAITING` batches of pixels are in memory, whatever the number of sizes.
     """
     waiting: dict[tuple[int, ...], tuple[list[int], list[Tensor]]] = {}
     for number, image in enumerate(images):
@@ -198,7 +214,7 @@ def _batches(images: Iterable[ImageLike], batch: int) -> Iterator[tuple[list[int
 
 
 def _pixels(image: Any) -> Tensor:
-    """Return RGB pixels (3, H, W), uint8."""
+    """Return the RGB pixels (3, H, W), uint8, of an image in any form."""
     if isinstance(image, str | Path):
         return read_image(Path(image))
     if isinstance(image, bytes | Image.Image):
@@ -215,14 +231,14 @@ def _pixels(image: Any) -> Tensor:
     )
 
 
-def _mirror(found: Predictions, width: int) -> Predictions:
-    """Return the detections of a mirrored image as they lie in the image itself."""
-    x1, y1, x2, y2 = found.boxes.unbind(1)
+def _mirror(mirrored: Predictions, width: int) -> Predictions:
+    """Return the detections in a mirrored image at their places in the image itself."""
+    x1, y1, x2, y2 = mirrored.boxes.unbind(1)
     swapped = [2, 1, 0, 3]
     return Predictions(
         boxes=torch.stack([width - x2, y1, width - x1, y2], dim=1),
-        scores=found.scores,
-        labels=found.labels,
-        edge_std=found.edge_std[:, swapped],
-        distributions=found.distributions[:, swapped],
+        scores=mirrored.scores,
+        labels=mirrored.labels,
+        edge_std=mirrored.edge_std[:, swapped],
+        distributions=mirrored.distributions[:, swapped],
     )

@@ -1,4 +1,4 @@
-"""Pictures of samples and of predictions: boxes and classes, and how sure the model is of edges."""
+"""Pictures of samples and predictions: boxes, classes, and the uncertainty of edges."""
 
 from collections.abc import Mapping, Sequence
 from math import ceil
@@ -17,14 +17,22 @@ from gfl.data.dataset import DetectionDataset
 from gfl.structures import Predictions, Rows
 
 DPI = 120
+"""Resolution of pictures, in px per inch."""
+
 PANEL_INCHES = 3.0
+"""Side of one image in a picture of several, in inches."""
+
 COLUMNS = 4
+"""Largest number of images in a row."""
+
 SMALLEST_SAMPLE = 640
-"""Longer side of a drawn sample in px, at least: captions need room."""
+"""Smallest longer side of a drawn sample in px: captions need room."""
+
 CAPTION_SHARE = 0.05
-"""Of an image's height, for a caption."""
+"""Height of a caption, as a share of the image's height."""
+
 SHADE = 0.35
-"""Opacity of an edge's uncertainty."""
+"""Opacity of the band that shows an edge's uncertainty."""
 
 
 def draw_predictions(
@@ -37,55 +45,55 @@ def draw_predictions(
     """Draw the detections of several images into one PNG.
 
     A band around each edge spans one standard deviation of its learned distribution to either side:
-    the wider, the less sure the model is of where the edge lies. There is none with
-    `model.edges: dirac`, which learns no distribution.
+    the wider the band, the less certain the edge. With `model.edges: dirac`, which learns no
+    distribution, there is no band.
 
     Args:
         images: RGB pixels (3, H, W), uint8.
-        predictions: Of each image.
-        classes: Names by label.
+        predictions: Detections of each image.
+        classes: Class names by label.
         path: The PNG file.
-        min_score: Detections below are not drawn.
+        min_score: Smallest score of the detections that are drawn.
     """
     columns = min(COLUMNS, len(images))
     rows = -(-len(images) // columns)
     figure = Figure(figsize=(PANEL_INCHES * columns, PANEL_INCHES * rows), layout="constrained")
-    for number, (pixels, found) in enumerate(zip(images, predictions, strict=True), start=1):
+    for number, (pixels, detected) in enumerate(zip(images, predictions, strict=True), start=1):
         axes = figure.add_subplot(rows, columns, number)
         _show(axes, pixels)
-        for index in np.flatnonzero(found.scores.numpy() >= min_score):
-            _draw_detection(axes, found, int(index), classes)
+        for index in np.flatnonzero(detected.scores.numpy() >= min_score):
+            _draw_detection(axes, detected, int(index), classes)
     _save(figure, path)
 
 
 def draw_pairs(
     images: Sequence[Tensor],
-    found: Sequence[Sequence[Rows]],
+    detections: Sequence[Sequence[Rows]],
     names: Mapping[int, str],
     titles: Sequence[str],
     path: Path,
     min_score: float = 0.3,
 ) -> None:
-    """Draw what several detectors found in the same images, side by side, into one PNG.
+    """Draw the detections of several detectors in the same images, side by side, into one PNG.
 
     Args:
         images: RGB pixels (3, H, W), uint8.
-        found: Of each detector, of each image: rows as `gfl.structures.Rows` says, (N, 7).
-        names: Of the classes, by category id.
-        titles: What the detectors are called.
+        detections: Rows (N, 7) of each detector and image, as `gfl.structures.Rows` describes.
+        names: Class names by category id.
+        titles: Name of each detector.
         path: The PNG file.
-        min_score: Detections below are not drawn.
+        min_score: Smallest score of the detections that are drawn.
     """
     labels = {category: label for label, category in enumerate(sorted(names))}
-    columns = len(found) * (2 if len(images) > 1 else 1)  # two images in a row
-    rows = -(-len(images) * len(found) // columns)
+    columns = len(detections) * (2 if len(images) > 1 else 1)  # two images in a row
+    rows = -(-len(images) * len(detections) // columns)
     figure = Figure(figsize=(PANEL_INCHES * columns, PANEL_INCHES * rows), layout="constrained")
     for number, pixels in enumerate(images):
         for place, title in enumerate(titles):
-            axes = figure.add_subplot(rows, columns, number * len(found) + place + 1)
+            axes = figure.add_subplot(rows, columns, number * len(detections) + place + 1)
             axes.set_title(title, fontsize=8)
             _show(axes, pixels)
-            for _, x, y, w, h, score, category in found[place][number]:
+            for _, x, y, w, h, score, category in detections[place][number]:
                 if score >= min_score:
                     box = torch.tensor([x, y, x + w, y + h])
                     caption = f"{names[int(category)]} {score:.2f}"
@@ -94,9 +102,9 @@ def draw_pairs(
 
 
 def draw_samples(dataset: DetectionDataset, folder: Path, count: int) -> None:
-    """Draw images of `dataset`, evenly spaced and `count` at most, with boxes and classes.
+    """Draw at most `count` evenly spaced images of `dataset` with boxes and classes, a PNG each.
 
-    Each is what training sees in its first epoch, in a PNG of the same size or larger.
+    A picture shows what training sees in its first epoch, at the same size or larger.
     """
     folder.mkdir(parents=True, exist_ok=True)
     for image in range(0, len(dataset), ceil(len(dataset) / count)):
@@ -119,16 +127,16 @@ def _save(figure: Figure, path: Path) -> None:
 def _show(axes: Axes, pixels: Tensor) -> None:
     axes.imshow(pixels.permute(1, 2, 0).numpy())
     axes.set_axis_off()
-    # What is drawn later may reach beyond the image; the picture need not.
+    # Later drawings may extend beyond the image, the picture does not.
     axes.set_xlim(-0.5, pixels.shape[2] - 0.5)
     axes.set_ylim(pixels.shape[1] - 0.5, -0.5)
 
 
-def _draw_detection(axes: Axes, found: Predictions, index: int, classes: Sequence[str]) -> None:
-    label = int(found.labels[index])
+def _draw_detection(axes: Axes, detected: Predictions, index: int, classes: Sequence[str]) -> None:
+    label = int(detected.labels[index])
     colour = _colour(label)
-    left, top, right, bottom = _in_pixels(found.boxes[index])
-    std = found.edge_std[index].tolist()
+    left, top, right, bottom = _in_pixels(detected.boxes[index])
+    std = detected.edge_std[index].tolist()
     for x, width in ((left, std[0]), (right, std[2])):
         band = Rectangle((x - width, top), 2 * width, bottom - top)
         band.set(facecolor=colour, alpha=SHADE, linewidth=0)
@@ -137,7 +145,7 @@ def _draw_detection(axes: Axes, found: Predictions, index: int, classes: Sequenc
         band = Rectangle((left, y - height), right - left, 2 * height)
         band.set(facecolor=colour, alpha=SHADE, linewidth=0)
         axes.add_patch(band)
-    _draw_box(axes, found.boxes[index], label, f"{classes[label]} {found.scores[index]:.2f}")
+    _draw_box(axes, detected.boxes[index], label, f"{classes[label]} {detected.scores[index]:.2f}")
 
 
 def _draw_box(axes: Axes, box: Tensor, label: int, caption: str) -> None:
@@ -148,7 +156,7 @@ def _draw_box(axes: Axes, box: Tensor, label: int, caption: str) -> None:
             (left, top), right - left, bottom - top, fill=False, edgecolor=colour, linewidth=1.5
         )
     )
-    # Above the box, which may be smaller than its caption, unless that is beyond the image.
+    # The caption stands above the box, which may be smaller, unless that is beyond the image.
     above = top > CAPTION_SHARE * axes.get_ylim()[0]
     axes.text(
         left,
@@ -167,5 +175,5 @@ def _colour(label: int) -> tuple[float, float, float, float]:
 
 
 def _in_pixels(box: Tensor) -> list[float]:
-    """Return `xyxy` as matplotlib counts: a pixel's centre is whole there, its corner with us."""
+    """Return a box `xyxy` in matplotlib's coordinates, where pixel centres are whole numbers."""
     return (box - 0.5).tolist()

@@ -182,7 +182,7 @@ def test_what_is_no_image_is_said(model, image, error, message):
 
 
 def test_a_batch_of_none_is_refused(model, files):
-    with pytest.raises(ValueError, match=r"batch 0, scales \[1.0\]: expected positive numbers"):
+    with pytest.raises(ValueError, match=r"batch 0, scales \[1.0\]: expected a positive batch"):
         model.predict(files, batch=0)
 
 
