@@ -12,8 +12,10 @@ from gfl.evaluation.coco_eval import evaluate_split
 from gfl.model.detector import Detector
 from gfl_platform.config import JobConfig
 from gfl_platform.registry import measurement, models
+from gfl_platform.storage.storage import Storage
 from tests.support.detections import as_rows
 from tests.support.goldens import compare_text, run_command
+from tests.support.tracking import store_of
 
 CLASSES = ["rectangle", "ellipse", "triangle"]
 SHARES = {1: 0.5, 2: 1.0, 3: 0.2, 4: 0.7}
@@ -52,7 +54,7 @@ COMMANDS = [
 def evaluate(checkpoint, job, watch=None):
     """Return what an evaluation would: the share of all objects that the training's seed finds."""
     config = read_config(checkpoint)
-    split = measurement.images_of(job, CLASSES)
+    split = measurement.images_of(job, Storage(job.storage).cache, CLASSES)
     records = [
         {
             "image_id": record.image_id,
@@ -73,6 +75,7 @@ def evaluate(checkpoint, job, watch=None):
 
 def fill_store(job, client, folder):
     """Register three versions of `m` and one of `other`, each from a run of its own."""
+    store = store_of(job)
     experiment = client.create_experiment("made-up", f"file://{folder}/artifacts")
     for name, seed, *overrides in (
         ("m", 1),
@@ -93,7 +96,7 @@ def fill_store(job, client, folder):
         client.set_terminated(run_id)
         ap = evaluate(checkpoint, job)["metrics"]["AP"]
         facts = {"AP": ap, "fps": 30.0, "protocol": "p" * 8, "data": "d" * 12}
-        models.register(job, name, checkpoint, run_id, facts)
+        models.register(store, name, checkpoint, run_id, facts)
 
 
 def masked(text, folder):

@@ -9,8 +9,6 @@ import torch
 
 from gfl_platform.cluster.events import from_json, to_json
 from gfl_platform.config import load_job
-from gfl_platform.storage.storage import Storage
-from gfl_platform.tracking.client import Store
 from gfl_platform.tracking.metadata import describe
 from gfl_platform.tracking.run import RunTracker
 from gfl_platform.tracking.status import StatusFile
@@ -25,6 +23,7 @@ from tests.support.goldens import (
     read_json,
     rounded,
 )
+from tests.support.tracking import store_of
 
 STABLE = re.compile(r"(loss|qfl|giou|dfl|grad_norm|lr|epoch|restarts|(AP|AR)(\d+|s|m|l)?)$")
 """Metrics that depend neither on the time nor on the machine."""
@@ -48,7 +47,7 @@ def record_of(event):
 
 def replay(name, records, job, folder):
     """Hand recorded events to what a training's driver does with them, without Ray."""
-    store = Store(job.tracking, Storage(job.storage))
+    store = store_of(job)
     with (
         RunTracker(store, folder, describe(job, name)) as tracker,
         StatusFile(folder, workers=2, nodes=1) as status,
