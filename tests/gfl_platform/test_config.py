@@ -49,12 +49,12 @@ def test_every_point_of_a_published_sweep_is_a_configuration(path):
     job = load_job(path)
     space, values = job.sweep.space, flatten(job.model_dump(mode="json", exclude={"sweep"}))
     points = list(product(*(keys.values for keys in space.values())))
-    found = {
+    configurations = {
         derive(Config, reproducible(job), [f"{key}={json.dumps(value)}" for key, value in
                                            zip(space, point, strict=True)]).model_dump_json()
         for point in points
     }  # fmt: skip
-    assert len(found) == len(points)
+    assert len(configurations) == len(points)
     assert tuple(values[key] for key in space) in points
     published = [tuple(row.at[key] for key in space) for row in job.sweep.published.rows]
     assert sorted(published) == sorted(points)

@@ -315,7 +315,7 @@ class Delivery:
             return
         match event:
             case StepsDone():
-                steps = [each for each in events if isinstance(each, StepsDone)]
+                steps = [report for report in events if isinstance(report, StepsDone)]
                 self._metrics((s, s.step, {**s.metrics, "epoch": s.epoch}) for s in steps)
             case CheckpointStored(step=step, metrics=metrics):
                 self._metrics([(event, step, metrics)])

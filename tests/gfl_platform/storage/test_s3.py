@@ -141,14 +141,14 @@ def test_what_passes_is_tried_again(monkeypatch):
     monkeypatch.setattr("gfl_platform.storage.s3.time.sleep", lambda _: None)
     failures = [S3UnavailableError("503"), S3UnavailableError("refused"), None, S3Error("denied")]
 
-    def fail_or(found):
+    def fail_or(result):
         if error := failures.pop(0):
             raise error
-        return found
+        return result
 
-    assert patiently(lambda: fail_or("found"), S3UnavailableError) == "found"
+    assert patiently(lambda: fail_or("result"), S3UnavailableError) == "result"
     with pytest.raises(S3Error, match="denied"):
-        patiently(lambda: fail_or("found"), S3UnavailableError)
+        patiently(lambda: fail_or("result"), S3UnavailableError)
 
 
 def test_a_service_that_is_away_is_no_mistake(s3, new_client, monkeypatch):

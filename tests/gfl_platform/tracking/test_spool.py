@@ -17,9 +17,9 @@ def test_events_outlive_the_process_in_their_order(tmp_path):
         spool.add(steps(number))
     spool.close()
     again = Spool(tmp_path / SPOOL_FILE)
-    found = again.first(3)
-    assert list(found.values()) == [steps(0), steps(1), steps(2)]
-    again.remove(max(found))
+    events = again.first(3)
+    assert list(events.values()) == [steps(0), steps(1), steps(2)]
+    again.remove(max(events))
     assert backlog(tmp_path) == len(again) == 2
     assert [event.step for event in again.first(9).values()] == [3, 4]
 

@@ -30,9 +30,9 @@ from tests.support.tracking import history, store_of
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory):
-    made = servers.MLflow(tmp_path_factory.mktemp("server"))
-    yield made
-    made.stop()
+    server = servers.MLflow(tmp_path_factory.mktemp("server"))
+    yield server
+    server.stop()
 
 
 def job_for(server, tmp_path, *more):
@@ -52,14 +52,14 @@ def few_attempts(monkeypatch):
 def test_the_password_of_a_store_that_does_not_answer_is_told_to_nobody(tmp_path, caplog):
     uri = "tracking.uri=http://u:secret@127.0.0.1:9"
     job = load_job("configs/demo.yaml", [uri, f"storage.root={tmp_path}"])
-    with pytest.raises(TrackingError, match=r"u:\*\*\*@127\.0\.0\.1:9") as told:
+    with pytest.raises(TrackingError, match=r"u:\*\*\*@127\.0\.0\.1:9") as error:
         store_of(job).require_answer()
     tracker = RunTracker(store_of(job), tmp_path, describe(job, "dead"), may_be_away=True)
     assert "u:***@127.0.0.1:9" in caplog.text
     with pytest.raises(TrackingError) as unregistered:
         train._register(store_of(job), "m", tmp_path, tracker, {})
     tracker.close("FAILED")
-    assert "secret" not in f"{told.value} {unregistered.value} {caplog.text}"
+    assert "secret" not in f"{error.value} {unregistered.value} {caplog.text}"
 
 
 @pytest.mark.parametrize(
@@ -311,9 +311,9 @@ def test_a_database_that_dies_loses_nothing_and_stops_nothing(tmp_path, caplog):
     )
     database.stop()
     started = time.monotonic()
-    with pytest.raises(TrackingError, match=r"postgres:\*\*\*@.* refused") as told:
+    with pytest.raises(TrackingError, match=r"postgres:\*\*\*@.* refused") as error:
         RunTracker(store_of(job), tmp_path, describe(job, "database"))
-    assert "tracking.unreachable=spool" in str(told.value)
+    assert "tracking.unreachable=spool" in str(error.value)
     tracker = RunTracker(store_of(spooling), tmp_path, describe(spooling, "database"))
     for number in range(1, 100):
         tracker.handle(steps(number))
@@ -350,8 +350,8 @@ def test_artifacts_wait_for_their_storage(s3, server, tmp_path, tmp_path_factory
     storing.start()
     job = job_for(storing, tmp_path)
     folder, report = tmp_path / "run", tmp_path / "report"
-    for made in (folder, report):
-        made.mkdir()
+    for output in (folder, report):
+        output.mkdir()
     (report / "index.html").write_text("figures")
     s3.busy(True)
     tracker = RunTracker(store_of(job), folder, describe(job, "artifacts"))
