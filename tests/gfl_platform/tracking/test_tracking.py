@@ -209,6 +209,7 @@ def test_a_store_that_hangs_holds_up_nobody_and_loses_nothing(tmp_path, monkeypa
 
 @pytest.mark.chaos
 def test_a_server_that_dies_loses_nothing_and_doubles_nothing(server, tmp_path):
+    server.stop()  # Another test may have left it running.
     server.start()
     job = job_for(server, tmp_path)
     folder = tmp_path / "run"
