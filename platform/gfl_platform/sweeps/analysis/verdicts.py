@@ -131,60 +131,46 @@ def t_interval(differences: Sequence[float], comparisons: int = 1) -> tuple[floa
 def _judge_key(results: SweepResults, key: str) -> Verdict:
     default = results.defaults.get(key)
     subject = (key,), label(default)
-    values = {identity(trial.point.get(key)): trial.point.get(key) for trial in results.trials}
     trials = results.frame().assign(
         value=[identity(trial.point.get(key)) for trial in results.trials],
         setting=[identity({**trial.point, key: None}) for trial in results.trials],
     )
-    figures = by_seed(trials, results.sweep.objectives[0], ["value", "setting"])
-    finished = set(trials["value"][trials["state"] == "finished"])
-    if identity(default) not in finished:
-        kind = Kind.UNFINISHED if identity(default) in values else Kind.UNTRIED
+    finished = [trial for trial in results.trials if trial.state == "finished"]
+    values = {identity(trial.point.get(key)): trial.point.get(key) for trial in finished}
+    if identity(default) not in values:
+        tried = identity(default) in set(trials["value"])
+        kind = Kind.UNFINISHED if tried else Kind.UNTRIED
         return Verdict(*subject, kind, kind)
-    others = [name for name in values if name in finished and name != identity(default)]
+    others = [value for name, value in values.items() if name != identity(default)]
     if not others:
-        return Verdict(
-            *subject, Kind.ALONE, f"{Kind.ALONE}: no training with another value finished"
-        )
-    of_default = figures.loc[identity(default)]
-    comparisons = _compare(
-        results,
-        [
-            (values[name], label(values[name]), _mean_differences(figures.loc[name] - of_default))
-            for name in others
-        ],
-    )
+        text = f"{Kind.ALONE}: no training with another value finished"
+        return Verdict(*subject, Kind.ALONE, text)
+    named = [(value, label(value)) for value in others]
+    comparisons = _compare(results, trials, default, named)
     return Verdict(*subject, *_conclude(results, comparisons, len(others)), comparisons)
 
 
 def _judge_best(results: SweepResults) -> Verdict:
     subject = tuple(results.sweep.space), point_label(results.defaults)
+    trials = results.frame()
     points = ranking(results, summarize(results))
-    default = next((point for point in points if point.default), None)
-    if default is None:
-        tried = {identity(trial.point) for trial in results.trials}
-        kind = Kind.UNFINISHED if identity(results.defaults) in tried else Kind.UNTRIED
+    others = [(p.point, point_label(p.point)) for p in points if not p.default]
+    if len(others) == len(points):
+        tried = identity(results.defaults) in set(trials["point"])
+        kind = Kind.UNFINISHED if tried else Kind.UNTRIED
         return Verdict(*subject, kind, kind)
-    if len(points) == 1:
+    if not others:
         return Verdict(*subject, Kind.ALONE, f"{Kind.ALONE}: no other point finished")
-    objective = results.sweep.objectives[0]
-    figures = by_seed(results.frame(), objective)
-    of_default = figures.loc[identity(default.point)]
-    comparisons = _compare(
-        results,
-        [
-            (p.point, point_label(p.point), (figures.loc[identity(p.point)] - of_default).dropna())
-            for p in points
-            if p is not default
-        ],
-    )
-    if points[0] is default:
-        return Verdict(*subject, *_conclude(results, comparisons, len(points) - 1), comparisons)
+    trials = trials.assign(value=trials["point"], setting="")
+    comparisons = _compare(results, trials, results.defaults, others)
+    if points[0].default:
+        return Verdict(*subject, *_conclude(results, comparisons, len(others)), comparisons)
     best = next((entry for entry in comparisons if entry.value is points[0].point), None)
     if not best:
         text = f"{Kind.TOO_FEW}: the best point shares none"
         return Verdict(*subject, Kind.TOO_FEW, text, comparisons)
-    return Verdict(*subject, best.kind, f"{best.kind}: {describe(best, objective)}", comparisons)
+    text = f"{best.kind}: {describe(best, results.sweep.objectives[0])}"
+    return Verdict(*subject, best.kind, text, comparisons)
 
 
 def _mean_differences(differences: pd.DataFrame) -> pd.Series:
@@ -204,23 +190,30 @@ def _mean_differences(differences: pd.DataFrame) -> pd.Series:
 
 
 def _compare(
-    results: SweepResults, pairs: Sequence[tuple[Any, str, pd.Series]]
+    results: SweepResults, trials: pd.DataFrame, default: Any, others: Sequence[tuple[Any, str]]
 ) -> tuple[Comparison, ...]:
-    """Return the comparisons of the values that have a pair, the best first.
+    """Return the comparisons of the values that have a pair with the default, the best first.
 
     Args:
         results: The sweep.
-        pairs: Each value with its name and its differences from the default by seed.
+        trials: The trials with two more columns: `value`, the identity of what is compared, and
+            `setting`, the identity of all else.
+        default: The default value.
+        others: Each other value and its name.
     """
-    family = sum(len(differences) > 1 for *_, differences in pairs)
-    sign = direction(results.sweep.objectives[0])
+    objective = results.sweep.objectives[0]
+    figures = by_seed(trials, objective, ["value", "setting"])
+    of_default = figures.loc[identity(default)]
+    pairs = [_mean_differences(figures.loc[identity(value)] - of_default) for value, _ in others]
+    family = sum(len(paired) > 1 for paired in pairs)
+    sign = direction(objective)
     comparisons = []
-    for value, name, differences in pairs:
-        if differences.empty:
+    for (value, name), paired in zip(others, pairs, strict=True):
+        if paired.empty:
             continue
-        interval = t_interval(differences.tolist(), family) if len(differences) > 1 else None
+        interval = t_interval(paired.tolist(), family) if len(paired) > 1 else None
         kind = _kind_of(interval, sign)
-        comparisons.append(Comparison(value, name, differences.to_dict(), interval, kind))
+        comparisons.append(Comparison(value, name, paired.to_dict(), interval, kind))
     return tuple(sorted(comparisons, key=lambda comparison: -sign * comparison.mean))
 
 
