@@ -1,8 +1,8 @@
-"""Errors that whoever drives a training has to know, without all that a training needs."""
+"""Errors that the users of a training catch; importing them loads nothing else."""
 
 
 class DataError(ValueError):
-    """A dataset that cannot be used; the message names the file, what is wrong and what to do."""
+    """An unusable dataset; the message has the file, the problem and what to do."""
 
 
 class PreemptedError(RuntimeError):
@@ -10,4 +10,4 @@ class PreemptedError(RuntimeError):
 
 
 class NonFiniteLossError(RuntimeError):
-    """Training met NaN or infinity; the message names the first tensor and the images."""
+    """Training met NaN or infinity; the message names the first such tensor and the images."""

@@ -1,11 +1,11 @@
-"""Reading configurations: one YAML, one schema, one loader.
+"""Reading configurations: one YAML file, validated by one schema.
 
 With overrides from a command line:
 
     config = gfl.load_config("configs/demo.yaml", overrides=["loss.qfl.beta=1.5"])
 
-A file may name one `base:` (relative to itself). Mappings merge, lists replace; the command line
-comes last.
+A file may name one `base:`, relative to itself. Mappings merge, lists replace, and overrides of the
+command line come last.
 """
 
 import difflib
@@ -30,11 +30,11 @@ KeyPath = tuple[str, ...]
 
 
 class ConfigError(ValueError):
-    """A configuration that cannot be used; the message names place and value, and what to do."""
+    """An unusable configuration; the message has the place, the value and what to do."""
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.1 as PyYAML reads it, with 1e-2 a number and a repeated key an error."""
+    """PyYAML's loader of YAML 1.1, except that 1e-2 is a number and a repeated key is an error."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         keys = [self.construct_object(key, deep=True) for key, _ in node.value]
@@ -54,15 +54,15 @@ _Loader.add_implicit_resolver(
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
-    """Read a configuration file and return all that reproduces a number.
+    """Read a configuration file and return everything that reproduces a number.
 
     Args:
-        path: YAML file. Sections that say where a job runs (`JOB_SECTIONS`) are skipped.
-        overrides: `section.key=value`, the value in YAML.
+        path: YAML file, whose sections about where a job runs (`JOB_SECTIONS`) are skipped.
+        overrides: Changes `section.key=value`, the value in YAML.
 
     Raises:
-        ConfigError: a file that is missing or not YAML; an unknown key, a wrong type, a value out
-            of bounds.
+        ConfigError: The file is missing or is not YAML, a key is unknown, or a value has a wrong
+            type or is out of bounds.
     """
     return load_schema(Config, path, overrides)
 
@@ -80,7 +80,7 @@ def load_schema(schema: type[ConfigT], path: str | Path, overrides: Sequence[str
 
 
 def parse_config(text: str, source: str) -> Config:
-    """Return the `Config` of `dump_config`'s text; `source` is what errors call it."""
+    """Return the `Config` in a text of `dump_config`; error messages call the text `source`."""
     values = _mapping(text, source)
     return _validate(Config, values, dict.fromkeys(_leaves(values), source), source)
 
@@ -88,7 +88,7 @@ def parse_config(text: str, source: str) -> Config:
 def derive(
     schema: type[ConfigT], config: Config, overrides: Sequence[str], origin: str = "command line"
 ) -> ConfigT:
-    """Return `config` as `schema`, changed by `section.key=value` overrides that `origin` gave."""
+    """Return `config` as `schema` with `section.key=value` overrides, which come from `origin`."""
     values = config.model_dump(mode="json")
     origins: dict[KeyPath, str] = {}
     for override in overrides:
@@ -97,22 +97,22 @@ def derive(
 
 
 def dump_config(config: Config) -> str:
-    """Return the resolved configuration as YAML, which `parse_config` reads back."""
+    """Return the resolved configuration as YAML text for `parse_config`."""
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
 
 
 def config_hash(config: Config) -> str:
-    """Return what tells configurations apart that give other numbers: 64 hexadecimal digits."""
+    """Return a hash of everything that reproduces numbers, 64 hexadecimal digits."""
     return hashlib.sha256(dump_config(reproducible(config)).encode()).hexdigest()
 
 
 def reproducible(config: Config) -> Config:
-    """Return the part of `config` that reproduces its numbers, not where and how the job runs."""
+    """Return the part of `config` that reproduces numbers, without where and how the job runs."""
     return Config.model_validate_json(config.model_dump_json(include=set(Config.model_fields)))
 
 
 def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Return nested mappings as one, with dotted keys."""
+    """Return nested mappings as one mapping with dotted keys."""
     return {".".join(path): _at(values, path) for path in _leaves(values)}
 
 
@@ -149,7 +149,7 @@ def _mapping(text: str, source: str) -> dict[str, Any]:
 def _parse_override(override: str) -> dict[str, Any]:
     key, equals, text = override.partition("=")
     if not equals or not all(key.split(".")):
-        raise ConfigError(f"{override!r}: expected section.key=value")
+        raise ConfigError(f"{override!r}: expected section.key=value, as in data.batch=8")
     value = _mapping(f"value: {text}", f"command line {key}")["value"]
     for name in reversed(key.split(".")):
         value = {name: value}
@@ -159,7 +159,7 @@ def _parse_override(override: str) -> dict[str, Any]:
 def _merge(
     into: dict[str, Any], values: Mapping[Any, Any], origins: dict[KeyPath, str], origin: str
 ) -> None:
-    """Merge `values` into `into`, noting for every key which file it came from."""
+    """Merge `values` into `into`, and record the origin of every key."""
 
     def merge(into: dict[str, Any], values: Mapping[Any, Any], prefix: KeyPath) -> None:
         for name, value in values.items():
@@ -218,23 +218,24 @@ def _explain(
         return f"{origin}: {key}: unknown key; {hint}"
     if problem["type"] == "value_error":
         text = problem["msg"].removeprefix("Value error, ")
-        named = not path or f"{path[0]}." in text  # by who checks several keys together
-        return f"{origin}: {text}" if named else f"{origin}: {key}: {text}"
+        # A check of several keys together names the keys itself.
+        has_key = not path or f"{path[0]}." in text
+        return f"{origin}: {text}" if has_key else f"{origin}: {key}: {text}"
     return f"{origin}: {key}: got {problem['input']!r}: {problem['msg']}"
 
 
 def _keys(schema: type[BaseModel], path: KeyPath) -> list[str]:
-    """Return the keys that the schema knows below `path`."""
+    """Return the keys that the schema has below `path`."""
     for name in path:
         field = schema.model_fields.get(name)
-        if field is None:  # a key of a mapping, whose values the loop has reached already
+        if field is None:  # a key of a mapping; `schema` is that of its values already
             continue
         schema = _sections(field.annotation)[0]
     return list(schema.model_fields)
 
 
 def _sections(annotation: Any) -> list[type[BaseModel]]:
-    """Return the sections that an annotation stands for, also as an option or in a mapping."""
+    """Return the sections in an annotation, including those of options and mappings."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return [annotation]
-    return [found for part in getattr(annotation, "__args__", ()) for found in _sections(part)]
+    return [section for part in getattr(annotation, "__args__", ()) for section in _sections(part)]

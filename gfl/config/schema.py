@@ -1,4 +1,4 @@
-"""The schema of a configuration: all that reproduces a number."""
+"""The schema of a configuration: everything that reproduces a number."""
 
 from typing import Annotated, Literal
 
@@ -23,7 +23,7 @@ class DeformableConfig(Section):
     version: Literal[1, 2] = 2
     """1: offsets only; 2: modulated, each sample weighted by a mask too."""
     stages: tuple[Annotated[int, Field(ge=2, le=5)], ...] = (3, 4, 5)
-    """Of which stages, by the map they make: 3 is C3."""
+    """Stages with deformable convolution, by the map they compute: 3 is C3."""
 
 
 class BackboneConfig(Section):
@@ -32,11 +32,11 @@ class BackboneConfig(Section):
     name: Literal["resnet18", "resnet34", "resnet50", "resnet101", "resnext101_32x4d"] = "resnet50"
     deformable: DeformableConfig | None = None
     frozen_stages: Annotated[int, Field(ge=-1, le=4)] = 1
-    """Which leading stages do not train: -1 none, 0 the stem, k the stem and the first k stages."""
+    """Leading stages that do not train: -1 none, 0 the stem, k the stem and the first k stages."""
     norm_eval: bool = True
     """Whether BatchNorm keeps its running statistics fixed in training (the fine-tuning recipe)."""
     sync_norm: bool = False
-    """Whether BatchNorm in training takes its statistics over all workers (GPUs only)."""
+    """Whether BatchNorm's training statistics are those of all workers together (GPUs only)."""
     checkpoint_gradients: bool = False
     """Whether blocks are computed again in the backward pass instead of kept in memory."""
 
@@ -54,8 +54,9 @@ class QualityPredictorConfig(Section):
     """GFLv2: scores times a quality read off the edge distributions (Li et al., CVPR 2021)."""
 
     topk: Positive = 4
-    """Highest probabilities of each edge's distribution that are looked at, with their mean."""
+    """Number of highest probabilities of each edge's distribution that it reads, and their mean."""
     hidden: Positive = 64
+    """Width of the hidden layer."""
 
 
 class ModelConfig(Section):
@@ -63,26 +64,28 @@ class ModelConfig(Section):
 
     backbone: BackboneConfig = BackboneConfig()
     pretrained: str | None = None
-    """Weights to start from, of the backbone or all: a file, `s3://`, `torchvision://` or model."""
+    """Weights to start from, for the backbone or everything: a file, URL, `s3://`, or model."""
     reset_classifier: bool = False
-    """Whether weights for other classes are taken, all but the last layer of the classification."""
+    """Whether to load weights for other classes, without the last layer of the classification."""
     num_classes: Positive = 80
     channels: Annotated[int, Field(gt=0, multiple_of=8)] = 256
-    """Width of the pyramid and of both towers; GroupNorm takes 8 channels a group."""
+    """Width of the pyramid and of both towers; a group of GroupNorm has 8 channels."""
     tower_convs: Positive = 4
+    """Number of convolutions in each tower."""
     reg_max: Positive = 16
-    """The last bin of an edge distribution, which has `reg_max + 1` bins."""
+    """Last bin of an edge distribution, which has `reg_max + 1` bins."""
     bin_width: Annotated[float, Field(gt=0)] = 1.0
-    """Delta of table 2c: the distance between neighbouring bins, in strides."""
+    """Distance between neighbouring bins in strides (Delta in table 2c of the paper)."""
     edges: Literal["distribution", "dirac"] = "distribution"
-    """What is learned of an edge: a distribution over bins, or its distance alone (table 3)."""
+    """Form in which edges are learned: a distribution over bins, or a distance alone (table 3)."""
     quality: Literal["joint", "centerness"] = "joint"
-    """Boxes rank by scores that learn their IoU, or by a second branch as in ATSS (table 3)."""
+    """Scores that learn the boxes' IoU, or a second branch for centerness as in ATSS (table 3)."""
     quality_predictor: QualityPredictorConfig | None = None
+    """GFLv2's quality predictor; none by default."""
 
     @property
     def bins(self) -> int:
-        """Outputs of the network for each edge."""
+        """Number of outputs of the network for each edge."""
         return self.reg_max + 1 if self.edges == "distribution" else 1
 
     @model_validator(mode="after")
@@ -104,35 +107,37 @@ class QualityFocalConfig(Section):
     """Quality Focal Loss, equation 3."""
 
     beta: Weight = 2.0
+    """Exponent of the modulating factor; 0 is plain binary cross-entropy."""
     weight: Weight = 1.0
 
 
 class WeightConfig(Section):
-    """A loss that has nothing to choose but its weight."""
+    """A loss whose only parameter is its weight."""
 
     weight: Weight
 
 
 class DistillationConfig(Section):
-    """Localisation distillation (Zheng et al., CVPR 2022): learn a teacher's distributions too."""
+    """Localisation distillation (Zheng et al., CVPR 2022): also learn a teacher's distributions."""
 
     teacher: str
-    """A checkpoint of ours: its folder, or models:/NAME@ALIAS and the like."""
+    """Checkpoint of the teacher: its folder, `models:/NAME@ALIAS`, or another form of a model."""
     temperature: Annotated[float, Field(gt=0)] = 10.0
     weight: Weight = 0.5
-    """Of the mean over images; the authors' 0.25 is of the sum over the two of each GPU."""
+    """Weight of the mean over images; the authors' 0.25 weighs the sum over the two of a GPU."""
 
 
 class LossConfig(Section):
-    """The losses and their weights; `model.edges` and `model.quality` say which there are."""
+    """The losses and their weights; `model.edges` and `model.quality` decide which are used."""
 
     qfl: QualityFocalConfig = QualityFocalConfig()
     focal: WeightConfig = WeightConfig(weight=1.0)
-    """With `model.quality: centerness`, like the next, in place of `qfl`."""
+    """Focal loss, in place of `qfl` with `model.quality: centerness`."""
     centerness: WeightConfig = WeightConfig(weight=1.0)
+    """Loss of centerness, with `model.quality: centerness`."""
     giou: WeightConfig = WeightConfig(weight=2.0)
     dfl: WeightConfig = WeightConfig(weight=0.25)
-    """With `model.edges: distribution`."""
+    """Distribution Focal Loss, with `model.edges: distribution`."""
     distillation: DistillationConfig | None = None
 
 
@@ -140,15 +145,20 @@ class AssignerConfig(Section):
     """ATSS assignment of ground truths to locations."""
 
     topk: Positive = 9
+    """Number of candidates per ground truth and level."""
 
 
 class PostprocessConfig(Section):
-    """From logits to the detections of an image."""
+    """The selection of an image's detections."""
 
     score_threshold: Share = 0.05
+    """Detections have scores above it."""
     candidates_per_level: Positive = 1000
+    """Largest number of candidates (location and class) on each level, before NMS."""
     nms_iou: Share = 0.6
+    """IoU above which NMS removes the worse of two boxes of a class."""
     detections_per_image: Positive = 100
+    """Largest number of detections of an image, after NMS."""
 
 
 class SplitConfig(Section):
@@ -165,13 +175,16 @@ class ShapesConfig(Section):
 
     folder: str
     train: Positive
+    """Number of training images."""
     val: Positive
+    """Number of evaluation images."""
     size: Annotated[int, Field(ge=32)] = 128
+    """Side of the square images, in px."""
     seed: Count = 0
 
 
 class DataConfig(Section):
-    """What is trained and evaluated on, and how images are prepared."""
+    """The training and evaluation sets, and the preparation of images."""
 
     format: Literal["coco", "voc", "yolo"] = "coco"
     classes: tuple[str, ...] | None = None
@@ -184,28 +197,31 @@ class DataConfig(Section):
     )
     shapes: ShapesConfig | None = None
     short_side: Positive = 800
+    """Largest short side of a scaled image, in px; see `long_side`."""
     long_side: Positive = 1333
-    """An image is scaled to fit within (long_side, short_side), keeping its aspect ratio."""
+    """Largest long side in px. Images are scaled to fit within both, keeping the aspect ratio."""
     multi_scale: tuple[Positive, Positive] | None = None
-    """In training the short side is drawn between these two, per image, instead of `short_side`."""
+    """Range from which training draws each image's short side (px), in place of `short_side`."""
     flip: Share = 0.5
     """Probability of a horizontal flip in training."""
     mean: Rgb = (123.675, 116.28, 103.53)
+    """Mean of RGB pixels in 0..255, subtracted from the network's input."""
     std: Rgb = (58.395, 57.12, 57.375)
+    """Standard deviation of RGB pixels in 0..255, by which the network's input is divided."""
     batch: Positive = 16
-    """Training images a step, over all workers."""
+    """Training images per step, over all workers."""
     images_per_pass: Positive | None = None
-    """The most images a worker passes through the network at once; gradients accumulate."""
+    """Largest number of images in a worker's micro-batch; gradients accumulate."""
     group_by_aspect: bool = True
     """Whether wide and tall images go into separate batches, which saves padding."""
     repeat: Positive = 1
-    """How often an epoch shows every image."""
+    """Number of times that an epoch shows every image."""
     oversample: Annotated[float, Field(gt=0, le=1)] | None = None
-    """Share of images below which a class is repeated (t of Gupta et al., CVPR 2019, LVIS)."""
+    """Share of images below which a class is repeated (t in Gupta et al., CVPR 2019, LVIS)."""
     cache: str | None = None
-    """Folder that keeps decoded images."""
+    """Folder that keeps decoded images; none by default."""
     val_batch: Positive = 8
-    """Images a forward pass in evaluation; batches do not depend on the number of workers."""
+    """Images per forward pass in evaluation, whatever the number of workers."""
     loader_workers: Count = 2
     """Loading processes of each training worker; 0 loads in the worker itself."""
 
@@ -215,21 +231,22 @@ class OptimConfig(Section):
 
     name: Literal["sgd", "adamw"] = "sgd"
     lr: Annotated[float, Field(gt=0)] = 0.01
-    """Learning rate for `lr_batch` images a step; it scales linearly with `data.batch`."""
+    """Learning rate for `lr_batch` images per step; it scales linearly with `data.batch`."""
     lr_batch: Positive = 16
+    """Images per step to which `lr` refers."""
     momentum: Share = 0.9
-    """Of SGD only."""
+    """Momentum of SGD; AdamW ignores it."""
     weight_decay: Weight = 1e-4
     bias_lr_factor: Weight = 1.0
-    """Learning rate of convolution biases, relative (2 in GFocal's configs)."""
+    """Learning rate of convolution biases, relative to `lr` (2 in GFocal's configs)."""
     bias_decay_factor: Weight = 1.0
-    """Weight decay of convolution biases, relative (0 in GFocal's configs)."""
+    """Weight decay of convolution biases, relative to `weight_decay` (0 in GFocal's configs)."""
     precision: Literal["float32", "bfloat16", "float16"] = "float32"
-    """Of the network in training; losses are always computed in float32."""
+    """Precision of the network in training; losses are always computed in float32."""
     clip_norm: Annotated[float, Field(gt=0)] | None = None
-    """Largest norm of the gradient; larger ones are scaled down to it."""
+    """Largest norm of the gradient; larger gradients are scaled down to it."""
     ema: Annotated[float, Field(gt=0, lt=1)] | None = None
-    """Decay of an exponential moving average of the weights, which is then the model."""
+    """Decay of an exponential moving average of the weights, which is evaluated and kept."""
     compile: bool = False
     """Whether the training step is compiled."""
 
@@ -241,23 +258,24 @@ class ScheduleConfig(Section):
     epochs: Positive = 12
     warmup_steps: Count = 500
     warmup_start: Share = 1 / 3
-    """Share of the rate at the first step; it rises linearly. Of `step` only, like the next two."""
+    """Share of the learning rate at the first step of `step`'s warm-up, which rises linearly."""
     milestones: tuple[Positive, ...] = (8, 11)
-    """Epochs after which the rate is multiplied by `gamma`."""
+    """Epochs after which `step` multiplies the learning rate by `gamma`."""
     gamma: Share = 0.1
+    """Factor of the learning rate after each milestone of `step`."""
     patience: Positive | None = None
-    """Training stops after so many epochs without a better AP."""
+    """Number of epochs without a better AP after which training stops early; none by default."""
 
 
 class EvaluationConfig(Section):
-    """How average precision is measured."""
+    """The measurement of average precision."""
 
     max_detections: Annotated[tuple[Positive, ...], Field(min_length=1)] = (1, 10, 100)
-    """Detections of an image that count, in COCO's AR1, AR10, AR100; the largest is that of AP."""
+    """Limits on an image's detections, COCO's AR1, AR10, AR100; AP uses the largest."""
 
 
 class Config(Section):
-    """All that reproduces a number."""
+    """A configuration: everything that reproduces a number."""
 
     model: ModelConfig = ModelConfig()
     loss: LossConfig = LossConfig()
@@ -288,7 +306,8 @@ class Config(Section):
         most = max(self.evaluation.max_detections)
         if most > max(100, self.postprocess.detections_per_image):
             raise ValueError(
-                f"evaluation.max_detections {most} exceeds the detections there are: set "
+                f"evaluation.max_detections {most} exceeds postprocess.detections_per_image "
+                f"{self.postprocess.detections_per_image}: set "
                 f"postprocess.detections_per_image={most} too"
             )
         if data.multi_scale and not data.multi_scale[0] <= data.multi_scale[1] <= data.long_side:
