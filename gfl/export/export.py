@@ -1,4 +1,4 @@
-"""Exports that are checked before anybody sees them: files, their parity, their AP in int8."""
+"""Exported files: written, compared with the detector before they are published, and quantized."""
 
 import copy
 import json
@@ -38,26 +38,34 @@ from gfl.model.detector import Detector
 from gfl.model.postprocess import decode
 from gfl.structures import Predictions, Rows, coco_rows
 
-BOX_PX, SCORE = 0.01, 1e-4
-"""The most that outputs in px, and in 0 to 1, may differ in float32."""
+logger = logging.getLogger(__name__)
 
-IN_PX, IN_SHARES = ("boxes", "edge_std"), ("scores", "distributions")
+FileFormat = Literal["onnx", "pt2"]
+
+FILES = ("model.onnx", "model.pt2", "model.int8.onnx", "model.int8.json", "model.json")
+"""Names of all files that exports write."""
+
+BOX_PX, SCORE = 0.01, 1e-4
+"""Largest differences in float32 of outputs in px, and of outputs in 0 to 1."""
+
+PX_OUTPUTS, UNIT_OUTPUTS = ("boxes", "edge_std"), ("scores", "distributions")
+"""Names of the outputs in px, and of the outputs in 0 to 1."""
 
 Outputs = dict[str, NDArray[Any]]
-"""By the names of `Form.outputs`."""
+"""Outputs by the names of `Form.outputs`."""
 
 Run = Callable[[Tensor], list[NDArray[Any]]]
-"""Takes images (B, 3, H, W) and returns the outputs of a file."""
+"""A function from images (B, 3, H, W) to the outputs of an exported file."""
 
 
 @dataclass(frozen=True)
 class Difference:
-    """The largest differences from the detector over several images.
+    """The largest differences between a file and the detector over several images.
 
     Attributes:
-        box_px: Of a coordinate or of an edge's deviation, px of the network's input.
-        score: Of a score or of a bin's share.
-        detections: How many were compared.
+        box_px: Difference of a coordinate or a standard deviation, in px of the network's input.
+        score: Difference of a score or of a bin's probability.
+        detections: Number of compared detections.
     """
 
     box_px: float
@@ -65,11 +73,79 @@ class Difference:
     detections: int
 
 
-def open_onnx(path: Path, threads: int | None = None) -> Run:
-    """Return what runs an ONNX file by onnxruntime on the CPU.
+def export(
+    model: Model,
+    folder: Path,
+    formats: Sequence[FileFormat],
+    form: Form,
+    images: Sequence[Path],
+    protocol: Mapping[str, Any],
+) -> dict[str, dict[str, Any]]:
+    """Write `model.onnx` and `model.pt2` into `folder` if their outputs equal the detector's.
+
+    Args:
+        model: The model.
+        folder: Folder of the files, created if it does not exist. `FILES` of earlier exports are
+            replaced or removed.
+        formats: Formats to write.
+        form: Outputs of the files.
+        images: Images on which the files are compared with the detector.
+        protocol: Protocol of the model's FPS, which is stored in the files.
+
+    Returns:
+        The largest differences and the size in bytes of each file, by file name.
 
     Raises:
-        ExportError: onnxruntime is not installed.
+        ExportError: The model cannot be exported, or a file's outputs differ; `folder` does not
+            change then.
+    """
+    program = trace(Exportable(model.detector, form))
+    about = metadata(model.config, model.about, form, protocol)
+    parity: dict[str, dict[str, Any]] = {}
+    with _published(folder, FILES) as scratch:
+        for file_format in formats:
+            path = scratch / f"model.{file_format}"
+            if file_format == "onnx":
+                save_onnx(program, path, form, about)
+            else:
+                save_pt2(program, path, about)
+            inputs = (scaled(model, read_image(image)) for image in images)
+            difference = compare(model, OPENERS[file_format](path), form, inputs)
+            if form.with_nms and not difference.detections:
+                logger.warning(
+                    "%s: nothing was detected, so it is hardly checked; give other images",
+                    path.name,
+                )
+            parity[path.name] = asdict(difference) | {"bytes": path.stat().st_size}
+        (scratch / "model.json").write_text(json.dumps(about | {"parity": parity}, indent=1) + "\n")
+    return parity
+
+
+@contextmanager
+def _published(folder: Path, names: Sequence[str] = ()) -> Iterator[Path]:
+    """Yield a scratch folder whose files move to `folder` after the block, unless it fails.
+
+    Files of `names` that `folder` already has are removed first.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".export-", dir=folder.parent) as scratch:
+        yield Path(scratch)
+        folder.mkdir(exist_ok=True)
+        for name in names:
+            (folder / name).unlink(missing_ok=True)
+        for file in Path(scratch).iterdir():
+            file.replace(folder / file.name)
+
+
+def open_onnx(path: Path, threads: int | None = None) -> Run:
+    """Return a function that runs an ONNX file with onnxruntime on the CPU.
+
+    Args:
+        path: The file.
+        threads: Number of threads, by default torch's.
+
+    Raises:
+        ExportError: The package onnxruntime is not installed.
     """
     try:
         import onnxruntime
@@ -85,7 +161,7 @@ def open_onnx(path: Path, threads: int | None = None) -> Run:
 
 
 def open_pt2(path: Path) -> Run:
-    """Return what runs a .pt2 file on the CPU."""
+    """Return a function that runs a .pt2 file on the CPU."""
     module = torch.export.load(path).module()
 
     def run(images: Tensor) -> list[NDArray[Any]]:
@@ -95,45 +171,61 @@ def open_pt2(path: Path) -> Run:
     return run
 
 
+OPENERS = {"onnx": open_onnx, "pt2": open_pt2}
+"""Functions that open a file, by its format."""
+
+
 def scaled(model: Model, pixels: Tensor) -> Tensor:
-    """Return an image (3, H, W) as an exported file takes it: (1, 3, H', W') float32."""
+    """Return an image (3, H, W) as input of an exported file: (1, 3, H', W') float32."""
     transforms = build_transforms(model.config.data, training=False)
     resized, _ = transforms(*as_sample(pixels, torch.zeros(0, 4)))
     return resized.as_subclass(Tensor).float().unsqueeze(0)
 
 
 def padded(image: Tensor) -> Tensor:
-    """Return `scaled` images (B, 3, H, W) as the detector takes them, H and W multiples of 32."""
+    """Return `scaled` images (B, 3, H, W) padded for the detector: H and W are multiples of 32."""
     height, width = image.shape[-2:]
     return pad(image, (0, -width % SIZE_MULTIPLE, 0, -height % SIZE_MULTIPLE))
 
 
 def compare(model: Model, run: Run, form: Form, images: Iterable[Tensor]) -> Difference:
-    """Return how far a file's outputs are from the detector's on `images`, (1, 3, H, W) each.
+    """Return the differences between a file's outputs and the detector's.
+
+    Args:
+        model: The detector.
+        run: Runs the file.
+        form: Outputs of the file.
+        images: Inputs, (1, 3, H, W) each.
 
     Raises:
-        ExportError: they are further apart than rounding explains.
+        ExportError: The outputs differ by more than rounding.
     """
-    detector = copy.deepcopy(model.detector).cpu()  # where files are run
+    detector = copy.deepcopy(model.detector).cpu()  # files run on the CPU, too
     box, score, count = 0.0, 0.0, 0
     for image in images:
-        found = dict(zip(form.outputs, run(image), strict=True))
+        outputs = dict(zip(form.outputs, run(image), strict=True))
         expected = _eager(detector, image, form)
         if form.with_nms:
-            there = found["scores"] > 0
-            found = _in_order_of({name: out[there] for name, out in found.items()}, expected)
-        if found["boxes"].shape != expected["boxes"].shape:
-            raise ExportError(
-                f"{list(image.shape)}: the file gives {len(found['boxes'])} detections, the "
-                f"detector {len(expected['boxes'])}"
+            filled = outputs["scores"] > 0
+            outputs = _in_order_of(
+                {name: output[filled] for name, output in outputs.items()}, expected
             )
-        if form.with_nms and (found["labels"] != expected["labels"]).any():
-            raise ExportError(f"{list(image.shape)}: the file gives other classes")
-        far = {name: float(np.abs(found[name] - expected[name]).max(initial=0))
-               for name in form.outputs}  # fmt: skip
-        box = max(box, *(far[name] for name in IN_PX if name in far))
-        score = max(score, *(far[name] for name in IN_SHARES if name in far))
-        count += int(np.prod(found["boxes"].shape[:-1]))
+        if outputs["boxes"].shape != expected["boxes"].shape:
+            raise ExportError(
+                f"image {list(image.shape)}: the file gives {len(outputs['boxes'])} detections, "
+                f"the detector {len(expected['boxes'])}"
+            )
+        if form.with_nms and (outputs["labels"] != expected["labels"]).any():
+            raise ExportError(
+                f"image {list(image.shape)}: the file gives other classes than the detector"
+            )
+        distances = {
+            name: float(np.abs(outputs[name] - expected[name]).max(initial=0))
+            for name in form.outputs
+        }
+        box = max(box, *(distances[name] for name in PX_OUTPUTS if name in distances))
+        score = max(score, *(distances[name] for name in UNIT_OUTPUTS if name in distances))
+        count += int(np.prod(outputs["boxes"].shape[:-1]))
     if box > BOX_PX or score > SCORE:
         raise ExportError(
             f"boxes differ by up to {box:.3g} px and scores by {score:.3g}; rounding is up to "
@@ -142,29 +234,30 @@ def compare(model: Model, run: Run, form: Form, images: Iterable[Tensor]) -> Dif
     return Difference(box, score, count)
 
 
-def _in_order_of(found: Outputs, expected: Outputs) -> Outputs:
+def _in_order_of(outputs: Outputs, expected: Outputs) -> Outputs:
     """Return a file's detections in the order of the detector's.
 
-    Rounding may swap two of nearly the same score; where they are no pairs, nothing is changed.
+    Rounding may swap two detections of nearly the same score. Where the detections do not pair up,
+    their order stays.
     """
-    if len(found["boxes"]) != len(expected["boxes"]) or not len(found["boxes"]):
-        return found
-    far = np.abs(found["boxes"] - expected["boxes"][:, None]).max(axis=-1)
-    far[expected["labels"][:, None] != found["labels"]] = np.inf
-    far[np.abs(expected["scores"][:, None] - found["scores"]) > SCORE] = np.inf
-    order = far.argmin(axis=1)
+    if len(outputs["boxes"]) != len(expected["boxes"]) or not len(outputs["boxes"]):
+        return outputs
+    distances = np.abs(outputs["boxes"] - expected["boxes"][:, None]).max(axis=-1)
+    distances[expected["labels"][:, None] != outputs["labels"]] = np.inf
+    distances[np.abs(expected["scores"][:, None] - outputs["scores"]) > SCORE] = np.inf
+    order = distances.argmin(axis=1)
     is_pairing = len(np.unique(order)) == len(order)
-    return {name: output[order] for name, output in found.items()} if is_pairing else found
+    return {name: output[order] for name, output in outputs.items()} if is_pairing else outputs
 
 
 def _eager(detector: Detector, image: Tensor, form: Form) -> Outputs:
-    """Return the outputs of `form` as the detector itself finds them."""
+    """Return the outputs of `form`, computed by the detector itself."""
     height, width = image.shape[-2:]
     sizes = torch.tensor([[height, width]])
     inputs = detector.normalize(padded(image), sizes)
     if form.with_nms:
-        (found,) = detector.predict(inputs, sizes)
-        return {name: getattr(found, name).numpy() for name in form.outputs}
+        (predictions,) = detector.predict(inputs, sizes)
+        return {name: getattr(predictions, name).numpy() for name in form.outputs}
     with torch.no_grad():
         cls_levels, reg_levels = detector(inputs)
     points = level_points(cls_levels)
@@ -179,63 +272,6 @@ def _eager(detector: Detector, image: Tensor, form: Form) -> Outputs:
     return {name: outputs[name].numpy() for name in form.outputs}
 
 
-FileFormat = Literal["onnx", "pt2"]
-
-OPENERS = {"onnx": open_onnx, "pt2": open_pt2}
-
-FILES = ("model.onnx", "model.pt2", "model.int8.onnx", "model.int8.json", "model.json")
-"""What exports write."""
-
-logger = logging.getLogger(__name__)
-
-
-def export(
-    model: Model,
-    folder: Path,
-    formats: Sequence[FileFormat],
-    form: Form,
-    images: Sequence[Path],
-    protocol: Mapping[str, Any],
-) -> dict[str, dict[str, Any]]:
-    """Write `model.onnx` and `model.pt2` into `folder`, once they do what the detector does.
-
-    Args:
-        model: The model.
-        folder: Made if it does not exist; `FILES` of earlier exports are replaced or removed.
-        formats: Which files.
-        form: Their outputs.
-        images: What parity is checked on.
-        protocol: How the model's FPS was measured; goes into the files.
-
-    Returns:
-        By file name the largest differences and the size in bytes.
-
-    Raises:
-        ExportError: a model that cannot be exported, or a file that does something else; `folder`
-            is as before then.
-    """
-    program = trace(Exportable(model.detector, form))
-    about = metadata(model.config, model.about, form, protocol)
-    found: dict[str, dict[str, Any]] = {}
-    with _published(folder, FILES) as scratch:
-        for each in formats:
-            path = scratch / f"model.{each}"
-            if each == "onnx":
-                save_onnx(program, path, form, about)
-            else:
-                save_pt2(program, path, about)
-            inputs = (scaled(model, read_image(image)) for image in images)
-            difference = compare(model, OPENERS[each](path), form, inputs)
-            if form.with_nms and not difference.detections:
-                logger.warning(
-                    "%s: nothing was detected, so it is hardly checked; give other images",
-                    path.name,
-                )
-            found[path.name] = asdict(difference) | {"bytes": path.stat().st_size}
-        (scratch / "model.json").write_text(json.dumps(about | {"parity": found}, indent=1) + "\n")
-    return found
-
-
 def quantize(
     model: Model,
     folder: Path,
@@ -245,18 +281,26 @@ def quantize(
 ) -> dict[str, float]:
     """Write `model.int8.onnx` beside `model.onnx`, and return the AP of both on `split`.
 
-    Convolutions become int8, weights per channel, after training (static, QDQ): ranges are those of
-    the calibration images. The AP goes into `model.int8.json`. `progress` is told how many images
-    the files have seen, and how many they will have.
+    Convolutions become int8 after training, their weights per channel (static quantization, QDQ),
+    with the ranges of the calibration images. The AP is written to `model.int8.json`.
+
+    Args:
+        model: The model.
+        folder: Folder with `model.onnx`.
+        calibration: Images that define the ranges of activations.
+        split: Set on which the AP is measured.
+        progress: Called after every image with the number of images done, and of all images.
 
     Raises:
-        ExportError: there is no `model.onnx` with NMS.
+        ExportError: There is no `model.onnx` with NMS.
     """
     from onnxruntime.quantization import CalibrationDataReader, QuantFormat, quantize_static
 
     source = folder / "model.onnx"
     if not source.exists():
-        raise ExportError(f"{source}: not there; int8 is made from the ONNX file with NMS")
+        raise ExportError(
+            f"{source}: no such file; int8 needs the ONNX file with NMS, so export that first"
+        )
 
     class Reader(CalibrationDataReader):
         def __init__(self) -> None:
@@ -279,43 +323,30 @@ def quantize(
         for before, name, file in ((0, "float32", source), (count, "int8", path)):
             started = time.perf_counter()
             rows = [np.empty((0, 7))]
-            for found in _rows(model, open_onnx(file), split):
-                rows.append(found)
+            for rows_of_image in _rows(model, open_onnx(file), split):
+                rows.append(rows_of_image)
                 progress(before + len(rows) - 1, 2 * count)
             figures[f"{name} seconds"] = time.perf_counter() - started
-            measured = evaluate_split(split, np.concatenate(rows), model.config)
-            figures[f"{name} AP"] = measured.metrics["AP"]
+            evaluation = evaluate_split(split, np.concatenate(rows), model.config)
+            figures[f"{name} AP"] = evaluation.metrics["AP"]
         figures["bytes"] = float(path.stat().st_size)
         (scratch / "model.int8.json").write_text(json.dumps(figures, indent=1) + "\n")
     return figures
 
 
 def _rows(model: Model, run: Run, split: Split) -> Iterator[Rows]:
-    """Give the detections of a file with NMS in every image of `split`."""
+    """Yield the detections of a file with NMS in every image of `split`."""
     for record in split.records:
         pixels = read_image(record.path)
         image = scaled(model, pixels)
         boxes, scores, labels, edge_std = (torch.from_numpy(o) for o in run(image)[:4])
-        back = Tensor([pixels.shape[2] / image.shape[3], pixels.shape[1] / image.shape[2]])
-        there = scores > 0
-        found = Predictions(
-            boxes=(boxes * back.repeat(2))[there],
-            scores=scores[there],
-            labels=labels[there],
-            edge_std=edge_std[there],
-            distributions=torch.empty(int(there.sum()), 4, 0),
+        rescale = Tensor([pixels.shape[2] / image.shape[3], pixels.shape[1] / image.shape[2]])
+        filled = scores > 0
+        predictions = Predictions(
+            boxes=(boxes * rescale.repeat(2))[filled],
+            scores=scores[filled],
+            labels=labels[filled],
+            edge_std=edge_std[filled],
+            distributions=torch.empty(int(filled.sum()), 4, 0),
         )
-        yield coco_rows(found, record.image_id, split.category_ids)
-
-
-@contextmanager
-def _published(folder: Path, names: Sequence[str] = ()) -> Iterator[Path]:
-    """Give a folder whose files move to `folder` if all goes well; old ones of `names` go."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".export-", dir=folder.parent) as scratch:
-        yield Path(scratch)
-        folder.mkdir(exist_ok=True)
-        for name in names:
-            (folder / name).unlink(missing_ok=True)
-        for file in Path(scratch).iterdir():
-            file.replace(folder / file.name)
+        yield coco_rows(predictions, record.image_id, split.category_ids)

@@ -1,8 +1,8 @@
 """A detector as a file that runs without this package: `torch.export` (.pt2) and ONNX.
 
-The graph takes RGB pixels in 0..255, scaled as `data.short_side` and `data.long_side` say but not
-padded: (B, 3, H, W), H and W free. It normalises, pads, runs the network and decodes. The outputs,
-boxes in px of that input, are in `LAYOUT`; the README has the same as a table.
+The graph takes RGB pixels in 0..255, (B, 3, H, W) for any H and W, scaled to `data.short_side` and
+`data.long_side` but not padded. It normalises, pads, runs the network and decodes. `LAYOUT` lists
+the outputs, whose boxes are in px of that input; `docs/prediction.md` has the same as a table.
 
 Shapes: P locations, C classes, R bins, N = `postprocess.detections_per_image`.
 """
@@ -31,12 +31,16 @@ from gfl.model.detector import Detector
 from gfl.model.postprocess import decode
 
 OPSET = 20
+"""Version of ONNX's operators."""
+
 METADATA = "gfl.json"
-"""Name of the metadata among a .pt2 file's extra files; in ONNX they are properties, JSON each."""
+"""Name of the metadata among a .pt2 file's extra files; in ONNX each entry is a JSON property."""
 
 INPUT = "images"
+"""Name of the input."""
+
 TRACED = (1, 3, 192, 256)
-"""Shape of the input that is traced; none of its sides is kept."""
+"""Shape of the traced input, whose height and width stay free in the graph."""
 
 LAYOUT = {
     False: {
@@ -52,19 +56,19 @@ LAYOUT = {
         "distributions": "(N, 4, R) float32, optional: of the edges l, t, r, b",
     },
 }
-"""The outputs, by whether there is NMS in the graph; with it B is 1."""
+"""Outputs without NMS in the graph (False) and with it (True, where B is 1)."""
 
 
 class ExportError(ValueError):
-    """A model that cannot be exported, or that does not do the same afterwards."""
+    """A model that cannot be exported, or a file whose outputs differ from the model's."""
 
 
 @dataclass(frozen=True)
 class Form:
-    """What is exported.
+    """The form of an exported graph.
 
     Attributes:
-        with_nms: Whether detections are selected in the graph.
+        with_nms: Whether the graph selects detections by NMS.
         distributions: Whether the learned distributions are an output.
     """
 
@@ -79,7 +83,7 @@ class Form:
 
 
 class Exportable(nn.Module):
-    """A detector from pixels to detections, in tensors alone."""
+    """A detector as a module from pixels to detections, all of them tensors."""
 
     pixel_mean: Tensor
     pixel_std: Tensor
@@ -88,16 +92,19 @@ class Exportable(nn.Module):
         super().__init__()
         model = detector.config.model
         if model.quality != "joint":
-            raise ExportError(f"model.quality {model.quality}: only 'joint' can be exported")
+            raise ExportError(f"model.quality is {model.quality!r}: only 'joint' can be exported")
         if form.distributions and model.edges != "distribution":
-            raise ExportError(f"--distributions: model.edges is {model.edges}, which learns none")
+            raise ExportError(
+                f"--distributions: model.edges is {model.edges!r}, which learns no distributions; "
+                "leave the option out"
+            )
         self.detector = (
             copy.deepcopy(detector).eval().cpu().to(memory_format=torch.contiguous_format)
         )
         self.form = form
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
-        """Return the outputs of `LAYOUT` for `images` (B, 3, H, W), RGB in 0..255."""
+        """Return the outputs that `LAYOUT` lists for `images` (B, 3, H, W), RGB in 0..255."""
         height, width = images.shape[-2:]
         inputs = (images.float() - self.detector.pixel_mean) / self.detector.pixel_std
         inputs = pad(inputs, (0, _padded(width) - width, 0, _padded(height) - height))
@@ -115,12 +122,13 @@ class Exportable(nn.Module):
             reg_logits[0, location], points.xy[location], points.stride[location], integral
         )
         boxes = clip_boxes_to_image(boxes, (height, width))
-        # Classes far apart do not suppress each other, as in torchvision's `batched_nms`.
+        # As in torchvision's `batched_nms`, classes lie further apart than an image is wide, so
+        # that boxes of different classes do not suppress each other.
         apart = labels.to(boxes).unsqueeze(1) * (torch.sym_max(height, width) + 1)
         return self._select(boxes + apart, boxes, scores, labels, edge_std, distributions)
 
     def _candidates(self, cls_levels: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-        """Return score, class and location, (K,), of the best per level above the threshold."""
+        """Return score, class and location, (K,) each, of the best candidates of every level."""
         settings = self.detector.config.postprocess
         scores, labels, locations, start = [], [], [], 0
         for logits in cls_levels:
@@ -128,44 +136,44 @@ class Exportable(nn.Module):
             cells = logits.shape[2] * logits.shape[3]
             score, index = level.topk(torch.sym_min(settings.candidates_per_level, level.shape[0]))
             scores.append(score)
-            # Division by a side that is free is beyond the ONNX exporter: look it up.
+            # The ONNX exporter cannot divide by a free side, so class and cell are looked up.
             classes = logits.shape[1]
             labels.append(torch.arange(classes).unsqueeze(1).repeat(1, cells).flatten()[index])
             locations.append(torch.arange(cells).repeat(classes)[index] + start)
             start = start + cells
         score = torch.cat(scores)
         keep = (score > settings.score_threshold).nonzero().squeeze(1)
-        # Two without a score, of classes of their own: the graph relies on two being left.
+        # Two candidates with a score of 0 and classes of their own: the graph needs at least two.
         classes = self.detector.config.model.num_classes
-        nobody = torch.tensor([classes, classes + 1])
+        extra_labels = torch.tensor([classes, classes + 1])
         return (
             torch.cat([score[keep], torch.zeros(2)]),
-            torch.cat([torch.cat(labels)[keep], nobody]),
-            torch.cat([torch.cat(locations)[keep], torch.zeros_like(nobody)]),
+            torch.cat([torch.cat(labels)[keep], extra_labels]),
+            torch.cat([torch.cat(locations)[keep], torch.zeros_like(extra_labels)]),
         )
 
     def _select(self, apart: Tensor, boxes: Tensor, scores: Tensor, *more: Tensor) -> Any:
-        """Return the best detections after NMS of boxes `apart`, filled up with zeros."""
+        """Return the best detections after NMS of the boxes `apart`, padded to N rows."""
         settings = self.detector.config.postprocess
         scores = scores * ((boxes[:, 2:] - boxes[:, :2]) > 0).all(dim=1)
         keep = nms(apart, scores, settings.nms_iou)
         count = settings.detections_per_image
         rows = [
-            pad(found[keep], (0, 0) * (found.dim() - 1) + (0, count))[:count]
-            for found in (boxes, scores, *more)
+            pad(values[keep], (0, 0) * (values.dim() - 1) + (0, count))[:count]
+            for values in (boxes, scores, *more)
         ]
         return tuple(rows[: len(self.form.outputs)])
 
 
 def _padded(side: int) -> int:
-    # As a remainder it would stay in every size that follows, and tracing take three times as long.
+    # A remainder (-side % 32) would appear in every later size and make tracing three times slower.
     return (side + SIZE_MULTIPLE - 1) // SIZE_MULTIPLE * SIZE_MULTIPLE
 
 
 def metadata(
     config: Config, about: About, form: Form, protocol: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """Return what an exported file says of itself."""
+    """Return the metadata of an exported file."""
     layout = LAYOUT[form.with_nms]
     return {
         "classes": about.classes,
@@ -188,7 +196,7 @@ def metadata(
 
 
 def trace(model: Exportable) -> torch.export.ExportedProgram:
-    """Return the graph of a model, with free height and width, and batch where there is no NMS."""
+    """Return the graph of a model with free height and width, and a free batch without NMS."""
     sides = {2: torch.export.Dim.DYNAMIC, 3: torch.export.Dim.DYNAMIC}
     if not model.form.with_nms:
         sides[0] = torch.export.Dim.DYNAMIC
@@ -196,7 +204,7 @@ def trace(model: Exportable) -> torch.export.ExportedProgram:
     images = torch.randint(0, 256, shape).float()
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "`create_unbacked_symint`", FutureWarning)  # torchvision
-        # A level may be one cell wide: the graph must not take it for more.
+        # A level may be one cell wide, which the graph must not exclude.
         oblivious = fx_config.patch(backed_size_oblivious=True)  # type: ignore[attr-defined]
         with torch.no_grad(), oblivious:
             return torch.export.export(model, (images,), dynamic_shapes=(sides,))
@@ -212,7 +220,7 @@ def save_onnx(
 ) -> None:
     """Write a graph as an ONNX file with its metadata."""
     if any("deform_conv2d" in str(node.target) for node in program.graph.nodes):
-        raise ExportError("model.backbone.deformable: cannot be exported to ONNX; --format pt2")
+        raise ExportError("model.backbone.deformable: cannot be exported to ONNX; use --format pt2")
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "`create_unbacked_symint`", FutureWarning)  # torchvision
         exported = torch.onnx.export(

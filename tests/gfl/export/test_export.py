@@ -120,8 +120,8 @@ def test_files_say_what_they_are(exported, tiny):
     extra = {METADATA: ""}
     torch.export.load(folder / "model.pt2", extra_files=extra)
     about = json.loads(extra[METADATA])
-    for found in (about, {k: json.loads(v) for k, v in properties.items() if k in ("classes",)}):
-        assert found["classes"] == ABOUT.classes
+    for metadata in (about, {k: json.loads(v) for k, v in properties.items() if k in ("classes",)}):
+        assert metadata["classes"] == ABOUT.classes
     assert about["postprocess"] == tiny.postprocess.model_dump(mode="json")
     assert (about["short_side"], about["protocol"]) == (64, {"device": "x"})
     assert list(about["outputs"]) == ["boxes", "scores", "labels", "edge_std", "distributions"]
@@ -144,17 +144,17 @@ def test_without_nms_every_location_is_an_output(model, files, tmp_path):
     location, label = (scores > model.config.postprocess.score_threshold).nonzero().unbind(1)
     boxes, scores = boxes[location], scores[location, label]
     keep = batched_nms(boxes, scores, label, model.config.postprocess.nms_iou)[:100]
-    (found,) = model.predict(image[0].byte())
-    torch.testing.assert_close(boxes[keep], found.boxes, atol=0.01, rtol=0)
-    torch.testing.assert_close(scores[keep], found.scores, atol=1e-4, rtol=0)
+    (detections,) = model.predict(image[0].byte())
+    torch.testing.assert_close(boxes[keep], detections.boxes, atol=0.01, rtol=0)
+    torch.testing.assert_close(scores[keep], detections.scores, atol=1e-4, rtol=0)
 
 
 def test_int8_states_what_it_costs(model, exported, tiny, files):
     folder, _ = exported
-    told = []
+    progress = []
     split = load_splits(tiny)[1]
-    figures = quantize(model, folder, files[:4], split, lambda *done: told.append(done))
-    assert told == [(done, 22) for done in range(1, 23)]
+    figures = quantize(model, folder, files[:4], split, lambda *done: progress.append(done))
+    assert progress == [(done, 22) for done in range(1, 23)]
     assert {"float32 AP", "int8 AP"} <= figures.keys()
     assert json.loads((folder / "model.int8.json").read_text()) == figures
     assert (folder / "model.int8.onnx").stat().st_size < (folder / "model.onnx").stat().st_size
@@ -201,19 +201,21 @@ def test_the_benchmark_times_what_the_model_does(model, monkeypatch):
     monkeypatch.setattr(benchmark, "eager", eager)
     image = torch.randint(0, 256, (3, 64, 40), dtype=torch.uint8)  # 40 is no multiple of 32
     benchmark.compare(model, lambda _: None, [image.float().unsqueeze(0)])
-    ((detector, found),) = timed
+    ((detector, detections),) = timed
     (expected,) = model.predict(image)
-    torch.testing.assert_close(found.boxes, expected.boxes, atol=1e-3, rtol=0)
+    torch.testing.assert_close(detections.boxes, expected.boxes, atol=1e-3, rtol=0)
     norms = [m for m in detector.backbone.modules() if isinstance(m, torch.nn.BatchNorm2d)]
     assert norms == []
 
 
 def test_what_cannot_be_exported_is_said(tiny):
     centerness = derive(type(tiny), tiny, ["model.quality=centerness"])
-    with pytest.raises(ExportError, match=r"model\.quality centerness: only 'joint'"):
+    with pytest.raises(ExportError, match=r"model\.quality is 'centerness': only 'joint'"):
         Exportable(gfl.Detector(centerness), Form())
     dirac = derive(type(tiny), tiny, ["model.edges=dirac"])
-    with pytest.raises(ExportError, match=r"model\.edges is dirac, which learns none"):
+    with pytest.raises(
+        ExportError, match=r"model\.edges is 'dirac', which learns no distributions"
+    ):
         Exportable(gfl.Detector(dirac), Form(distributions=True))
 
 
@@ -223,6 +225,6 @@ def test_what_cannot_be_exported_is_said(tiny):
 def test_published_models_are_exported(name, with_nms, files, tmp_path):
     config = gfl.load_config(f"configs/{name}.yaml", ["data.short_side=160", "data.long_side=256"])
     form = Form(with_nms)
-    found = export(model_of(config), tmp_path / "f", ("onnx", "pt2"), form, files[:2], {})
-    assert found.keys() == {"model.onnx", "model.pt2"}
-    assert all(figures["box_px"] < 0.01 for figures in found.values())
+    parity = export(model_of(config), tmp_path / "f", ("onnx", "pt2"), form, files[:2], {})
+    assert parity.keys() == {"model.onnx", "model.pt2"}
+    assert all(figures["box_px"] < 0.01 for figures in parity.values())
