@@ -1,4 +1,4 @@
-"""COCO JSON: what is said of files that are none."""
+"""COCO JSON: the errors for files that are not COCO."""
 
 import hashlib
 import json

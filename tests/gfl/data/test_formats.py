@@ -61,13 +61,13 @@ def test_the_same_boxes_come_back_from_every_format(pictures):
 @given(datasets())
 def test_the_same_boxes_are_trained_on_whatever_the_format(pictures):
     pictures[0][2].append((0, (1, 2, 30, 40)))  # at least one
-    found = []
+    contents = []
     for form in FORMATS:
         with tempfile.TemporaryDirectory() as folder:
             split = read(write(Path(folder) / "set", form, pictures), form)
         boxes = [[round(side) for side in box] for r in split.records for box in r.boxes.tolist()]
-        found.append(([r.path.name for r in split.records], split.dropped, boxes))
-    assert found[0] == found[1] == found[2]
+        contents.append(([r.path.name for r in split.records], split.dropped, boxes))
+    assert contents[0] == contents[1] == contents[2]
 
 
 @pytest.mark.parametrize("form", FORMATS)

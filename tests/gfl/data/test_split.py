@@ -1,4 +1,4 @@
-"""Annotations: what is kept, what is dropped, and what is said of mistakes."""
+"""Annotations: which boxes and images are kept or dropped, and the errors for mistakes."""
 
 import json
 from pathlib import Path

@@ -94,8 +94,8 @@ def test_files_and_records_agree(folder: Path, content: dict[str, Any]) -> None:
 
 
 def test_categories(content: dict[str, Any]) -> None:
-    found = [(category["id"], category["name"]) for category in content["categories"]]
-    assert found == [(1, "rectangle"), (2, "ellipse"), (3, "triangle")]
+    categories = [(category["id"], category["name"]) for category in content["categories"]]
+    assert categories == [(1, "rectangle"), (2, "ellipse"), (3, "triangle")]
     used = [annotation["category_id"] for annotation in content["annotations"]]
     shares = np.bincount(used, minlength=4)[1:] / len(used)
     assert shares == pytest.approx([1 / 3] * 3, abs=0.08)

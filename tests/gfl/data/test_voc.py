@@ -1,4 +1,4 @@
-"""VOC: what an XML file may say, and what is said of mistakes in it."""
+"""VOC: which contents of an XML file are valid, and the errors for mistakes."""
 
 from pathlib import Path
 
@@ -65,17 +65,17 @@ def test_difficult_objects_are_not_trained_on_and_do_not_count(voc):
     assert train.dropped["difficult boxes"] == 1
     split = read(voc, "voc", "val")
     dogs = [(1, [4, 6, 36, 24]), (2, [10, 20, 29, 60])]
-    found = [
+    detections = [
         {"image_id": image, "category_id": 2, "score": 0.5, "bbox": box} for image, box in dogs
     ]
     on_difficult = [
         {"image_id": 1, "category_id": 2, "score": 0.9, "bbox": [50, 0, 10, h]} for h in (40, 39)
     ]
     elsewhere = {"image_id": 1, "category_id": 2, "score": 0.9, "bbox": [0, 40, 10, 8]}
-    perfect = average_precision(split, found)
+    perfect = average_precision(split, detections)
     assert perfect == pytest.approx(1 / 3)  # one class of three
-    assert average_precision(split, on_difficult + found) == perfect
-    assert average_precision(split, [elsewhere, *found]) < perfect
+    assert average_precision(split, on_difficult + detections) == perfect
+    assert average_precision(split, [elsewhere, *detections]) < perfect
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""YOLO: what a text file may say, and what is said of mistakes in it."""
+"""YOLO: which contents of a text file are valid, and the errors for mistakes."""
 
 from pathlib import Path
 

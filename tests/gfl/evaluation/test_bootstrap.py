@@ -37,17 +37,17 @@ def split_of(annotations, images):
 def scene():
     """A split of 12 images, and what two detectors of different skill found in it."""
     generator = np.random.default_rng(5)
-    annotations, found = [], ([], [])
+    annotations, both = [], ([], [])
     for image in range(1, 13):
         for _ in range(generator.integers(0, 4)):
             kind, box = generator.choice([3, 7]), generator.uniform(10, 40, 4)
             annotations.append((image, int(kind), box.tolist(), int(generator.random() < 0.15)))
-            for rows, noise in zip(found, (2.0, 6.0), strict=True):
+            for rows, noise in zip(both, (2.0, 6.0), strict=True):
                 moved = box + generator.normal(0, noise, 4)
                 rows.append([image, *moved, generator.random(), kind])
-        for rows in found:  # nothing is there
+        for rows in both:  # nothing is there
             rows.append([image, *generator.uniform(10, 40, 4), generator.random(), 3])
-    return split_of(annotations, 12), *(np.array(rows) for rows in found)
+    return split_of(annotations, 12), *(np.array(rows) for rows in both)
 
 
 def test_the_difference_is_the_evaluations(scene):
@@ -85,8 +85,8 @@ def test_an_image_that_is_drawn_twice_counts_twice(scene):
         expected = evaluate_detections(
             together.truth, np.concatenate(copies), range(1, 13), official=True
         )
-        (found,) = bootstrap._mean_ap(bootstrap._ap_by_class(classes, weights[None]))
-        assert found == pytest.approx(expected.metrics["AP"], abs=1e-12)
+        (ap,) = bootstrap._mean_ap(bootstrap._ap_by_class(classes, weights[None]))
+        assert ap == pytest.approx(expected.metrics["AP"], abs=1e-12)
 
 
 def test_the_interval_is_as_wide_as_sampling_makes_it():

@@ -59,19 +59,19 @@ def test_the_known_case_gives_its_twelve_numbers(real_data):
     results = real_data / "coco_eval" / "instances_val2014_fakebbox100_results.json"
     truth, rows = json.loads(annotations.read_text()), as_rows(json.loads(results.read_text()))
     ids = [image["id"] for image in truth["images"]]
-    found = evaluate_both(annotations, rows, ids)
+    evaluation = evaluate_both(annotations, rows, ids)
     expected = plain_pycocotools(truth, rows, ids)
-    assert list(found.metrics) == NAMES
-    assert list(found.metrics.values()) == pytest.approx(expected, rel=0, abs=1e-12)
+    assert list(evaluation.metrics) == NAMES
+    assert list(evaluation.metrics.values()) == pytest.approx(expected, rel=0, abs=1e-12)
     # As COCO's own demo prints them.
     published = [0.505, 0.697, 0.573, 0.586, 0.519, 0.501, 0.387, 0.594, 0.595, 0.640, 0.566, 0.564]
-    assert [round(number, 3) for number in found.metrics.values()] == published
-    assert found == evaluate_detections(truth, rows, ids)  # a file, or what is in it
+    assert [round(number, 3) for number in evaluation.metrics.values()] == published
+    assert evaluation == evaluate_detections(truth, rows, ids)  # a file, or what is in it
     assert coco_records(rows) == json.loads(results.read_text())
-    measured = [ap for ap in found.ap_by_class.values() if ap >= 0]
-    assert np.mean(measured) == pytest.approx(found.metrics["AP"])
-    assert np.mean(list(found.ap_by_iou.values())) == pytest.approx(found.metrics["AP"])
-    assert found.ap_by_iou["0.75"] == found.metrics["AP75"]
+    measured = [ap for ap in evaluation.ap_by_class.values() if ap >= 0]
+    assert np.mean(measured) == pytest.approx(evaluation.metrics["AP"])
+    assert np.mean(list(evaluation.ap_by_iou.values())) == pytest.approx(evaluation.metrics["AP"])
+    assert evaluation.ap_by_iou["0.75"] == evaluation.metrics["AP75"]
 
 
 def dataset(annotations, images=2):
@@ -88,9 +88,9 @@ def dataset(annotations, images=2):
     }
 
 
-def detections(*found):
+def detections(*entries):
     """Return rows from (image, class, box, score)."""
-    return np.array([[i, *box, score, kind] for i, kind, box, score in found]).reshape(-1, 7)
+    return np.array([[i, *box, score, kind] for i, kind, box, score in entries]).reshape(-1, 7)
 
 
 A, B, HUGE = (10.0, 10.0, 20.0, 20.0), (50.0, 10.0, 40.0, 40.0), (0.0, 0.0, 200.0, 200.0)
@@ -112,9 +112,9 @@ def test_what_is_of_another_size_is_ignored():
 
 def test_a_class_without_ground_truth_has_no_ap_and_one_without_detections_has_none():
     truth = dataset([(1, 1, A, {}), (2, 3, B, {})])
-    found = evaluate_both(truth, detections((1, 1, A, 0.9), (1, 2, B, 0.8)), [1, 2])
-    assert found.ap_by_class == pytest.approx({"a": 1.0, "b": -1.0, "c": 0.0})
-    assert found.metrics["AP"] == pytest.approx(0.5)
+    evaluation = evaluate_both(truth, detections((1, 1, A, 0.9), (1, 2, B, 0.8)), [1, 2])
+    assert evaluation.ap_by_class == pytest.approx({"a": 1.0, "b": -1.0, "c": 0.0})
+    assert evaluation.metrics["AP"] == pytest.approx(0.5)
 
 
 def test_without_any_detection_all_is_zero_and_without_ground_truth_undefined():
@@ -171,8 +171,8 @@ def test_what_only_one_of_the_evaluators_would_accept_is_evaluated_by_both():
     truth["images"][0]["width"] = 3.5
     del truth["annotations"][1]["area"], truth["annotations"][1]["iscrowd"]
     before = copy.deepcopy(truth)
-    found = evaluate_both(truth, detections((1, 1, A, 0.9), (1, 1, B, 0.8)), [1])
-    assert found.metrics["AP"] == pytest.approx(1.0)
+    evaluation = evaluate_both(truth, detections((1, 1, A, 0.9), (1, 1, B, 0.8)), [1])
+    assert evaluation.metrics["AP"] == pytest.approx(1.0)
     assert truth == before
 
 
@@ -191,8 +191,8 @@ further = st.fixed_dictionaries(
     st.lists(images, min_size=1, unique=True),
     st.sampled_from([(1, 10, 100), (1, 2, 3), (5,), (2, 2)]),
 )
-def test_hotcoco_and_pycocotools_agree(annotations, found, ids, limits):
-    truth, rows = dataset(annotations, images=3), detections(*found)
+def test_hotcoco_and_pycocotools_agree(annotations, entries, ids, limits):
+    truth, rows = dataset(annotations, images=3), detections(*entries)
     evaluate_both(truth, rows, ids, limits)
     ours = evaluate_detections(truth, rows, ids).metrics
     expected = plain_pycocotools(truth, rows, ids)

@@ -123,9 +123,9 @@ def test_a_variant_leaves_the_detector_as_it_was(tiny, detector, split):
 def test_peaks_are_of_what_is_measured():
 
     def peak(size):
-        with peak_memory(CPU) as found:
+        with peak_memory(CPU) as peak:
             torch.ones(size, dtype=torch.uint8).sum()
-        return found["bytes"]
+        return peak["bytes"]
 
     assert peak(400 * 2**20) - peak(1) > 390 * 2**20  # the larger one first: it is forgotten
 

@@ -53,14 +53,14 @@ def test_every_form_of_an_image_gives_the_same(model, files):
     array = pixels.permute(1, 2, 0).numpy()
     forms = (str(files[0]), files[0].read_bytes(), pixels, array, Image.open(files[0]))
     for form in (*forms, array[None], pixels[None]):
-        (found,) = model.predict(form)
-        same(found, expected)
+        (detections,) = model.predict(form)
+        same(detections, expected)
 
 
 def test_a_folder_is_its_images_in_order(model, files, shapes_folder):
     seen = []
-    found = model.predict(shapes_folder / "val" / "images", progress=seen.append)
-    assert [each.source for each in found] == [str(file) for file in files]
+    detections = model.predict(shapes_folder / "val" / "images", progress=seen.append)
+    assert [of_image.source for of_image in detections] == [str(file) for file in files]
     assert seen == list(range(1, len(files) + 1))
     assert model.predict([]) == []
 
@@ -98,29 +98,29 @@ def test_images_of_an_iterator_are_not_kept(model):
             frames.append(weakref.ref(image))
             yield image
 
-    found = model.predict(video())
-    assert [each.source for each in found] == [""] * 12
+    detections = model.predict(video())
+    assert [of_image.source for of_image in detections] == [""] * 12
 
 
 def test_thresholds_leave_out_what_is_below(folder, model, files, tiny):
-    (found,) = model.predict(files[0], min_score=0.3)
-    assert (found.scores >= 0.3).all()
+    (detections,) = model.predict(files[0], min_score=0.3)
+    assert (detections.scores >= 0.3).all()
     (everything,) = model.predict(files[0])
-    assert 0 < len(found) < len(everything)
-    assert len(found) == (everything.scores >= 0.3).sum()
+    assert 0 < len(detections) < len(everything)
+    assert len(detections) == (everything.scores >= 0.3).sum()
     strict = gfl.Config(**tiny.model_dump() | {"postprocess": {"detections_per_image": 2}})
     assert len(gfl.load(folder, strict).predict(files[0])[0]) == 2
 
 
 def test_a_mirrored_look_finds_what_is_mirrored(model, files):
     pixels = read_image(files[0])
-    (found,) = model.predict(pixels)
+    (detections,) = model.predict(pixels)
     (mirrored,) = model.predict(pixels.flip(2))
     back = _mirror(_mirror(mirrored.predictions, 64), 64)
     torch.testing.assert_close(back.boxes, mirrored.boxes, atol=1e-4, rtol=0)
     assert torch.equal(back.edge_std, mirrored.edge_std)
     (both,) = model.predict(pixels, flip=True)
-    best = max(found.scores.max(), mirrored.scores.max())
+    best = max(detections.scores.max(), mirrored.scores.max())
     assert both.scores[0] == pytest.approx(best.item(), abs=1e-5)
     (other,) = model.predict(pixels.flip(2), flip=True)
     torch.testing.assert_close(other.scores, both.scores, atol=1e-4, rtol=0)
@@ -135,29 +135,29 @@ def test_a_mirrored_look_finds_what_is_mirrored(model, files):
 
 
 def test_other_tools_understand_the_detections(model, files):
-    (found,) = model.predict(files[0])
-    theirs = found.to_supervision()
+    (detections,) = model.predict(files[0])
+    theirs = detections.to_supervision()
     assert isinstance(theirs, supervision.Detections)
-    assert theirs.data["class_name"].tolist() == found.names
-    np.testing.assert_allclose(theirs.xyxy, found.boxes.numpy())
-    record = found.to_coco(7)[0]
-    x1, y1, x2, y2 = found.boxes[0].tolist()
+    assert theirs.data["class_name"].tolist() == detections.names
+    np.testing.assert_allclose(theirs.xyxy, detections.boxes.numpy())
+    record = detections.to_coco(7)[0]
+    x1, y1, x2, y2 = detections.boxes[0].tolist()
     assert record["bbox"] == pytest.approx([x1, y1, x2 - x1, y2 - y1], abs=1e-4)
-    assert (record["image_id"], record["category_id"]) == (7, [1, 2, 5][found.labels[0]])
-    assert record["edge_std"] == found.edge_std[0].tolist()
-    label, cx, cy, w, h, score = found.to_yolo().splitlines()[0].split()
-    assert int(label) == found.labels[0]
+    assert (record["image_id"], record["category_id"]) == (7, [1, 2, 5][detections.labels[0]])
+    assert record["edge_std"] == detections.edge_std[0].tolist()
+    label, cx, cy, w, h, score = detections.to_yolo().splitlines()[0].split()
+    assert int(label) == detections.labels[0]
     assert (float(cx) - float(w) / 2) * 64 == pytest.approx(x1, abs=1e-3)
     assert (float(cy) + float(h) / 2) * 64 == pytest.approx(y2, abs=1e-3)
-    assert float(score) == pytest.approx(found.scores[0].item(), abs=1e-6)
+    assert float(score) == pytest.approx(detections.scores[0].item(), abs=1e-6)
 
 
 def test_yolo_files_are_written(model, files, tmp_path):
-    found = model.predict(files[:2])
-    counts = write_detections(found, tmp_path, "yolo", 0.3)
+    detections = model.predict(files[:2])
+    counts = write_detections(detections, tmp_path, "yolo", 0.3)
     texts = [(tmp_path / f"{file.stem}.txt").read_text() for file in files[:2]]
     lines = [len(text.splitlines()) for text in texts]
-    assert lines == [len(each) for each in found]
+    assert lines == [len(of_image) for of_image in detections]
     assert sum(lines) == sum(counts.values()) > 0
     require_own_names(files)
     with pytest.raises(ValueError, match=f"{files[0].stem}: 2 images have this name"):

@@ -30,8 +30,8 @@ def examine(config, train, val, *, quick=False):
 def findings(config, train, val, *, quick=False):
     """What there is to say, without what rendered shapes always have."""
     expected = ("images without boxes", "objects that no location learns")
-    found = examine(config, train, val, quick=quick).findings
-    return [finding for finding in found if finding.what not in expected]
+    everything = examine(config, train, val, quick=quick).findings
+    return [finding for finding in everything if finding.what not in expected]
 
 
 def changed(split, index, **values):
@@ -50,42 +50,46 @@ def test_a_damaged_file_is_an_error_that_names_it(tiny, prepared, tmp_path):
     (cut := tmp_path / "cut.jpg").write_bytes(whole[: len(whole) // 2])
     (text := tmp_path / "text.jpg").write_text("no image")
     broken = changed(changed(train, 0, path=cut), 1, path=text)
-    (found,) = findings(tiny, broken, val)
-    assert (found.error, found.split, found.count) == (True, "train", 2)
-    assert found.what == "files that cannot be read"
-    assert str(cut) in found.details[0]
-    assert str(text) in found.details[1]
+    (finding,) = findings(tiny, broken, val)
+    assert (finding.error, finding.split, finding.count) == (True, "train", 2)
+    assert finding.what == "files that cannot be read"
+    assert str(cut) in finding.details[0]
+    assert str(text) in finding.details[1]
     assert findings(tiny, broken, val, quick=True) == []
 
 
 def test_another_size_than_annotated_is_an_error(tiny, prepared):
     train, val = prepared
     name = val.records[2].path.name
-    (found,) = findings(tiny, train, changed(val, 2, size=(48, 64)))
-    assert (found.error, found.split, found.count) == (True, "val", 1)
-    assert found.details == [f"{name} is 64 x 64 px, annotated as 64 x 48"]
-    assert str(found) == f"val: images of another size than annotated: 1 ({found.details[0]})"
+    (finding,) = findings(tiny, train, changed(val, 2, size=(48, 64)))
+    assert (finding.error, finding.split, finding.count) == (True, "val", 1)
+    assert finding.details == [f"{name} is 64 x 64 px, annotated as 64 x 48"]
+    assert str(finding) == f"val: images of another size than annotated: 1 ({finding.details[0]})"
 
 
 def test_copies_are_found_by_content_within_a_set_and_across(tiny, prepared, tmp_path):
     train, val = prepared
     original = train.records[3].path
     (copy := tmp_path / "copy.jpg").write_bytes(original.read_bytes())
-    (found,) = findings(tiny, changed(train, 5, path=copy), val)
-    assert (found.error, found.split, found.what) == (False, "train", "copies of another image")
-    assert found.details == [f"copy.jpg = {original.name}"]
-    (found,) = findings(tiny, train, changed(val, 5, path=copy))
-    assert (found.error, found.split) == (False, "val")
-    assert found.what == "images that are trained on, too"
-    assert found.details == [f"copy.jpg = {original.name}"]
+    (finding,) = findings(tiny, changed(train, 5, path=copy), val)
+    assert (finding.error, finding.split, finding.what) == (
+        False,
+        "train",
+        "copies of another image",
+    )
+    assert finding.details == [f"copy.jpg = {original.name}"]
+    (finding,) = findings(tiny, train, changed(val, 5, path=copy))
+    assert (finding.error, finding.split) == (False, "val")
+    assert finding.what == "images that are trained on, too"
+    assert finding.details == [f"copy.jpg = {original.name}"]
 
 
 def test_without_reading_copies_are_found_by_path(tiny, prepared):
     train, _ = prepared
-    found = findings(tiny, train, train, quick=True)
+    listed = findings(tiny, train, train, quick=True)
     count = len(train.records)
-    assert [(f.what, f.count) for f in found] == [("images that are trained on, too", count)]
-    assert found[0].details[EXAMPLES:] == [f"{count - EXAMPLES} more"]
+    assert [(f.what, f.count) for f in listed] == [("images that are trained on, too", count)]
+    assert listed[0].details[EXAMPLES:] == [f"{count - EXAMPLES} more"]
 
 
 def test_unreadable_files_are_no_copies_of_each_other(tiny, prepared, tmp_path):
@@ -93,35 +97,37 @@ def test_unreadable_files_are_no_copies_of_each_other(tiny, prepared, tmp_path):
     for name in "ab":
         (tmp_path / name).write_bytes(b"")
     broken = changed(changed(train, 0, path=tmp_path / "a"), 1, path=tmp_path / "b")
-    assert [found.what for found in findings(tiny, broken, val)] == ["files that cannot be read"]
+    assert [finding.what for finding in findings(tiny, broken, val)] == [
+        "files that cannot be read"
+    ]
 
 
 def test_a_class_without_boxes_is_named(tiny, prepared):
     train, val = prepared
-    (found,) = findings(tiny, replace(train, classes=[*train.classes, "ghost"]), val)
-    assert (found.error, found.count, found.details) == (False, 1, ["ghost"])
-    assert found.what == "classes without boxes"
+    (finding,) = findings(tiny, replace(train, classes=[*train.classes, "ghost"]), val)
+    assert (finding.error, finding.count, finding.details) == (False, 1, ["ghost"])
+    assert finding.what == "classes without boxes"
 
 
 def test_boxes_beyond_their_image_are_counted_with_its_name(tiny, prepared):
     train, val = prepared
     boxes = np.array([[-9.0, 5, 20, 20], [3, 3, 20, 80], [-0.5, 0, 64.5, 64]], np.float32)
     broken = changed(train, 4, boxes=boxes, labels=np.zeros(3, np.int64))
-    (found,) = findings(tiny, broken, val)
-    assert (found.error, found.count) == (False, 2)
-    assert found.details == [train.records[4].path.name] * 2
+    (finding,) = findings(tiny, broken, val)
+    assert (finding.error, finding.count) == (False, 2)
+    assert finding.details == [train.records[4].path.name] * 2
 
 
 def test_what_the_reader_left_out_is_told(tiny, prepared):
     train, val = prepared
-    (found,) = findings(tiny, replace(train, dropped={"degenerate boxes": 7}), val)
-    assert (found.error, found.count, found.what) == (False, 7, "degenerate boxes, left out")
+    (finding,) = findings(tiny, replace(train, dropped={"degenerate boxes": 7}), val)
+    assert (finding.error, finding.count, finding.what) == (False, 7, "degenerate boxes, left out")
 
 
 def test_errors_come_before_warnings(tiny, prepared):
     train, val = prepared
     train, val = replace(train, dropped={"crowd boxes": 1}), changed(val, 0, size=(65, 64))
-    assert [found.error for found in findings(tiny, train, val)] == [True, False]
+    assert [finding.error for finding in findings(tiny, train, val)] == [True, False]
 
 
 def test_images_and_boxes_are_counted(tiny, prepared):
@@ -153,11 +159,11 @@ def clipping(tiny):
 def test_clipped_edges_are_reported_with_what_to_set(tiny, prepared):
     config = clipping(tiny)
     report = examine(config, *prepared, quick=True)
-    (found,) = [f for f in report.findings if "beyond the regression range" in f.what]
+    (finding,) = [f for f in report.findings if "beyond the regression range" in f.what]
     (measured,) = report.regression_ranges
-    assert found.count == measured.total.clipped > 0
-    assert f"model.reg_max={measured.reg_max} clips under 0.1%" in found.details
-    assert f"{measured.clipped_objects} of {measured.objects} objects" in found.details
+    assert finding.count == measured.total.clipped > 0
+    assert f"model.reg_max={measured.reg_max} clips under 0.1%" in finding.details
+    assert f"{measured.clipped_objects} of {measured.objects} objects" in finding.details
     enough = config.model_copy(
         update={"model": config.model.model_copy(update={"reg_max": measured.reg_max})}
     )
