@@ -138,7 +138,7 @@ def test_a_checkpoint_comes_back_and_is_not_exported(config, detector, tmp_path)
     found = infer_model(detector.state_dict())
     assert (found.edges, found.quality) == (config.model.edges, config.model.quality)
     if (found.edges, found.quality) != ("distribution", "joint"):
-        with pytest.raises(ValueError, match=f"edges is {found.edges}, model.quality is"):
+        with pytest.raises(ValueError, match=f"edges is {found.edges!r}, model.quality is"):
             gfl.export_mmdet(detector)
 
 
