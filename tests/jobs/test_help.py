@@ -23,6 +23,8 @@ def test_the_help_is_the_frozen_one(words, monkeypatch, capsys):
     monkeypatch.delenv("RAY_API_SERVER_ADDRESS", raising=False)
     command, *below = words
     text = run_command(monkeypatch, capsys, f"jobs.{command}", *below, "--help", columns=100)
+    if not below:
+        assert f"example: python -m jobs.{command}" in text
     compare_text(f"help/{'-'.join(words)}.txt", text)
 
 

@@ -18,8 +18,6 @@ from pycocotools.coco import COCO
 from gfl.checkpoint.files import read_about
 from gfl.checkpoint.snapshot import load_checkpoint
 
-JOBS = ("train", "sweep", "inspect", "evaluate", "predict", "registry", "demo")
-
 
 def start(*arguments):
     command = [sys.executable, "-m", *map(str, arguments)]
@@ -30,13 +28,6 @@ def run(*arguments):
     process = start(*arguments)
     out, error = process.communicate(timeout=240)
     return process.returncode, out, error
-
-
-@pytest.mark.parametrize("job", JOBS)
-def test_every_job_explains_itself_with_an_example(job):
-    status, out, _ = run(f"jobs.{job}", "--help")
-    assert status == 0
-    assert f"example: python -m jobs.{job}" in out
 
 
 @pytest.mark.parametrize(
