@@ -1,4 +1,4 @@
-"""The jobs as their users call them: processes with arguments, exit status and output."""
+"""The commands as their users call them, with arguments, exit status and output."""
 
 import contextlib
 import importlib
@@ -17,6 +17,7 @@ from pycocotools.coco import COCO
 
 from gfl.checkpoint.files import read_about
 from gfl.checkpoint.snapshot import load_checkpoint
+from tests.support.goldens import run_command
 
 
 def start(*arguments):
@@ -124,8 +125,10 @@ def last_weights(folder):
 
 
 @pytest.mark.ray
-def test_a_model_is_evaluated_by_alias(outputs, tmp_path):
-    status, out, error = run(
+def test_a_model_is_evaluated_by_alias(outputs, tmp_path, monkeypatch, capsys):
+    out = run_command(
+        monkeypatch,
+        capsys,
         "jobs.evaluate",
         "models:/shapes@champion",
         f"storage.root={outputs}",
@@ -134,11 +137,11 @@ def test_a_model_is_evaluated_by_alias(outputs, tmp_path):
         "--official",
         "--per-class",
         "--out",
-        tmp_path / "new" / "e.json",
+        f"{tmp_path}/new/e.json",
         "--results",
-        tmp_path / "new" / "r.json",
+        f"{tmp_path}/new/r.json",
     )
-    assert status == 0, error
+    assert out.endswith("exit status 0\n")
     assert "ellipse" in out
     cells = cells_of(out)
     assert cells["AP50"] == "0.0000"
@@ -154,13 +157,13 @@ def test_a_model_is_evaluated_by_alias(outputs, tmp_path):
 
 
 @pytest.mark.ray
-def test_predictions_are_coco_json_and_pictures(outputs, shapes_folder, tmp_path):
-    status, out, error = run(
-        "jobs.predict", "models:/shapes@champion", shapes_folder / "val" / "images",
-        "--out", tmp_path,
-        f"storage.root={outputs}",
-    )  # fmt: skip
-    assert status == 0, error
+def test_predictions_are_coco_json_and_pictures(
+    outputs, shapes_folder, tmp_path, monkeypatch, capsys
+):
+    images, to = f"{shapes_folder}/val/images", ("--out", str(tmp_path))
+    words = ("jobs.predict", "models:/shapes@champion", images, *to, f"storage.root={outputs}")
+    out = run_command(monkeypatch, capsys, *words)
+    assert out.endswith("exit status 0\n")
     assert "rectangle" in out
     with contextlib.redirect_stdout(io.StringIO()):
         assert len(COCO(str(tmp_path / "predictions.json")).imgs) == 11

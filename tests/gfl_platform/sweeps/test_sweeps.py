@@ -440,7 +440,8 @@ def test_two_hundred_trials_are_little_to_their_driver(tiny_file, tmp_path):
     assert page.stat().st_size < 5e6
 
 
-def test_a_trial_may_begin_while_the_store_is_away(tmp_path):
+def test_a_trial_may_begin_while_the_store_is_away(tmp_path, monkeypatch):
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     away = "tracking.uri=http://127.0.0.1:9"
     job = job_of(GRID, f"storage.root={tmp_path}", away)
     recorder = Recorder(job, store_of(job), "s", tmp_path / "trials", "0" * 32, 1, lambda *_: None)
