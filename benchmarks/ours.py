@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import gfl
@@ -113,8 +112,8 @@ def stirred(folder: Path) -> tuple[Path, Path]:
 
 def network_flops(case: Case) -> int:
     """Return the floating-point operations of the network at a case, backward pass included."""
-    detector = Detector(gfl.load_config(CONFIG)).train(case.work == "train")
-    with FlopCounterMode(display=False) as counter, FakeTensorMode(allow_non_fake_inputs=True):
+    with torch.device("meta"), FlopCounterMode(display=False) as counter:
+        detector = Detector(gfl.load_config(CONFIG)).train(case.work == "train")
         inputs = torch.empty(case.batch, 3, case.height, case.width)
         outputs = detector(inputs)
         if case.work == "train":
