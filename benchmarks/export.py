@@ -29,10 +29,10 @@ IMAGES = 20
 
 def main() -> None:
     """Print the medians and their ratio."""
-    made = argparse.ArgumentParser(description=__doc__)
-    made.add_argument("model", type=Path, help="checkpoint folder")
-    made.add_argument("--out", type=Path, help="write the figures as JSON")
-    arguments = made.parse_args()
+    cli = argparse.ArgumentParser(description=__doc__)
+    cli.add_argument("model", type=Path, help="checkpoint folder")
+    cli.add_argument("--out", type=Path, help="write the figures as JSON")
+    arguments = cli.parse_args()
     model = gfl.load(arguments.model, device="cpu")
     paths = [record.path for record in load_splits(model.config)[1].records[:IMAGES]]
     with tempfile.TemporaryDirectory() as folder:

@@ -21,13 +21,13 @@ from benchmarks.counting import count
 
 def main() -> None:
     """Serve."""
-    made = argparse.ArgumentParser(description=__doc__)
-    made.add_argument("contender", help="MODULE:FUNCTION")
-    made.add_argument("case")
-    made.add_argument("--device", type=torch.device, default=torch.device("cpu"))
-    made.add_argument("--threads", type=int, default=torch.get_num_threads())
-    made.add_argument("--weights", type=Path)
-    arguments = made.parse_args()
+    cli = argparse.ArgumentParser(description=__doc__)
+    cli.add_argument("contender", help="MODULE:FUNCTION")
+    cli.add_argument("case")
+    cli.add_argument("--device", type=torch.device, default=torch.device("cpu"))
+    cli.add_argument("--threads", type=int, default=torch.get_num_threads())
+    cli.add_argument("--weights", type=Path)
+    arguments = cli.parse_args()
     device = arguments.device
     torch.set_num_threads(arguments.threads)
     module, _, function = arguments.contender.partition(":")

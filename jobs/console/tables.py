@@ -1,19 +1,16 @@
-"""The tables of `jobs.inspect`."""
+"""Tables on the console, and the latency histogram of a benchmark."""
 
-from pathlib import Path
-from typing import TYPE_CHECKING
-
-from rich.table import Table
-
-from jobs.console.cli import console
-
-if TYPE_CHECKING:
-    from gfl.evaluation.protocol import Benchmark
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 
+import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from rich.table import Table
 from rich.text import Text
 
 from gfl.config.schema import ModelConfig
+from gfl.evaluation.protocol import Benchmark
 from gfl.inspection.findings import Finding, Inspection, SplitStatistics, Spread
 from gfl.inspection.regression_range import RegressionRange
 from gfl_platform.sweeps.analysis.statistics import seed_count
@@ -26,14 +23,27 @@ from gfl_platform.sweeps.analysis.verdicts import (
 )
 from gfl_platform.sweeps.formatting import axis_name, point_label
 from gfl_platform.sweeps.trials import SweepResults
+from jobs.console.cli import console
+
+CLASSES_SHOWN = 30
+"""Classes in the table of an inspection; of more, the most and the least frequent are shown."""
+
+BAR = 40
+"""Length of the most frequent class's bar, in characters."""
+
+POINTS_SHOWN = 10
+"""Best points of a sweep in the table."""
+
+FAILURES_SHOWN = 10
+"""Failed trials of a sweep in the table."""
 
 
-def show_benchmark(model: str, found: "Benchmark") -> None:
+def show_benchmark(model: str, benchmark: Benchmark) -> None:
     """Print a line for each variant, and the model's size."""
     table = Table(title=model, title_justify="left")
     for heading in ("variant", "FPS", "p50, ms", "p90, ms", "p99, ms", "peak, MiB", "protocol"):
         table.add_column(heading, justify="left" if heading in ("variant", "protocol") else "right")
-    for timing in found.timings:
+    for timing in benchmark.timings:
         if timing.unavailable:
             table.add_row(timing.name, "-", "-", "-", "-", "-", timing.unavailable)
             continue
@@ -41,58 +51,47 @@ def show_benchmark(model: str, found: "Benchmark") -> None:
         peak = f"{timing.peak_bytes / 2**20:.0f}" if timing.peak_bytes else ""
         table.add_row(timing.name, f"{timing.fps:.2f}", *latencies, peak, timing.hash)
     console.print(table)
-    height, width = found.size
-    protocol = found.standard.protocol
+    height, width = benchmark.size
+    protocol = benchmark.standard.protocol
     console.print(
-        f"{found.parameters / 1e6:.2f} M parameters, {found.flops / 1e9:.2f} GFLOPs at "
-        f"{height} x {width} px; {len(found.standard.milliseconds)} passes over "
+        f"{benchmark.parameters / 1e6:.2f} M parameters, {benchmark.flops / 1e9:.2f} GFLOPs at "
+        f"{height} x {width} px; {len(benchmark.standard.milliseconds)} passes over "
         f"{protocol['images']} images on {protocol['device']}, {protocol['threads']} threads, "
         f"torch {protocol['torch']}",
         soft_wrap=True,
     )
-    console.print("latency: of a forward pass and its post-processing; loading is in end to end")
+    console.print("latency: one forward pass with post-processing; end to end adds loading")
 
 
-def draw_latencies(found: "Benchmark", path: Path) -> None:
+def draw_latencies(benchmark: Benchmark, path: Path) -> None:
     """Draw a histogram of the latencies of every variant into a PNG."""
-    import numpy as np
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    timings = [timing for timing in found.timings if not timing.unavailable]
+    timings = [timing for timing in benchmark.timings if not timing.unavailable]
     figure = Figure(figsize=(7, 1.6 * len(timings) + 0.6), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots(len(timings), squeeze=False)[:, 0]
-    for each, timing in zip(axes, timings, strict=True):
+    for plot, timing in zip(axes, timings, strict=True):
         highest = np.percentile(timing.milliseconds, 99.5)
-        each.hist(np.clip(timing.milliseconds, None, highest), bins=60, color="#0072B2")
+        plot.hist(np.clip(timing.milliseconds, None, highest), bins=60, color="#0072B2")
         for name, value in timing.percentiles_ms.items():
-            each.axvline(min(value, highest), color="#D55E00", linewidth=1)
-            each.annotate(f"{name} {value:.1f}", (min(value, highest), 1),
+            plot.axvline(min(value, highest), color="#D55E00", linewidth=1)
+            plot.annotate(f"{name} {value:.1f}", (min(value, highest), 1),
                           xycoords=("data", "axes fraction"), fontsize=7, rotation=90, va="top",
                           ha="right")  # fmt: skip
-        each.set_title(f"{timing.name}: {timing.fps:.1f} FPS", fontsize=9, loc="left")
-        each.set_ylabel("passes", fontsize=8)
-        each.tick_params(labelsize=7)
-    axes[-1].set_xlabel("ms a forward pass, post-processing included", fontsize=8)
+        plot.set_title(f"{timing.name}: {timing.fps:.1f} FPS", fontsize=9, loc="left")
+        plot.set_ylabel("passes", fontsize=8)
+        plot.tick_params(labelsize=7)
+    axes[-1].set_xlabel("ms per forward pass, post-processing included", fontsize=8)
     figure.savefig(path, dpi=120)
 
 
-CLASSES_SHOWN = 30
-"""Of more classes, the most and the least frequent ones."""
-
-BAR = 40
-"""Characters of the most frequent class's bar."""
-
-
-def show_inspection(found: Inspection, model: ModelConfig) -> None:
+def show_inspection(inspection: Inspection, model: ModelConfig) -> None:
     """Print all that was found in the data that `model` is to learn; the worst comes last."""
-    read = f"{found.files} files read" if found.files else "no file read"
-    columns = [_statistics(split) for split in found.splits.values()]
+    read = f"{inspection.files} files read" if inspection.files else "no file read"
+    columns = [_statistics(split) for split in inspection.splits.values()]
     rows = [(name, *(column[name] for column in columns)) for name in columns[0]]
-    _show(f"images ({read})", ["min / median / max", *found.splits], rows)
-    _show("boxes of every class", ["class", *found.splits, ""], _classes(found))
-    for at_scale in found.regression_ranges:
+    _show(f"images ({read})", ["min / median / max", *inspection.splits], rows)
+    _show("boxes of every class", ["class", *inspection.splits, ""], _classes(inspection))
+    for at_scale in inspection.regression_ranges:
         at = (
             f"at short side {at_scale.short_side} px: {at_scale.images} images, "
             f"{at_scale.objects} objects"
@@ -111,8 +110,10 @@ def show_inspection(found: Inspection, model: ModelConfig) -> None:
             "px between bins, P3 to P7",
         ]
         _show(f"other bins {at}", names, _bin_widths(at_scale, model))
-    if found.findings:
-        _show("findings", ["", "set", "count", "what", "details"], map(_finding, found.findings))
+    if inspection.findings:
+        _show(
+            "findings", ["", "set", "count", "what", "details"], map(_finding, inspection.findings)
+        )
     else:
         console.print("nothing is wrong")
 
@@ -139,8 +140,8 @@ def _statistics(split: SplitStatistics) -> dict[str, str]:
     }
 
 
-def _classes(found: Inspection) -> Iterable[tuple[str, ...]]:
-    train, val = (split.classes for split in found.splits.values())
+def _classes(inspection: Inspection) -> Iterable[tuple[str, ...]]:
+    train, val = (split.classes for split in inspection.splits.values())
     names = sorted(train, key=lambda name: -train[name])
     most = max(1, *train.values())
     half = CLASSES_SHOWN // 2
@@ -174,11 +175,6 @@ def _bin_widths(at_scale: RegressionRange, model: ModelConfig) -> Iterable[tuple
 def _finding(finding: Finding) -> tuple[str, ...]:
     kind = "ERROR" if finding.error else "warning"
     return kind, finding.split, f"{finding.count}", finding.what, "\n".join(finding.details)
-
-
-POINTS_SHOWN = 10
-
-FAILURES_SHOWN = 10
 
 
 def show_sweep(results: SweepResults) -> None:
