@@ -8,7 +8,8 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from itertools import accumulate, takewhile
 from pathlib import Path
 from typing import Any
@@ -70,7 +71,8 @@ def submit(words: Sequence[str], address: str, root: Path, say: Callable[[str], 
     environment["env_vars"] |= _variables()
     entrypoint = shlex.join(["python", "-m", *words])
     try:
-        client = JobSubmissionClient(address)
+        with _only(address):
+            client = JobSubmissionClient(address)
         job = client.submit_job(entrypoint=entrypoint, runtime_env=environment)
     except (ConnectionError, RuntimeError) as error:
         raise ClusterError(
@@ -147,6 +149,19 @@ def shadows(files: set[str]) -> list[str]:
             if (module or package) in sys.stdlib_module_names:
                 hidden.append(file)
     return hidden
+
+
+@contextmanager
+def _only(address: str) -> Iterator[None]:
+    """Let Ray use `address`, and not RAY_ADDRESS of the environment, which would replace it."""
+    before = os.environ.get("RAY_API_SERVER_ADDRESS")
+    os.environ["RAY_API_SERVER_ADDRESS"] = address  # the only variable that outranks RAY_ADDRESS
+    try:
+        yield
+    finally:
+        del os.environ["RAY_API_SERVER_ADDRESS"]
+        if before is not None:
+            os.environ["RAY_API_SERVER_ADDRESS"] = before
 
 
 def _variables() -> dict[str, str]:

@@ -71,10 +71,11 @@ def test_only_modules_on_the_path_hide_others(file, hides):
         (["models:/x@champion", "storage.root=runs"], "storage.root: 'runs' would lie in"),
         (["configs/demo.yaml", "loss.qfl.bta=1"], "did you mean 'beta'?"),
         (["configs/demo.yaml", "storage.root=/tmp/x", "--address", "http://127.0.0.1:9"],
-         "http://127.0.0.1:9: Failed to connect"),
+         "Failed to connect to Ray at address: http://127.0.0.1:9."),
     ],
 )  # fmt: skip
 def test_what_would_be_lost_is_said_before_it_travels(words, message, monkeypatch, capsys):
+    monkeypatch.setenv("RAY_ADDRESS", "http://127.0.0.1:10")  # Ray lets it replace --address
     monkeypatch.setattr(sys, "argv", ["jobs.submit", "train", *words])
     with pytest.raises(SystemExit):
         jobs.submit.main()
