@@ -4,17 +4,29 @@ BIN := .venv/bin
 # Modules are compiled when they are first imported, which of most is never; if not, then every time.
 unexport PYTHONDONTWRITEBYTECODE
 INSTALLED := .venv/.installed
+PIP := $(BIN)/python -m pip install --quiet --no-compile --no-deps
 
-.PHONY: install demo test drill test-all check lint types imports bench
+.PHONY: install lock demo test drill test-all check lint types imports bench
 
 install: $(INSTALLED)
 
-$(INSTALLED): pyproject.toml constraints.txt
+$(INSTALLED): pyproject.toml requirements-torch.txt requirements-dev.lock
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed; set PYTHON=")'
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --no-compile --constraint constraints.txt --editable '.[dev]'
+	$(PIP) --requirement requirements-torch.txt
+	$(PIP) --require-hashes --requirement requirements-dev.lock
+	$(PIP) --no-build-isolation --editable .
 	$(BIN)/python -c 'import mlflow, ray.train, ray.tune, torchvision'
 	@touch $@
+
+# `make lock` writes every version with its hashes anew, `make lock UPGRADE=--upgrade` the newest.
+COMPILE := $(BIN)/pip-compile --quiet --generate-hashes --strip-extras --allow-unsafe --no-header --no-annotate \
+	--constraint requirements-torch.txt --unsafe-package torch --unsafe-package torchvision $(UPGRADE)
+
+lock: $(INSTALLED)
+	$(COMPILE) --output-file requirements.lock pyproject.toml
+	$(COMPILE) --constraint requirements.lock --extra dev --output-file requirements-dev.lock pyproject.toml
+	$(COMPILE) --constraint requirements.lock --output-file deploy/mlflow/requirements.lock deploy/mlflow/requirements.in
 
 # `make demo DEMO="schedule.epochs=1"` overrides keys of configs/demo.yaml.
 demo: $(INSTALLED)

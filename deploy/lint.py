@@ -11,7 +11,6 @@ secrets.
 import json
 import re
 import sys
-import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -93,16 +92,14 @@ def _of_versions(definition: dict[str, Any]) -> Iterator[str]:
         if not re.search(rf":{re.escape(pinned['ray'])}-py311\b", image):
             yield f"docker.{key}: '{image}' is not Ray {pinned['ray']} with Python 3.11"
     commands = " ".join(definition.get("setup_commands", []))
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    for dependency in project["dependencies"]:
-        name = re.split(r"[\[><=]", dependency)[0]
-        if not re.search(rf"[\s\"]{re.escape(name)}[\s\"\[]", f"{commands} "):
-            yield f"setup_commands: {name} is not installed"
+    for words in ("--requirement /home/ray/requirements-torch.txt", REQUIRE_LOCK):
+        if words not in commands:
+            yield f"setup_commands: expected pip install {words}"
 
 
-def _pinned() -> dict[str, str]:
-    """Return the versions in constraints.txt."""
-    return dict(re.findall(r"^([\w-]+)==(\S+)", (ROOT / "constraints.txt").read_text(), re.M))
+def _pinned(lock: Path = ROOT / "requirements.lock") -> dict[str, str]:
+    """Return the versions in a file of locked requirements."""
+    return dict(re.findall(r"^([\w.-]+)==(\S+)", lock.read_text(), re.M))
 
 
 def _of_kuberay(definition: dict[str, Any]) -> Iterator[str]:
@@ -158,6 +155,7 @@ def _of_leaving(pod: dict[str, Any]) -> Iterator[str]:
             yield f"{container['name']}: expected a preStop hook that ends within {grace} s"
 
 
+REQUIRE_LOCK = "--require-hashes --requirement /home/ray/requirements.lock"
 COMPOSE_KEYS = {
     *("image", "build", "command", "environment", "volumes", "ports", "configs", "secrets"),
     *("depends_on", "healthcheck", "restart", "networks"),
@@ -179,8 +177,8 @@ def _of_compose(definition: dict[str, Any]) -> Iterator[str]:
         for key, value in service.get("environment", {}).items():
             if re.search("PASSWORD|SECRET|KEY", key) and not str(value).startswith("${"):
                 yield f"services.{name}.environment.{key}: a secret in the file; take it from .env"
-    if f"=={_pinned()['mlflow']}" not in json.dumps(definition):
-        yield f"no MLflow {_pinned()['mlflow']}, the version in constraints.txt"
+    if "--require-hashes --requirement /requirements.lock" not in json.dumps(definition):
+        yield "services.mlflow.build: expected pip install --require-hashes of requirements.lock"
 
 
 def _of_files(definition: dict[str, Any], folder: Path) -> Iterator[str]:

@@ -1,6 +1,7 @@
 """The pre-flight check: nodes that train together must have the same code, packages and data."""
 
 import hashlib
+import re
 import socket
 import time
 from collections import Counter
@@ -22,6 +23,10 @@ CLOCK_TOLERANCE = 60.0
 """Largest difference of clocks, in seconds: far more than NTP leaves, less than S3 accepts."""
 
 
+LOCK = Path(gfl.__file__).parents[1] / "requirements.lock"
+"""File of the exact versions, and their hashes, of all packages; it travels with the code."""
+
+
 class DifferentNodesError(ValueError):
     """Nodes that cannot train together."""
 
@@ -33,7 +38,7 @@ class NodeFacts:
     Attributes:
         node: Name and address of the node.
         code: Digest of the sources of `gfl` and `gfl_platform`.
-        versions: Versions of the packages that results depend on.
+        versions: Versions of the packages named in `requirements.lock`, and its SHA-256.
         data: Digests of the data; empty if it could not be read.
         problem: Why the data could not be read; empty if it could.
         clock: Seconds since the epoch, read at the same moment on all nodes.
@@ -100,12 +105,13 @@ def find_difference(nodes: Sequence[NodeFacts]) -> str | None:
     for node in nodes if healthy else ():
         if node.problem:
             return f"node {node.node}: {node.problem}; {healthy[0].node} has what is missing there"
-    for name in nodes[0].versions:
-        if odd := _odd_one([node.versions[name] for node in nodes]):
-            here, other = (nodes[index] for index in odd)
+    for name in {name: None for node in nodes for name in node.versions}:
+        versions = [node.versions.get(name, "missing") for node in nodes]
+        if odd := _odd_one(versions):
+            rare, usual = odd
             return (
-                f"node {here.node}: {name} {here.versions[name]}, but {other.versions[name]} on "
-                f"{other.node}; install the packages of constraints.txt on every node"
+                f"node {nodes[rare].node}: {name} {versions[rare]}, but {versions[usual]} on "
+                f"{nodes[usual].node}; install requirements.lock on every node"
             )
     if odd := _odd_one([node.code for node in nodes]):
         here, other = (nodes[index] for index in odd)
@@ -134,15 +140,27 @@ def _odd_one(values: Sequence[object]) -> tuple[int, int] | None:
 
 def _facts(data: tuple[str, ...], problem: str) -> NodeFacts:
     where = f"{socket.gethostname()} ({ray.util.get_node_ip_address()})"
-    versions = {name: _version(name) for name in ("torch", "torchvision", "ray")}
-    return NodeFacts(where, code_digest(), versions, data, problem, time.time())
+    return NodeFacts(where, code_digest(), installed_versions(), data, problem, time.time())
 
 
-def _version(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return "missing"
+def installed_versions(lock: Path = LOCK) -> dict[str, str]:
+    """Return the version of each locked package that is installed here, and the lock's SHA-256.
+
+    Without the lock, as where the packages are installed as wheels, only torch, torchvision and Ray
+    are compared.
+    """
+    names = ["torch", "torchvision", "ray"]
+    versions = {}
+    if lock.exists():
+        text = lock.read_text()
+        versions["requirements.lock"] = hashlib.sha256(text.encode()).hexdigest()[:12]
+        names += re.findall(r"^([\w.-]+)==", text, re.MULTILINE)
+    for name in names:
+        try:
+            versions[name] = version(name)
+        except PackageNotFoundError:
+            versions[name] = "missing"
+    return versions
 
 
 def code_digest() -> str:

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+import numpy
 import pytest
 
 import gfl
@@ -13,6 +14,7 @@ from gfl_platform.cluster.preflight import (
     NodeFacts,
     code_digest,
     find_difference,
+    installed_versions,
     problem_of_any_worker,
     same_on_all_nodes,
 )
@@ -31,6 +33,7 @@ def test_nodes_that_have_all_in_common_train():
     [
         ({"code": "other"}, "other code of gfl and gfl_platform than a (10.0.0.1); let the job"),
         ({"versions": {"torch": "2.13.0"}}, "torch 2.13.0, but 2.14.1 on a (10.0.0.1); install"),
+        ({"versions": {}}, "torch missing, but 2.14.1 on a (10.0.0.1); install requirements.lock"),
         ({"data": ("train", "other")}, "other images or annotations than a (10.0.0.1)"),
         ({"data": (), "problem": "/x: no such folder"}, "/x: no such folder; a (10.0.0.1) has"),
         ({"clock": 1100.0}, "its clock is 100 s ahead of a (10.0.0.1); set both by NTP"),
@@ -45,6 +48,22 @@ def test_the_node_that_differs_is_named(change, message):
         else:
             assert line.startswith("node b (10.0.0.2): ")
             assert message in line
+
+
+def test_every_locked_package_is_compared(tmp_path):
+    lock = tmp_path / "requirements.lock"
+    lock.write_text("numpy==1.0 \\\n    --hash=sha256:00\nno-such-package==2\n")
+    versions = installed_versions(lock)
+    assert list(versions) == [
+        "requirements.lock", "torch", "torchvision", "ray", "numpy", "no-such-package",
+    ]  # fmt: skip
+    assert versions["numpy"] == numpy.__version__  # the installed one, whatever the file says
+    assert versions["no-such-package"] == "missing"
+    before = versions["requirements.lock"]
+    lock.write_text("numpy==1.0\n")
+    assert installed_versions(lock)["requirements.lock"] != before
+    assert list(installed_versions(tmp_path / "none")) == ["torch", "torchvision", "ray"]
+    assert len(installed_versions()) > 50
 
 
 def test_the_digest_of_the_code_is_of_its_files(tmp_path, monkeypatch):
