@@ -118,6 +118,7 @@ class Trainer:
             self.parallel = DistributedDataParallel(
                 self.loss_module, device_ids=devices, gradient_as_bucket_view=True
             )
+        self._must_settle_buckets = self.world > 1
         self.first_bad_step = torch.full((), -1, dtype=torch.long, device=device)
 
     @property
@@ -148,6 +149,8 @@ class Trainer:
             The losses and the norm of the gradient before clipping, (L + 1,). The mean of the
             losses over workers is that of the global batch.
         """
+        if self._must_settle_buckets:
+            self._settle_buckets(shards)
         self.optimizer.zero_grad()
         losses = self._backward(shards)
         self.scaler.unscale_(self.optimizer)
@@ -189,6 +192,22 @@ class Trainer:
                 self.scaler.scale(losses.sum()).backward()
             total += losses.detach()
         return total
+
+    def _settle_buckets(self, shards: Sequence[Batch]) -> None:
+        """Run a backward pass whose gradients are thrown away, before the first step.
+
+        DDP fills its buckets of gradients anew after the first backward pass that averages them,
+        and with three or more workers the sum of a gradient depends on its place in a bucket. So
+        without this pass the first step after a resumption would sum in another order than the same
+        step of an uninterrupted training. Buffers, the statistics of BatchNorm, stay as they are.
+        """
+        self._must_settle_buckets = False
+        part = self._micro_batches(shards)[-1]
+        buffers = [buffer.clone() for buffer in self.detector.buffers()]
+        self.loss_module.mark_sizes(part.images, part.targets)
+        self.parallel(part.images, part.targets, part.normalizers).sum().backward()
+        for buffer, before in zip(self.detector.buffers(), buffers, strict=True):
+            buffer.copy_(before)
 
     def _micro_batches(self, shards: Sequence[Batch]) -> list[MicroBatch]:
         images_per_pass, total_shards = self.config.data.images_per_pass, self.batches.total_shards

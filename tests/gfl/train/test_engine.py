@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from gfl.checkpoint.files import CHECKSUMS, TRAINING, read_about, require_whole
 from gfl.checkpoint.snapshot import load_checkpoint
@@ -241,6 +242,41 @@ def test_missing_workers_change_nothing_but_rounding(tiny):
                 other = found[0][index][1][key]
                 torch.testing.assert_close(other, value, rtol=1e-4, atol=1e-5, msg=explain)
     torch.set_num_threads(threads)
+
+
+def states_after_a_resumption(rank, config, shards, folder):
+    """Train two epochs and their ends anew, once from a step and once from the end of an epoch."""
+    torch.set_num_threads(1)
+    split = load_splits(config)[0]
+
+    def train_four_steps(resume=None):
+        trainer = Trainer(config, split, CPU, resume=resume, shards=shards)
+        trainer.parallel.train()
+        for step in range(trainer.step, 4):
+            keys = [trainer.batches.keys(step, shard) for shard in trainer.batches.shards]
+            trainer.train_step(*(collate([trainer.dataset[k] for k in part]) for part in keys))
+            if resume is None and rank == 0:
+                checkpoint = folder / str(trainer.step)
+                checkpoint.mkdir()
+                trainer.snapshot(split, {}).write(checkpoint)
+        return trainer
+
+    whole = train_four_steps()
+    dist.barrier()  # the checkpoints are written
+    assert whole.batches.steps_per_epoch == 3
+    for step in (2, 3):
+        require_same_state(whole, train_four_steps(resume=folder / str(step)))
+
+
+@pytest.mark.parametrize(
+    ("workers", "shards"), [(3, None), (3, 6), pytest.param(4, None, marks=pytest.mark.slow)]
+)
+def test_resumed_with_many_workers_equals_uninterrupted_bit_for_bit(
+    tiny, tmp_path, workers, shards
+):
+    # The sum over three or more workers depends on its order, so on DDP's buckets of gradients.
+    config = derive(type(tiny), tiny, ["data.batch=12", "schedule.epochs=2"])
+    run_workers(workers, states_after_a_resumption, config, shards, tmp_path)
 
 
 def test_one_worker_in_place_of_two_changes_no_digit(tiny):

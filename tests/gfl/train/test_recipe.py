@@ -198,6 +198,7 @@ def test_norms_over_workers_are_refused_where_they_cannot_run(tiny):
         derive(type(tiny), config, ["model.backbone.norm_eval=true"])
 
 
+@pytest.mark.slow
 def test_one_compilation_serves_every_size(tiny):
     small = ["model.channels=8", "optim.compile=true", "model.backbone.norm_eval=true"]
     config = derive(type(tiny), tiny, small)
