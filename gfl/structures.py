@@ -96,27 +96,46 @@ def _pad(values: Sequence[Tensor]) -> Tensor:
 
 
 Rows = npt.NDArray[np.float64]
-"""Detections in pycocotools' columns, (N, 7): image_id, x, y, width, height, score, category_id."""
+"""Detections in pycocotools' columns, (N, 7): image, x, y, width, height, score, label.
+
+Images have numbers (`gfl.data.split.Split.numbers`), because an id may be a text, or an integer
+that no float64 holds.
+"""
+
+Id = int | str
+"""Id of an image or a category in an annotation file."""
 
 
-def coco_records(rows: Rows) -> list[dict[str, Any]]:
-    """Return detections as records of COCO's results format, in full precision."""
+def coco_records(
+    rows: Rows, image_ids: Sequence[Id], category_ids: Sequence[Id]
+) -> list[dict[str, Any]]:
+    """Return detections as records of COCO's results format, in full precision.
+
+    Args:
+        rows: The detections, (N, 7).
+        image_ids: The id of every image, by its number.
+        category_ids: The id of every category, by its label.
+    """
     return [
-        {"image_id": int(image), "category_id": int(category), "bbox": box, "score": score}
-        for image, *box, score, category in rows.tolist()
+        {
+            "image_id": image_ids[int(image)],
+            "category_id": category_ids[int(label)],
+            "bbox": box,
+            "score": score,
+        }
+        for image, *box, score, label in rows.tolist()
     ]
 
 
-def coco_rows(predictions: Predictions, image_id: int, category_ids: Sequence[int]) -> Rows:
-    """Return the detections of one image as `Rows`; label i has category `category_ids[i]`."""
+def coco_rows(predictions: Predictions, image: int) -> Rows:
+    """Return the detections of the image with the number `image` as `Rows`."""
     labels = predictions.labels
     corner, far = predictions.boxes.split(2, dim=1)
     columns = [
-        torch.full_like(labels, image_id).unsqueeze(1),
+        torch.full_like(labels, image).unsqueeze(1),
         corner,
         far - corner,
         predictions.scores.unsqueeze(1),
-        torch.tensor(category_ids, device=labels.device)[labels].unsqueeze(1),
+        labels.unsqueeze(1),
     ]
-    # Large ids of images are not exact in float32.
     return torch.cat([column.double() for column in columns], dim=1).cpu().numpy()

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from gfl.config.loader import parse_config
 from gfl.config.schema import Config
+from gfl.structures import Id
 
 WEIGHTS = "weights.safetensors"
 CONFIG = "config.yaml"
@@ -36,7 +37,7 @@ class About:
     """
 
     classes: list[str]
-    category_ids: list[int]
+    category_ids: list[Id]
     step: int
     epoch: int
     metrics: dict[str, float]

@@ -8,7 +8,8 @@ import difflib
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from math import isfinite
 from pathlib import Path, PurePath, PureWindowsPath
 from typing import Any, NamedTuple, Never
@@ -18,21 +19,125 @@ from xml.etree.ElementTree import Element
 import yaml
 
 from gfl.config.schema import SplitConfig
-from gfl.data.images import image_size, list_images
+from gfl.data.images import FileNames, composed, image_size, list_images
 from gfl.errors import DataError
-
-REQUIRED_FIELDS = {
-    "images": ("id", "file_name", "height", "width"),
-    "annotations": ("id", "image_id", "category_id", "bbox"),
-    "categories": ("id", "name"),
-}
-"""Fields that every entry of a COCO file must have, by section."""
 
 CLASSES_FILE = "classes.txt"
 """File beside YOLO annotations that lists the class names, one a line."""
 
 ROUNDING = 1e-3
 """How far a YOLO coordinate may lie beyond [0, 1]: writers round."""
+
+
+SHOWN_FAULTS = 10
+"""Number of faults that one message names."""
+
+
+class Faults:
+    """The faults of one set of annotations, which one message reports together."""
+
+    def __init__(self) -> None:
+        self._messages: list[str] = []
+
+    @contextmanager
+    def collected(self) -> Iterator[None]:
+        """Keep the message of a `DataError` in the context, and go on behind it."""
+        try:
+            yield
+        except DataError as error:
+            self.add(str(error))
+
+    def add(self, message: str) -> None:
+        """Keep the message of a fault."""
+        self._messages.append(message)
+
+    def report(self) -> None:
+        """Raise the collected faults.
+
+        Raises:
+            DataError: There is a fault.
+        """
+        if self._messages:
+            more = len(self._messages) - SHOWN_FAULTS
+            counted = [f"and {more} more"] if more > 0 else []
+            raise DataError("; ".join(self._messages[:SHOWN_FAULTS] + counted))
+
+
+def is_ignored(annotation: Mapping[str, Any]) -> bool:
+    """Return whether a box is left out of training and of AP: it says so, or it is of a crowd."""
+    return bool(annotation.get("iscrowd") or annotation.get("ignore"))
+
+
+def object_area(annotation: Mapping[str, Any]) -> float:
+    """Return the area of an object in px; that of its box where none, or 0, is annotated."""
+    _, _, width, height = annotation["bbox"]
+    area = annotation.get("area")
+    return float(width * height if area is None or area <= 0 else area)
+
+
+def _is_whole(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and -(2**63) <= value < 2**63
+
+
+def _is_id(value: object) -> bool:
+    return _is_whole(value) or _is_text(value)
+
+
+def _is_text(value: object) -> bool:
+    return isinstance(value, str) and bool(value.strip())
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and isfinite(value)
+
+
+def _is_box(value: object) -> bool:
+    return isinstance(value, list) and len(value) == 4 and all(map(_is_number, value))
+
+
+def _is_side(value: object) -> bool:
+    return value is None or (_is_whole(value) and 0 <= value < 2**31)  # type: ignore[operator]
+
+
+def _is_flag(value: object) -> bool:
+    return value is None or (isinstance(value, int) and value in (0, 1))
+
+
+class _Field(NamedTuple):
+    """A field of COCO's entries: whether it must be there, what it may hold, and that in words."""
+
+    name: str
+    required: bool
+    accepts: Callable[[object], bool]
+    expected: str
+
+
+ID = "expected a whole number of 64 bits, or a text"
+FIELDS = {
+    "images": (
+        _Field("id", True, _is_id, ID),
+        _Field("file_name", True, _is_text, "expected the name of a file"),
+        _Field("width", False, _is_side, "expected a whole number of px"),
+        _Field("height", False, _is_side, "expected a whole number of px"),
+    ),
+    "annotations": (
+        _Field("id", True, _is_id, ID),
+        _Field("image_id", True, _is_id, ID),
+        _Field("category_id", True, _is_id, ID),
+        _Field("bbox", True, _is_box, "expected [x, y, width, height] in px"),
+        _Field("area", False, lambda v: v is None or _is_number(v), "expected a number of px"),
+        _Field("iscrowd", False, _is_flag, "expected 0 or 1"),
+        _Field("ignore", False, _is_flag, "expected 0 or 1"),
+    ),
+    "categories": (
+        _Field("id", True, _is_id, ID),
+        _Field("name", True, _is_text, "expected a name"),
+    ),
+}
+"""Fields of COCO's entries that this package uses, by section."""
+
+SINGULAR = {"images": "image", "annotations": "annotation", "categories": "category"}
+"""Name of one entry of each section."""
 
 
 def read_coco(path: Path) -> tuple[dict[str, Any], str]:
@@ -63,24 +168,40 @@ def read_coco(path: Path) -> tuple[dict[str, Any], str]:
             )
     if not content["images"]:
         raise DataError(f"{path}: lists no image; expected at least one under 'images'")
-    _require_complete(path, content)
+    faults = Faults()
+    for section in FIELDS:
+        for entry in content[section]:
+            with faults.collected():
+                _require_fields(path, section, entry)
+    faults.report()
+    for section in FIELDS:
+        _require_own_ids(f"{path}: {section}", [entry["id"] for entry in content[section]])
     return content, hashlib.sha256(raw).hexdigest()
 
 
-def _require_complete(path: Path, content: Mapping[str, Any]) -> None:
-    """Check that every entry has its fields and that no id is used twice."""
-    for section, fields in REQUIRED_FIELDS.items():
-        for entry in content[section]:
-            absent = [name for name in fields if not isinstance(entry, dict) or name not in entry]
-            if absent:
-                excerpt = str(entry)[:80]
-                raise DataError(f"{path}: {section}: {excerpt} has no '{absent[0]}'; add it")
-        for identity, uses in Counter(entry["id"] for entry in content[section]).most_common(1):
-            if uses > 1:
-                raise DataError(
-                    f"{path}: {section}: id {identity!r} is used {uses} times; give each entry an "
-                    "id of its own"
-                )
+def _require_fields(path: Path, section: str, entry: object) -> None:
+    """Check the type and the range of every field of an entry."""
+    for field in FIELDS[section]:
+        if not isinstance(entry, dict) or (field.required and field.name not in entry):
+            excerpt = str(entry)[:80]
+            raise DataError(f"{path}: {section}: {excerpt} has no '{field.name}'; add it")
+        if field.name in entry and not field.accepts(entry[field.name]):
+            what = f"{path}: {SINGULAR[section]} {entry['id']!r}: {field.name}"
+            excerpt = repr(entry[field.name])[:80]
+            raise DataError(f"{what}: got {excerpt}; {field.expected}; correct it")
+
+
+def _require_own_ids(what: str, ids: Sequence[int | str]) -> None:
+    """Check that ids are all numbers or all texts, and that none is used twice."""
+    text = next((identity for identity in ids if isinstance(identity, str)), None)
+    number = next((identity for identity in ids if isinstance(identity, int)), None)
+    if text is not None and number is not None:
+        raise DataError(f"{what}: id {text!r} is a text, {number!r} a number; make all the same")
+    for identity, uses in Counter(ids).most_common(1):
+        if uses > 1:
+            raise DataError(
+                f"{what}: id {identity!r} is used {uses} times; give each entry an id of its own"
+            )
 
 
 class Object(NamedTuple):
@@ -177,30 +298,40 @@ def read_voc(split: SplitConfig, classes: Sequence[str] | None) -> tuple[dict[st
         DataError: The annotations cannot be used.
     """
     files = read_files(Path(split.annotations), ".xml")
-    folder = Path(split.images)
+    folder, faults = Path(split.images), Faults()
     images = [file.name for file in list_images(folder)]
-    present = {PurePath(name).stem: name for name in images} | {name: name for name in images}
-    parsed = [_read_voc_file(file, content, folder, present) for file, content in files.items()]
+    present = {composed(PurePath(name).stem): name for name in images}
+    present |= {composed(name): name for name in images}
+    parsed: list[_VocFile] = []
     by_image: dict[str, Path] = {}
-    for file in parsed:
-        other = by_image.setdefault(file.image, file.path)
-        if other != file.path:
-            raise DataError(
-                f"{file.path}: '{file.image}' is the image of {other} too; correct a <filename>"
-            )
+    for path, content in files.items():
+        with faults.collected():
+            file = _read_voc_file(path, content, folder, present, faults)
+            other = by_image.setdefault(file.image, path)
+            if other != path:
+                raise DataError(
+                    f"{path}: '{file.image}' is the image of {other} too; correct a <filename>"
+                )
+            parsed.append(file)
+    faults.report()
     if classes is None:
         classes = sorted({item.name for file in parsed for item in file.objects})
-    annotated = [AnnotatedImage(file.image, file.size, _label(file, classes)) for file in parsed]
+    annotated = [
+        AnnotatedImage(file.image, file.size, _label(file, classes, faults)) for file in parsed
+    ]
+    faults.report()
     return coco_dictionary(annotated, classes), digest(files)
 
 
 def _read_voc_file(
-    path: Path, content: bytes, folder: Path, present: Mapping[str, str]
+    path: Path, content: bytes, folder: Path, present: Mapping[str, str], faults: Faults
 ) -> _VocFile:
     root = _parse(path, content)
     image = _image(path, root, folder, present)
-    elements = enumerate(root.findall("object"), start=1)
-    objects = [_voc_object(element, f"{path}: object {number}") for number, element in elements]
+    objects = []
+    for number, element in enumerate(root.findall("object"), start=1):
+        with faults.collected():
+            objects.append(_voc_object(element, f"{path}: object {number}"))
     return _VocFile(path, image, _size(path, root, folder / image), objects)
 
 
@@ -237,12 +368,10 @@ def _image(file: Path, root: Element, folder: Path, present: Mapping[str, str]) 
         present: The images in that folder by file name and by stem.
     """
     named = PureWindowsPath(root.findtext("filename", "").strip()).name  # splits at / and at \
-    name = present.get(named) or present.get(file.stem)
+    name = present.get(composed(named)) or present.get(composed(file.stem))
     if name is None:
-        raise DataError(
-            f"{file}: its image '{named or file.stem}' is missing in {folder}; add the image or "
-            "remove the annotations"
-        )
+        hint = FileNames(folder).hint(named or file.stem)
+        raise DataError(f"{file}: its image '{named or file.stem}' is missing in {folder}; {hint}")
     return name
 
 
@@ -288,32 +417,35 @@ def _number(element: Element, tag: str, what: str) -> float:
     return number
 
 
-def _label(file: _VocFile, classes: Sequence[str]) -> list[Object]:
+def _label(file: _VocFile, classes: Sequence[str], faults: Faults) -> list[Object]:
     labelled = []
     for number, (name, bbox, difficult) in enumerate(file.objects, start=1):
-        if name not in classes:
-            near = difflib.get_close_matches(name, classes, n=1)
-            hint = f"did you mean '{near[0]}'?" if near else f"known: {', '.join(classes)};"
-            raise DataError(
-                f"{file.path}: object {number}: unknown class {name!r}; {hint} correct it, or name "
-                "all classes in data.classes"
-            )
-        labelled.append(Object(classes.index(name), bbox, difficult))
+        with faults.collected():
+            if name not in classes:
+                near = difflib.get_close_matches(name, classes, n=1)
+                hint = f"did you mean '{near[0]}'?" if near else f"known: {', '.join(classes)};"
+                raise DataError(
+                    f"{file.path}: object {number}: unknown class {name!r}; {hint} correct it, or "
+                    "name all classes in data.classes"
+                )
+            labelled.append(Object(classes.index(name), bbox, difficult))
     return labelled
 
 
 def find_classes(folder: Path) -> list[str] | None:
     """Return the class names that a file beside YOLO annotations lists; None without such a file.
 
-    The file is `classes.txt` in `folder`, or a `data.yaml` with `names:` in it or up to two folders
-    above.
+    The file is `classes.txt` or `obj.names` in `folder` or in the folder above, where Label Studio
+    and CVAT write it, or a `data.yaml` with `names:` in it or up to two folders above.
 
     Raises:
         DataError: The file of names cannot be used.
     """
-    listed = folder / CLASSES_FILE
-    if listed.is_file():
-        return [name.strip() for name in _text(listed, listed.read_bytes()).strip().splitlines()]
+    for place in (folder, folder.absolute().parent):
+        for listed in (place / CLASSES_FILE, place / "obj.names"):
+            if listed.is_file():
+                text = _text(listed, listed.read_bytes())
+                return [name.strip() for name in text.strip().splitlines()]
     for place in (folder, *folder.absolute().parents[:2]):
         if (place / "data.yaml").is_file():
             return _names(place / "data.yaml")
@@ -332,7 +464,7 @@ def read_yolo(split: SplitConfig, classes: Sequence[str] | None) -> tuple[dict[s
     """
     folder = Path(split.annotations)
     files = read_files(folder, ".txt")
-    labels = {file.stem: file for file in files if file.name != CLASSES_FILE}
+    labels = {composed(file.stem): file for file in files if file.name != CLASSES_FILE}
     if not labels:
         raise DataError(f"{folder}: no .txt file for any image; add the files, or set data.format")
     if classes is None:
@@ -340,31 +472,27 @@ def read_yolo(split: SplitConfig, classes: Sequence[str] | None) -> tuple[dict[s
             f"{folder}: class names are unknown; set data.classes=[...], or add {CLASSES_FILE} "
             "there or `names:` in data.yaml"
         )
-    paths = list_images(Path(split.images))
-    orphans = sorted(labels.keys() - {path.stem for path in paths})
-    if orphans:
-        raise DataError(
-            f"{labels[orphans[0]]}: its image '{orphans[0]}' is missing in {split.images}; add the "
-            "image or remove the annotations"
-        )
-    images = []
-    for path in paths:
-        size = image_size(path)
-        file = labels.get(path.stem)
-        objects = _yolo_objects(file, files[file], size, classes) if file else []
-        images.append(AnnotatedImage(path.name, size, objects))
+    images, used, faults = [], set[str](), Faults()
+    for path in list_images(Path(split.images)):
+        with faults.collected():
+            size = image_size(path)
+            # Some tools append .txt to the stem of the image, some to its whole name.
+            keys = [key for key in map(composed, (path.stem, path.name)) if key in labels]
+            used.update(keys)
+            objects: list[Object] = []
+            for file in (labels[key] for key in keys):
+                for number, line in enumerate(_text(file, files[file]).splitlines(), start=1):
+                    if line.strip():
+                        with faults.collected():
+                            what = f"{file}: line {number}"
+                            objects.append(_yolo_object(line, size, classes, what))
+            images.append(AnnotatedImage(path.name, size, objects))
+    names = FileNames(Path(split.images))
+    for name in sorted(labels.keys() - used):
+        missing = f"its image '{name}' is missing in {split.images}"
+        faults.add(f"{labels[name]}: {missing}; {names.hint(name)}")
+    faults.report()
     return coco_dictionary(images, classes), digest(files)
-
-
-def _yolo_objects(
-    file: Path, content: bytes, size: tuple[int, int], classes: Sequence[str]
-) -> list[Object]:
-    lines = enumerate(_text(file, content).splitlines(), start=1)
-    return [
-        _yolo_object(line, size, classes, f"{file}: line {number}")
-        for number, line in lines
-        if line.strip()
-    ]
 
 
 def _yolo_object(line: str, size: tuple[int, int], classes: Sequence[str], what: str) -> Object:

@@ -5,12 +5,14 @@ Shapes: H, W = height and width in px, after the rotation that a file's EXIF ori
 
 import hashlib
 import logging
+import os
 import re
-from collections.abc import Iterator
+import unicodedata
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
 from io import BytesIO
-from pathlib import Path
+from pathlib import Path, PurePath
 from tempfile import TemporaryDirectory
 
 import numpy as np
@@ -23,7 +25,10 @@ from gfl.errors import DataError
 
 logger = logging.getLogger(__name__)
 
-IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff"})
+IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".tif", ".tiff"})
+
+KNOWN_SUFFIXES = IMAGE_SUFFIXES | {".heic", ".heif", ".avif", ".gif", ".jp2", ".dng"}
+"""Suffixes of image files, read or not; other dots in a name belong to it."""
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "PPM")
 """Pillow's names of the formats of these files; its decoders of other formats are less safe."""
@@ -42,6 +47,69 @@ def list_images(folder: Path) -> list[Path]:
     if not images:
         raise DataError(f"{folder}: no images; expected files {', '.join(sorted(IMAGE_SUFFIXES))}")
     return sorted(images)
+
+
+class FileNames:
+    """The files of a folder, by the names that annotation tools give them.
+
+    macOS writes names decomposed (NFD), most tools composed (NFC); here they are the same. A name
+    in another case or with another suffix is another name, but a hint.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        """List `folder`, which may not exist."""
+        self.folder = folder
+        files = sorted(folder.iterdir()) if folder.is_dir() else []
+        self._by_name = {composed(file.name): file for file in files}
+        self._by_folded_name = {composed(file.name).casefold(): file for file in files}
+        self._by_folded_stem = {composed(file.stem).casefold(): file for file in files}
+
+    def get(self, name: str) -> Path | None:
+        """Return the file called `name`; None if there is none."""
+        return self._by_name.get(composed(name))
+
+    def hint(self, name: str) -> str:
+        """Return what is there in place of `name`, and what to do about it."""
+        name = composed(name)
+        if other := self._by_folded_name.get(name.casefold()):
+            return f"'{other.name}' is there: the names differ in case; rename one of them"
+        stem = PurePath(name).stem if PurePath(name).suffix.lower() in KNOWN_SUFFIXES else name
+        other = self._by_folded_stem.get(stem.casefold())
+        if other is None:
+            return "add the image or remove its annotations"
+        if other.suffix.lower() in IMAGE_SUFFIXES:
+            return f"'{other.name}' is there; correct the name"
+        return f"'{other.name}' is there, but this format is not read; convert it to JPEG or PNG"
+
+
+def composed(name: str) -> str:
+    """Return `name` in Unicode's composed form (NFC)."""
+    return unicodedata.normalize("NFC", name)
+
+
+def image_file(folder: Path, name: str, listed: Callable[[Path], FileNames]) -> Path:
+    r"""Return the file of the image `name` in `folder`; tools on Windows separate folders by `\`.
+
+    Args:
+        folder: The folder of images.
+        name: Name in the annotations, which may begin with names of folders.
+        listed: Returns the names in a folder.
+
+    Raises:
+        DataError: The name leads out of the folder, or there is no such file.
+    """
+    path = folder / name
+    if "\\" in name and not path.exists():
+        path = folder / name.replace("\\", "/")
+    if not Path(os.path.normpath(path)).is_relative_to(os.path.normpath(folder)):
+        raise DataError(
+            f"image {name!r} leads out of {folder}; expected a name within this folder; correct it"
+        )
+    names = listed(path.parent)
+    found = names.get(path.name)
+    if found is None or not found.is_file():
+        raise DataError(f"{path}: annotated image is missing; {names.hint(path.name)}")
+    return found
 
 
 def read_image(path: Path) -> Tensor:

@@ -8,10 +8,10 @@ that no detector can learn.
 import hashlib
 import logging
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache, cached_property
 from itertools import zip_longest
-from math import isfinite
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,11 +19,23 @@ import numpy as np
 import numpy.typing as npt
 
 from gfl.config.schema import Config, DataConfig, SplitConfig
-from gfl.data.formats import find_classes, read_coco, read_voc, read_yolo
+from gfl.data.formats import (
+    Faults,
+    find_classes,
+    is_ignored,
+    read_coco,
+    read_voc,
+    read_yolo,
+)
+from gfl.data.images import FileNames, image_file, image_size
 from gfl.data.synthetic import render_shapes
 from gfl.errors import DataError
+from gfl.structures import Id
 
 logger = logging.getLogger(__name__)
+
+RAREST = 8
+"""Number of categories that a message lists, those with the fewest boxes first."""
 
 SMALLEST_SIDE = 32
 """Smallest side in px of an image that training uses (the reference's value)."""
@@ -41,7 +53,7 @@ class ImageRecord:
         labels: Classes 0..C-1, (G,), int64, in the order of category ids.
     """
 
-    image_id: int
+    image_id: Id
     path: Path
     size: tuple[int, int]
     boxes: npt.NDArray[np.float32]
@@ -65,11 +77,26 @@ class Split:
 
     records: list[ImageRecord]
     classes: list[str]
-    category_ids: list[int]
+    category_ids: list[Id]
     dropped: dict[str, int]
     annotations: Path
     digest: str
     truth: Path | dict[str, Any]
+
+    @property
+    def image_ids(self) -> list[Id]:
+        """Id of every image, in the order of the records."""
+        return [record.image_id for record in self.records]
+
+    @cached_property
+    def numbers(self) -> list[int]:
+        """Number of every image, in the order of the records: the place of its id in their order.
+
+        `gfl.structures.Rows` and the evaluation use numbers, which unlike ids are always exact.
+        """
+        ids = self.image_ids
+        number_of = {identity: number for number, identity in enumerate(sorted(ids))}
+        return [number_of[identity] for identity in ids]
 
 
 def read_split(
@@ -80,8 +107,9 @@ def read_split(
 ) -> Split:
     """Read and check the training or the evaluation set.
 
-    The training set leaves out crowd, difficult and degenerate boxes, and images without
-    annotations or with a side under `SMALLEST_SIDE`. The evaluation set keeps every image.
+    Boxes of crowds, difficult ones and those with `ignore` are left out. The training set also
+    leaves out boxes under 1 px or outside of their image, and images without annotations or with a
+    side under `SMALLEST_SIDE`; the evaluation set keeps every other box and every image.
 
     Args:
         data: Places and format of images and annotations.
@@ -96,16 +124,20 @@ def read_split(
     section = data.train if which == "train" else data.val
     path, folder = Path(section.annotations), Path(section.images)
     content, digest = _read(data, section, classes)
-    names, label_of = _classes(path, content, num_classes, data.classes)
+    names, label_of = _classes(path, content, num_classes, data.classes or classes)
+    if data.classes is not None:
+        require_same_classes("data.classes", data.classes, str(path), names)
     by_image = _group(path, content, label_of)
-    _require_files(folder, [image["file_name"] for image in content["images"]])
     training = which == "train"
     records, dropped = _records(content["images"], by_image, label_of, folder, training=training)
-    if not records:
-        raise DataError(f"{path}: no image to {'train on' if training else 'evaluate'} ({dropped})")
+    if not records or (training and not any(len(record.labels) for record in records)):
+        what = "box to train on" if training else "image to evaluate"
+        raise DataError(
+            f"{path}: no {what} ({_left_out_text(dropped)}); expected at least one; correct the "
+            "annotations"
+        )
     if dropped:
-        reasons = ", ".join(f"{count} {reason}" for reason, count in sorted(dropped.items()))
-        logger.info("%s: %d images; left out: %s", path, len(records), reasons)
+        logger.info("%s: %d images; %s", path, len(records), _left_out_text(dropped))
     truth = path if data.format == "coco" else content
     return Split(records, names, list(label_of), dropped, path, digest, truth)
 
@@ -160,63 +192,68 @@ def require_same_classes(
 
 
 def _classes(
-    path: Path, content: Mapping[str, Any], num_classes: int, required: Sequence[str] | None
-) -> tuple[list[str], dict[int, int]]:
-    """Return the class names in the order of labels, and the label of every category id."""
+    path: Path, content: Mapping[str, Any], num_classes: int, known: Sequence[str] | None
+) -> tuple[list[str], dict[Id, int]]:
+    """Return the class names in the order of labels, and the label of every category id.
+
+    A category without boxes whose name is not among `known` is left out where there are too many:
+    exports of Roboflow have one that is named like the project.
+    """
     categories = sorted(content["categories"], key=lambda category: category["id"])
+    boxes = Counter(annotation["category_id"] for annotation in content["annotations"])
+    if len(categories) > num_classes and known is not None:
+        unknown = [c["name"] for c in categories if not boxes[c["id"]] and c["name"] not in known]
+        if len(categories) - len(unknown) == num_classes:
+            categories = [c for c in categories if boxes[c["id"]] or c["name"] in known]
+            logger.info("%s: categories without boxes are left out: %s", path, ", ".join(unknown))
     if len(categories) != num_classes:
+        rarest = sorted(categories, key=lambda category: boxes[category["id"]])[:RAREST]
+        listed = ", ".join(f"{c['name']!r} {boxes[c['id']]}" for c in rarest)
+        which = "those with the fewest" if len(categories) > RAREST else "their number"
         raise DataError(
             f"{path}: has {len(categories)} categories, but model.num_classes is {num_classes}; "
-            f"set model.num_classes={len(categories)}"
+            f"correct a misspelt name or remove a category without boxes ({which} of boxes: "
+            f"{listed}), or set model.num_classes={len(categories)}"
         )
     names = [category["name"] for category in categories]
-    if required is not None:
-        require_same_classes("data.classes", required, str(path), names)
     return names, {category["id"]: label for label, category in enumerate(categories)}
 
 
 def _group(
-    path: Path, content: Mapping[str, Any], label_of: Mapping[int, int]
-) -> dict[int, list[dict[str, Any]]]:
+    path: Path, content: Mapping[str, Any], label_of: Mapping[Id, int]
+) -> dict[Id, list[dict[str, Any]]]:
     """Return the annotations of every image, by image id."""
-    by_image: dict[int, list[dict[str, Any]]] = {image["id"]: [] for image in content["images"]}
+    by_image: dict[Id, list[dict[str, Any]]] = {image["id"]: [] for image in content["images"]}
+    faults = Faults()
     for annotation in content["annotations"]:
         what = f"{path}: annotation {annotation['id']}"
-        if annotation["image_id"] not in by_image:
-            raise DataError(
-                f"{what} belongs to image {annotation['image_id']!r}, "
-                "which is not listed; list it or remove the annotation"
-            )
-        if annotation["category_id"] not in label_of:
-            raise DataError(
-                f"{what} has category {annotation['category_id']!r}, "
-                f"but the categories are {sorted(label_of)}; correct the id or add the category"
-            )
-        box = annotation["bbox"]
-        is_numeric = isinstance(box, list) and all(isinstance(side, int | float) for side in box)
-        if not is_numeric or len(box) != 4:
-            raise DataError(
-                f"{what}: bbox: got {box!r}; expected [x, y, width, height] in px; correct it"
-            )
-        by_image[annotation["image_id"]].append(annotation)
+        image, category = annotation["image_id"], annotation["category_id"]
+        if image not in by_image:
+            advice = _other_type(image, by_image) or "list it or remove the annotation"
+            faults.add(f"{what} belongs to image {image!r}, which is not listed; {advice}")
+        elif category not in label_of:
+            advice = _other_type(category, label_of) or "correct the id or add the category"
+            known = f"the categories are {sorted(label_of)[:20]}"
+            faults.add(f"{what} has category {category!r}, but {known}; {advice}")
+        else:
+            by_image[image].append(annotation)
+    faults.report()
     return by_image
 
 
-def _require_files(folder: Path, names: Iterable[str]) -> None:
-    present = {path.name for path in folder.iterdir()}
-    absent = [name for name in names if name not in present and not (folder / name).is_file()]
-    if absent:
-        more = f" and {len(absent) - 1} more" if len(absent) > 1 else ""
-        raise DataError(
-            f"{folder / absent[0]}: annotated image is missing{more}; complete the folder or "
-            "remove it from the annotations"
-        )
+def _other_type(identity: Id, known: Mapping[Id, object]) -> str:
+    """Return advice if `identity` is known as a number, or as a text; empty if it is not."""
+    for other in known:
+        if str(other) == str(identity):
+            kinds = ("a text", "a number") if isinstance(identity, str) else ("a number", "a text")
+            return f"{identity!r} is {kinds[0]}, the listed id {kinds[1]}; write both the same way"
+    return ""
 
 
 def _records(
     images: list[dict[str, Any]],
-    by_image: Mapping[int, list[dict[str, Any]]],
-    label_of: Mapping[int, int],
+    by_image: Mapping[Id, list[dict[str, Any]]],
+    label_of: Mapping[Id, int],
     folder: Path,
     *,
     training: bool,
@@ -224,30 +261,36 @@ def _records(
     """Return the images that take part, and the number of images and boxes left out, by reason."""
     dropped: Counter[str] = Counter()
     records = []
+    faults, listed = Faults(), cache(FileNames)
     for image in images:
         annotations = by_image[image["id"]]
-        height, width = image["height"], image["width"]
-        unfit = _unfit(annotations, height, width) if training else None
-        if unfit is not None:
-            dropped[unfit] += 1
-            continue
-        reasons = [_untrainable(annotation, height, width) for annotation in annotations]
-        dropped.update(reason for reason in reasons if reason)
-        kept = [
-            annotation
-            for annotation, reason in zip(annotations, reasons, strict=True)
-            if reason is None
-        ]
-        records.append(
-            ImageRecord(
-                image_id=image["id"],
-                path=folder / image["file_name"],
-                size=(height, width),
-                boxes=_xyxy([annotation["bbox"] for annotation in kept]),
-                labels=np.array([label_of[a["category_id"]] for a in kept], dtype=np.int64),
+        with faults.collected():
+            path = image_file(folder, image["file_name"], listed)
+            height, width = _size(image, path)
+            unfit = _unfit(annotations, height, width) if training else None
+            if unfit is not None:
+                dropped[unfit] += 1
+                continue
+            reasons = [_left_out(a, height, width, training=training) for a in annotations]
+            dropped.update(reason for reason in reasons if reason)
+            kept = [a for a, reason in zip(annotations, reasons, strict=True) if reason is None]
+            records.append(
+                ImageRecord(
+                    image_id=image["id"],
+                    path=path,
+                    size=(height, width),
+                    boxes=_xyxy([annotation["bbox"] for annotation in kept]),
+                    labels=np.array([label_of[a["category_id"]] for a in kept], dtype=np.int64),
+                )
             )
-        )
+    faults.report()
     return records, dict(dropped)
+
+
+def _size(image: Mapping[str, Any], path: Path) -> tuple[int, int]:
+    """Return the annotated (height, width); the image's own where a tool wrote none or zeros."""
+    height, width = image.get("height"), image.get("width")
+    return (height, width) if height and width else image_size(path)
 
 
 def _unfit(annotations: list[dict[str, Any]], height: int, width: int) -> str | None:
@@ -259,21 +302,31 @@ def _unfit(annotations: list[dict[str, Any]], height: int, width: int) -> str | 
     return None
 
 
-def _untrainable(annotation: Mapping[str, Any], height: int, width: int) -> str | None:
-    """Return why training leaves a box out (the reference's rules); None if it does not."""
-    if annotation.get("iscrowd", 0):
-        return "difficult boxes" if annotation.get("difficult", 0) else "crowd boxes"
+def _left_out(
+    annotation: Mapping[str, Any], height: int, width: int, *, training: bool
+) -> str | None:
+    """Return why a box is left out (the reference's rules); None if it is not.
+
+    An evaluation ignores crowds and the like, as COCO does; every other box counts, even one that
+    training leaves out.
+    """
+    if annotation.get("difficult"):
+        return "difficult boxes"
+    if is_ignored(annotation):
+        return "crowd boxes" if annotation.get("iscrowd") else "boxes with ignore: 1"
     x, y, w, h = annotation["bbox"]
     visible_width = min(x + w, width) - max(x, 0)
     visible_height = min(y + h, height) - max(y, 0)
-    if not all(map(isfinite, (x, y, w, h))):
-        return "boxes with NaN or infinity"
-    area = annotation.get("area")
-    if w < 1 or h < 1 or (area is not None and area <= 0):
-        return "degenerate boxes"
-    if visible_width <= 0 or visible_height <= 0:
+    if training and (w < 1 or h < 1):
+        return "boxes under 1 px wide or high"
+    if training and (visible_width <= 0 or visible_height <= 0):
         return "boxes outside of their image"
     return None
+
+
+def _left_out_text(dropped: Mapping[str, int]) -> str:
+    reasons = ", ".join(f"{count} {reason}" for reason, count in sorted(dropped.items()))
+    return f"left out: {reasons}" if reasons else "no annotations"
 
 
 def _xyxy(xywh: list[list[float]]) -> npt.NDArray[np.float32]:
@@ -294,5 +347,8 @@ def load_splits(config: Config) -> tuple[Split, Split]:
     val = read_split(data, "val", count, train.classes)
     require_same_classes(str(train.annotations), train.classes, str(val.annotations), val.classes)
     if not any(len(record.labels) for record in val.records):
-        raise DataError(f"{val.annotations}: no annotations; evaluate on images that have some")
+        raise DataError(
+            f"{val.annotations}: no box to evaluate on ({_left_out_text(val.dropped)}); evaluate "
+            "on images that have some"
+        )
     return train, val

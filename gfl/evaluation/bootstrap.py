@@ -79,16 +79,15 @@ def measure_gain(
         confidence: Confidence of the interval, which lies between percentiles of the draws.
         seed: Seed of the draws.
     """
-    order = {record.image_id: place for place, record in enumerate(split.records)}
+    order = {number: place for place, number in enumerate(split.numbers)}
     both = [
         _by_class(match_split(split, detections, config), order) for detections in (rows, baseline)
     ]
     measured = [_ap_by_class(classes, np.ones((1, len(order)))) for classes in both]
-    names = dict(zip(split.category_ids, split.classes, strict=True))
     by_class = {
-        names[category]: float(measured[0][category][0] - measured[1][category][0])
-        for category in sorted(measured[0])
-        if np.isfinite(measured[0][category][0])
+        split.classes[label]: float(measured[0][label][0] - measured[1][label][0])
+        for label in sorted(measured[0])
+        if np.isfinite(measured[0][label][0])
     }
     generator = np.random.default_rng(seed)
     differences: list[Floats] = []
@@ -110,7 +109,7 @@ def _by_class(
 
     Args:
         matches: Results of COCO's evaluator for each image, class and range of sizes.
-        order: Index of each image by its id.
+        order: Index of each image by its number.
     """
     by_category: dict[int, list[Mapping[str, Any]]] = defaultdict(list)
     for match in matches:

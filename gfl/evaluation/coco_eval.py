@@ -18,8 +18,9 @@ import numpy as np
 import numpy.typing as npt
 
 from gfl.config.schema import Config
+from gfl.data.formats import is_ignored, object_area
 from gfl.data.split import Split
-from gfl.structures import Rows, coco_records
+from gfl.structures import Rows
 
 Floats = npt.NDArray[np.float64]
 
@@ -49,9 +50,8 @@ def evaluate_split(
     split: Split, rows: Rows, config: Config, *, official: bool = False
 ) -> Evaluation:
     """Measure detections on all images of `split`; see `evaluate_detections`."""
-    ids = [record.image_id for record in split.records]
     limits = config.evaluation.max_detections
-    return evaluate_detections(split.truth, rows, ids, limits, official=official)
+    return evaluate_detections(_numbered(split), rows, split.numbers, limits, official=official)
 
 
 def evaluate_detections(
@@ -66,8 +66,8 @@ def evaluate_detections(
 
     Args:
         truth: The dataset: its JSON file, or the content of one.
-        rows: The detections, (N, 7), as `gfl.structures.Rows` describes. Equal scores are ordered
-            by image id, and within an image by row.
+        rows: The detections, (N, 7): `gfl.structures.Rows`, or with the ids of `truth` in place of
+            numbers and labels. Equal scores are ordered by image, and within an image by row.
         image_ids: Ids of the images to measure.
         max_detections: Limits on the detections of an image and class. Each limit has an AR of its
             own; all other statistics use the largest limit.
@@ -86,9 +86,8 @@ def evaluate_detections(
 
 def match_split(split: Split, rows: Rows, config: Config) -> list[dict[str, Any] | None]:
     """Return the matches of detections and objects of `split`: COCO's `evalImgs`."""
-    evaluator = _hotcoco(_ground_truth(split.truth), rows)
-    ids = [record.image_id for record in split.records]
-    _match(evaluator, ids, sorted(config.evaluation.max_detections))
+    evaluator = _hotcoco(_ground_truth(_numbered(split)), rows)
+    _match(evaluator, split.numbers, sorted(config.evaluation.max_detections))
     matches: list[dict[str, Any] | None] = evaluator.eval_imgs
     return matches
 
@@ -98,11 +97,11 @@ def score_images(split: Split, rows: Rows, config: Config, min_score: float = 0.
 
     A detection is correct at an IoU of 0.5. An image without objects and detections has 1.
     """
-    evaluator = _hotcoco(_ground_truth(split.truth), rows[rows[:, 5] >= min_score])
-    ids = [record.image_id for record in split.records]
-    _match(evaluator, ids, sorted(config.evaluation.max_detections))
+    evaluator = _hotcoco(_ground_truth(_numbered(split)), rows[rows[:, 5] >= min_score])
+    _match(evaluator, split.numbers, sorted(config.evaluation.max_detections))
     summaries = evaluator.image_diagnostics(iou_thr=0.5)["img_summary"]
-    return np.array([summaries[image]["f1"] if image in summaries else 1.0 for image in ids])
+    f1 = [summaries[image]["f1"] if image in summaries else 1.0 for image in split.numbers]
+    return np.array(f1)
 
 
 def _match(evaluator: Any, image_ids: Sequence[int], limits: Sequence[int]) -> None:
@@ -111,19 +110,40 @@ def _match(evaluator: Any, image_ids: Sequence[int], limits: Sequence[int]) -> N
     evaluator.evaluate()
 
 
+def _numbered(split: Split) -> dict[str, Any]:
+    """Return the ground truth of `split` with numbers of images and labels in place of ids."""
+    content = _content(split.truth)
+    number_of = dict(zip(split.image_ids, split.numbers, strict=True))
+    label_of = {category: label for label, category in enumerate(split.category_ids)}
+    changed = (
+        entry
+        | {"image_id": number_of[entry["image_id"]], "category_id": label_of[entry["category_id"]]}
+        for entry in content.get("annotations", ())
+        if entry["image_id"] in number_of
+    )
+    return {
+        "images": [{"id": number} for number in split.numbers],
+        "categories": [{"id": n, "name": name} for n, name in enumerate(split.classes)],
+        "annotations": list(changed),
+    }
+
+
+def _content(truth: Path | Mapping[str, Any]) -> Mapping[str, Any]:
+    return json.loads(truth.read_bytes()) if isinstance(truth, Path) else truth
+
+
 def _ground_truth(truth: Path | Mapping[str, Any]) -> dict[str, Any]:
     """Return the part of a COCO dataset that counts, in a form that both evaluators accept.
 
     pycocotools needs areas and mistakes a match with the id 0 for none; hotcoco refuses
-    segmentations and image sizes of unexpected forms.
+    segmentations and image sizes of unexpected forms. An object with `ignore` is one of a crowd.
     """
-    content = json.loads(truth.read_bytes()) if isinstance(truth, Path) else truth
+    content = _content(truth)
     annotations = []
     for number, entry in enumerate(content.get("annotations", ()), start=1):
-        area, (_, _, width, height) = entry.get("area"), entry["bbox"]
         kept = {key: entry[key] for key in ("image_id", "category_id", "bbox")}
-        kept |= {"id": number, "area": width * height if area is None else area}
-        annotations.append(kept | {"iscrowd": int(entry.get("iscrowd") or 0)})
+        kept |= {"id": number, "area": object_area(entry)}
+        annotations.append(kept | {"iscrowd": int(is_ignored(entry))})
     return {
         "images": [{"id": image["id"]} for image in content["images"]],
         "categories": [{key: c[key] for key in ("id", "name")} for c in content["categories"]],
@@ -145,8 +165,16 @@ def _pycocotools(truth: dict[str, Any], rows: Rows) -> Any:
     # pycocotools' own `loadRes` fails without any detection.
     results.dataset = truth | {
         "annotations": [
-            record | {"id": number, "area": record["bbox"][2] * record["bbox"][3], "iscrowd": 0}
-            for number, record in enumerate(coco_records(rows), start=1)
+            {
+                "id": number,
+                "image_id": int(image),
+                "category_id": int(category),
+                "bbox": box,
+                "score": score,
+                "area": box[2] * box[3],
+                "iscrowd": 0,
+            }
+            for number, (image, *box, score, category) in enumerate(rows.tolist(), start=1)
         ]
     }
     dataset.createIndex()

@@ -56,8 +56,7 @@ def detect(
             detector.normalize(moved.pixels, sizes), sizes, moved.original_sizes
         )
         for image, detections in zip(images, predictions, strict=True):
-            image_id = split.records[image].image_id
-            parts.append(coco_rows(detections, image_id, split.category_ids))
+            parts.append(coco_rows(detections, split.numbers[image]))
         done += len(images)
         if progress is not None:
             progress(done)
@@ -65,7 +64,7 @@ def detect(
 
 
 def gather(rows: Rows) -> Rows | None:
-    """Return the detections of all workers in the order of image ids on rank 0, None elsewhere."""
+    """Return the detections of all workers on rank 0, ordered by image; None elsewhere."""
     parts: list[Rows] | None = [rows]
     if dist.is_initialized():
         parts = [rows] * dist.get_world_size() if dist.get_rank() == 0 else None

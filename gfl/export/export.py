@@ -336,7 +336,7 @@ def quantize(
 
 def _rows(model: Model, run: Run, split: Split) -> Iterator[Rows]:
     """Yield the detections of a file with NMS in every image of `split`."""
-    for record in split.records:
+    for number, record in zip(split.numbers, split.records, strict=True):
         pixels = read_image(record.path)
         image = scaled(model, pixels)
         boxes, scores, labels, edge_std = (torch.from_numpy(o) for o in run(image)[:4])
@@ -349,4 +349,4 @@ def _rows(model: Model, run: Run, split: Split) -> Iterator[Rows]:
             edge_std=edge_std[filled],
             distributions=torch.empty(int(filled.sum()), 4, 0),
         )
-        yield coco_rows(predictions, record.image_id, split.category_ids)
+        yield coco_rows(predictions, number)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from gfl.data.images import read_image
 from gfl.inference.visualize import draw_predictions
-from gfl.structures import Predictions, coco_records, coco_rows
+from gfl.structures import Id, Predictions, coco_records, coco_rows
 
 if TYPE_CHECKING:
     import supervision
@@ -35,7 +35,7 @@ class Detections:
     size: tuple[int, int]
     predictions: Predictions
     classes: Sequence[str]
-    category_ids: Sequence[int]
+    category_ids: Sequence[Id]
 
     def __len__(self) -> int:
         return len(self.predictions)
@@ -67,7 +67,7 @@ class Detections:
 
     def to_coco(self, image_id: int) -> list[dict[str, Any]]:
         """Return the detections as COCO's result records, each with its `edge_std`."""
-        records = coco_records(coco_rows(self.predictions, image_id, self.category_ids))
+        records = coco_records(coco_rows(self.predictions, 0), [image_id], self.category_ids)
         uncertain = self.edge_std.tolist()
         return [r | {"edge_std": std} for r, std in zip(records, uncertain, strict=True)]
 

@@ -1,6 +1,6 @@
 """Pictures of samples and predictions: boxes, classes, and the uncertainty of edges."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from math import ceil
 from pathlib import Path
 
@@ -69,7 +69,7 @@ def draw_predictions(
 def draw_pairs(
     images: Sequence[Tensor],
     detections: Sequence[Sequence[Rows]],
-    names: Mapping[int, str],
+    classes: Sequence[str],
     titles: Sequence[str],
     path: Path,
     min_score: float = 0.3,
@@ -79,12 +79,11 @@ def draw_pairs(
     Args:
         images: RGB pixels (3, H, W), uint8.
         detections: Rows (N, 7) of each detector and image, as `gfl.structures.Rows` describes.
-        names: Class names by category id.
+        classes: Class names of the detectors.
         titles: Name of each detector.
         path: The PNG file.
         min_score: Smallest score of the detections that are drawn.
     """
-    labels = {category: label for label, category in enumerate(sorted(names))}
     columns = len(detections) * (2 if len(images) > 1 else 1)  # two images in a row
     rows = -(-len(images) * len(detections) // columns)
     figure = Figure(figsize=(PANEL_INCHES * columns, PANEL_INCHES * rows), layout="constrained")
@@ -93,11 +92,11 @@ def draw_pairs(
             axes = figure.add_subplot(rows, columns, number * len(detections) + place + 1)
             axes.set_title(title, fontsize=8)
             _show(axes, pixels)
-            for _, x, y, w, h, score, category in detections[place][number]:
+            for _, x, y, w, h, score, label in detections[place][number]:
                 if score >= min_score:
                     box = torch.tensor([x, y, x + w, y + h])
-                    caption = f"{names[int(category)]} {score:.2f}"
-                    _draw_box(axes, box, labels[int(category)], caption)
+                    caption = f"{classes[int(label)]} {score:.2f}"
+                    _draw_box(axes, box, int(label), caption)
     _save(figure, path)
 
 

@@ -13,7 +13,7 @@ from gfl.model.detector import Detector
 from gfl_platform.config import JobConfig
 from gfl_platform.registry import measurement, models
 from gfl_platform.storage.storage import Storage
-from tests.support.detections import as_rows
+from tests.support.detections import rows_on
 from tests.support.goldens import compare_text, run_command
 from tests.support.tracking import store_of
 
@@ -67,7 +67,7 @@ def evaluate(checkpoint, job, watch=None):
             record.boxes.tolist(), record.labels.tolist(), strict=True
         )
     ]
-    rows = as_rows(records[: round(len(records) * SHARES[config.seed])])
+    rows = rows_on(split, records[: round(len(records) * SHARES[config.seed])])
     protocol = {"device": "made-up CPU", "short_side": job.data.short_side}
     figures = {"fps": 30.0, "protocol": protocol, "digest": "d" * 64, "detections": rows}
     return vars(evaluate_split(split, rows, job)) | figures

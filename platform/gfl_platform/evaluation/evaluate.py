@@ -48,7 +48,7 @@ def evaluate_checkpoint(
 
     Returns:
         The attributes of `Evaluation`, `fps`, its `protocol`, the number of `images`, the `digest`
-        of the data, and all `detections`.
+        of the data, all `detections`, and the `image_ids` and `category_ids` of their numbers.
 
     Raises:
         ValueError: the checkpoint, dataset or cluster cannot be used.
@@ -70,7 +70,8 @@ def evaluate_checkpoint(
         )
     figures: dict[str, Any] = result.return_value
     if results:
-        write_atomically(results, json.dumps(coco_records(figures["detections"])) + "\n")
+        records = coco_records(figures["detections"], figures["image_ids"], figures["category_ids"])
+        write_atomically(results, json.dumps(records) + "\n")
     return figures
 
 
@@ -110,4 +111,6 @@ def evaluate_worker(settings: dict[str, Any]) -> dict[str, Any]:
         "images": len(split.records),
         "digest": data_digest(protocol),
         "detections": detections,
+        "image_ids": sorted(split.image_ids),
+        "category_ids": split.category_ids,
     }

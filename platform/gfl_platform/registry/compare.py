@@ -11,7 +11,6 @@ from gfl.evaluation.bootstrap import Gain, measure_gain
 from gfl.evaluation.coco_eval import score_images
 from gfl.evaluation.protocol import differences
 from gfl.inference.visualize import draw_pairs
-from gfl.structures import Rows
 from gfl_platform.cluster.events import Watcher
 from gfl_platform.config import JobConfig
 from gfl_platform.registry.measurement import (
@@ -76,14 +75,13 @@ def compare(
     gain = measure_gain(split, of_b.rows, of_a.rows, job_a)
     score_a, score_b = (score_images(split, rows, job_a) for rows in (of_a.rows, of_b.rows))
     largest = np.argsort(-np.abs(score_a - score_b), kind="stable")[:PICTURED]
-    records = [split.records[image] for image in largest]
     draw_pairs(
-        [read_image(record.path) for record in records],
+        [read_image(split.records[image].path) for image in largest],
         [
-            [_rows_of_image(rows, record.image_id) for record in records]
+            [rows[rows[:, 0] == split.numbers[image]] for image in largest]
             for rows in (of_a.rows, of_b.rows)
         ],
-        dict(zip(split.category_ids, split.classes, strict=True)),
+        split.classes,
         [f"version {version.version}" for version in (a, b)],
         picture,
     )
@@ -99,7 +97,3 @@ def _differing_settings(a: JobConfig, b: JobConfig) -> list[str]:
         for key in sorted(before.keys() | after.keys())
         if before.get(key) != after.get(key)
     ]
-
-
-def _rows_of_image(rows: Rows, image_id: int) -> Rows:
-    return rows[rows[:, 0] == image_id]

@@ -136,13 +136,15 @@ def recall(store: Store, version: Version, key: str) -> Measurement | None:
         except (MlflowException, OSError):
             return None
         with np.load(path, allow_pickle=False) as kept:
-            return Measurement(**json.loads(str(kept["figures"])), rows=kept["rows"])
+            if "numbered_rows" not in kept:  # a file with other columns has another name for them
+                return None
+            return Measurement(**json.loads(str(kept["figures"])), rows=kept["numbered_rows"])
 
 
 def _keep(store: Store, version: Version, measurement: Measurement) -> None:
     figures = {name: value for name, value in vars(measurement).items() if name != "rows"}
     content = io.BytesIO()
-    np.savez_compressed(content, figures=json.dumps(figures), rows=measurement.rows)
+    np.savez_compressed(content, figures=json.dumps(figures), numbered_rows=measurement.rows)
     with tempfile.TemporaryDirectory(prefix="gfl-measured-") as scratch:
         path = Path(scratch) / f"{version.name}-{version.version}-{measurement.key}.npz"
         path.write_bytes(content.getvalue())

@@ -22,7 +22,7 @@ def test_a_file_is_returned_with_its_digest(coco):
 @pytest.mark.parametrize(
     ("section", "field"),
     [
-        ("images", "height"),
+        ("images", "file_name"),
         ("annotations", "bbox"),
         ("annotations", "image_id"),
         ("categories", "id"),

@@ -159,7 +159,7 @@ def test_images_of_a_folder_are_listed_by_name(tmp_path):
 
 
 def test_a_folder_without_images_is_named(tmp_path):
-    with pytest.raises(DataError, match=r"no images; expected files \.bmp, \.jpeg"):
+    with pytest.raises(DataError, match=r"no images; expected files \.bmp, \.jfif"):
         list_images(tmp_path)
 
 

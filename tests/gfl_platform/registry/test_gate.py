@@ -28,7 +28,7 @@ from gfl_platform.registry import gate, history, measurement, models
 from gfl_platform.registry.gate import Evidence, Rival, Verdict, decide
 from gfl_platform.registry.measurement import Measurement
 from gfl_platform.storage.storage import Storage
-from tests.support.detections import as_rows
+from tests.support.detections import rows_on
 from tests.support.tracking import store_of
 
 CLASSES = ["rectangle", "ellipse", "triangle"]
@@ -386,7 +386,7 @@ def make_up_evaluations(monkeypatch):
                     record.boxes.tolist(), record.labels.tolist(), strict=True
                 )
             ]  # fmt: skip
-            rows = as_rows(records[: round(len(records) * fraction)])
+            rows = rows_on(split, records[: round(len(records) * fraction)])
             figures = {"fps": 30.0, "protocol": protocol_of(job), "digest": split.digest}
             return vars(evaluate_split(split, rows, job)) | figures | {"detections": rows}
 
