@@ -36,9 +36,9 @@ from gfl_platform.sweeps.formatting import point_label
 from gfl_platform.sweeps.space import trial_job
 from gfl_platform.sweeps.trials import Planned, Trial, read_trial, write_trial
 from gfl_platform.tracking.client import Store
-from gfl_platform.tracking.metadata import describe
+from gfl_platform.tracking.metadata import RUN_FILE, describe
 from gfl_platform.tracking.run import RunTracker, settle
-from gfl_platform.tracking.spool import RUN_FILE, backlog
+from gfl_platform.tracking.spool import is_settled
 from gfl_platform.training.fit import RAY_FOLDER
 
 logger = logging.getLogger(__name__)
@@ -82,7 +82,7 @@ class Recorder:
         self._trackers: dict[str, RunTracker] = {}
         self._since: dict[str, float] = {}
         for trial in self.trials.values():
-            if trial.state != "running" and backlog(folder / trial.id):  # MLflow did not answer
+            if trial.state != "running" and not is_settled(folder / trial.id):
                 settle(store, folder / trial.id)
                 trial.run_id = read_json(folder / trial.id / RUN_FILE).get("run_id")
         self._watched = job.sweep.objectives[0] if job.sweep else "AP"

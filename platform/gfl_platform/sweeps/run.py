@@ -173,6 +173,7 @@ def _prepare(job: JobConfig, store: Store, name: str, *, resume: bool) -> tuple[
     if not resources.in_cluster():  # workers read the same files, so a mistake is found at once
         check_data(first, workers.count, sweep_of(job).objectives)
     store.require_answer()
+    store.known_experiment()
     fetch_sources(first, store)
     if not resume:
         store.storage.open_run_folder(name, resume=False, kind="sweeps")

@@ -10,6 +10,7 @@ imported when the client is used for the first time:
 import logging
 import os
 import re
+import shlex
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +19,7 @@ from gfl_platform.storage.storage import Storage
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
+    from mlflow.entities import Experiment
 
 MLFLOW_SETTINGS = {
     # A dead server would otherwise block a call for minutes.
@@ -83,29 +85,65 @@ class Store:
         Raises:
             TrackingError: it does not.
         """
-        from mlflow.exceptions import MlflowException
-
         try:
             client = self._client or self._open()
             client.search_experiments(max_results=1)
-        except (MlflowException, OSError) as error:
+        except Exception as error:  # MLflow, SQLAlchemy and Alembic raise many types.
             reason = reason_of(error).partition(" failed with ")[0]
             raise TrackingError(
-                f"{self.shown_uri}: no MLflow store answers ({reason}); start it, set tracking.uri "
-                "or MLFLOW_TRACKING_URI, or let a training keep its figures until one does with "
-                "tracking.unreachable=spool"
+                f"{self.shown_uri}: no MLflow store answers ({reason}); {_way_out(reason)}"
             ) from error
         self._client = client
 
-    def find_experiment(self) -> str:
-        """Return the identifier of the experiment, which is created if it does not exist."""
+    def require_ready(self) -> None:
+        """Check that a run can begin: its experiment is not deleted, if the store answers.
+
+        Raises:
+            TrackingError: the experiment is deleted, or the store does not answer, and has to.
+        """
+        try:
+            self.require_answer()
+        except TrackingError:
+            if not self.may_be_away:
+                raise
+        else:
+            self.known_experiment()
+
+    def known_experiment(self) -> "Experiment | None":
+        """Return the experiment, None if it does not exist yet.
+
+        Raises:
+            TrackingError: it is deleted.
+        """
         experiment = self.client.get_experiment_by_name(self.experiment)
-        if experiment:
+        if experiment and experiment.lifecycle_stage == "deleted":
+            raise self.deleted_experiment(experiment)
+        return experiment
+
+    def find_experiment(self) -> str:
+        """Return the identifier of the experiment, which is created if it does not exist.
+
+        Raises:
+            TrackingError: it is deleted.
+        """
+        if experiment := self.known_experiment():
             return str(experiment.experiment_id)
         # A database without a server has no place for artifacts: MLflow would use ./mlruns.
         embedded = self.uri.startswith(DATABASES)
         location = (self.storage.root / "artifacts").as_uri() if embedded else None
         return str(self.client.create_experiment(self.experiment, location))
+
+    def deleted_experiment(self, experiment: "Experiment") -> TrackingError:
+        """Return the error that says that an experiment is deleted, and the way out."""
+        command = self.command(f"experiments restore --experiment-id {experiment.experiment_id}")
+        return TrackingError(
+            f"the experiment '{experiment.name}' is deleted in {self.shown_uri}; restore it "
+            f"({command}), or set tracking.experiment to another name for a new run"
+        )
+
+    def command(self, words: str) -> str:
+        """Return a command of MLflow that works on this store, without the store's password."""
+        return f"MLFLOW_TRACKING_URI={shlex.quote(self.shown_uri)} mlflow {words}"
 
     def _open(self) -> "MlflowClient":
         """Return a client; whether a server answers is not checked yet.
@@ -125,6 +163,18 @@ class Store:
         logging.getLogger("urllib3").setLevel(logging.ERROR)  # It reports every attempt.
         _make_current(self.uri)
         return mlflow.MlflowClient()
+
+
+def _way_out(reason: str) -> str:
+    """Return what a user can do about a store that does not answer for `reason`."""
+    if "database is locked" in reason:
+        return "end the process that holds the file, such as another job, or try again later"
+    if any(words in reason for words in ("not a database", "malformed")):
+        return "the file is damaged: restore it from a backup, or move it away to begin a new one"
+    return (
+        "start it, set tracking.uri or MLFLOW_TRACKING_URI, or let a training keep its figures "
+        "until one does with tracking.unreachable=spool"
+    )
 
 
 def without_password(text: str) -> str:

@@ -1,6 +1,7 @@
 """The description of an MLflow run: its configuration, the state of the code and the packages."""
 
 import importlib.metadata
+import json
 import uuid
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -11,11 +12,14 @@ from gfl.config.loader import ConfigError, ConfigT, dump_config, flatten, load_s
 from gfl_platform.cluster.events import RunOpened
 from gfl_platform.config import JobConfig
 from gfl_platform.provenance import COMMIT, git_state
-from gfl_platform.storage.files import write_atomically
-from gfl_platform.tracking.client import without_password
+from gfl_platform.storage.files import read_json, write_atomically
+from gfl_platform.tracking.client import Store, TrackingError, without_password
 
 CONFIG_FILE, PACKAGES_FILE, DIFF_FILE = "config.yaml", "packages.txt", "git.diff"
 """Artifacts of a run: its configuration, the versions of packages, and uncommitted changes."""
+
+RUN_FILE = "run.json"
+"""File in a run's folder that names its MLflow run and the store that the user chose for it."""
 
 PROTOCOL = "fps.protocol"
 """Tag of a run: the protocol of its FPS as JSON."""
@@ -77,3 +81,23 @@ def require_same(path: Path, config: ConfigT, kind: str, may_change: Sequence[st
             "resume it with the same, or start another run"
         )
     write_atomically(path, dump_config(config))
+
+
+def note(folder: Path, **facts: str) -> None:
+    """Add facts to a run's `RUN_FILE`."""
+    known = read_json(folder / RUN_FILE)
+    write_atomically(folder / RUN_FILE, json.dumps(known | facts) + "\n")
+
+
+def require_store(store: Store, folder: Path) -> None:
+    """Check that a run with a chosen store does not continue in the default store.
+
+    Raises:
+        TrackingError: the run's store was chosen before, and none is chosen now.
+    """
+    chosen_before = read_json(folder / RUN_FILE).get("store")
+    if chosen_before and not store.chosen_uri:
+        raise TrackingError(
+            f"run '{folder.name}' is kept in {chosen_before}: set tracking.uri or "
+            "MLFLOW_TRACKING_URI to it"
+        )

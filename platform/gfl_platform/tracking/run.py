@@ -24,15 +24,9 @@ from gfl_platform.cluster.events import (
     WorkerFailed,
 )
 from gfl_platform.tracking.client import Store, reason_of
-from gfl_platform.tracking.spool import (
-    RESTARTS,
-    SPOOL_FILE,
-    Delivery,
-    Logged,
-    Spool,
-    note,
-    require_store,
-)
+from gfl_platform.tracking.delivery import RESTARTS, Delivery, Logged
+from gfl_platform.tracking.metadata import note, require_store
+from gfl_platform.tracking.spool import SPOOL_FILE, Spool
 from gfl_platform.tracking.status import note_killed
 
 logger = logging.getLogger(__name__)
@@ -58,17 +52,16 @@ class RunTracker:
         Raises:
             TrackingError: the store does not answer, and has to.
         """
-        self._folder, self._store = folder, store
+        self._folder, self._store, self._opened = folder, store, opened
         require_store(store, folder)
         if not (store.may_be_away if may_be_away is None else may_be_away):
             store.require_answer()
         self._spool = Spool(folder / SPOOL_FILE)
-        self._delivery = Delivery(store, folder)
+        self._delivery = Delivery(store, folder, self._spool)
         if self.run_id is None and store.chosen_uri:
             note(folder, store=store.shown_uri)
-        if self.run_id is None and not self._spool:
-            self._spool.add(opened)
-        else:
+        self._spool.recall_refused()
+        if not self._add_opening():
             if self._spool.is_new:
                 self._read_logged_steps()
             with self._spool.transaction():
@@ -109,13 +102,31 @@ class RunTracker:
         """
         if not isinstance(event, Logged):
             return
-        with self._on_a_full_device(), self._spool.transaction():
+        with self._on_a_full_device():
+            try:
+                self._note(event)
+            except sqlite3.DatabaseError as error:
+                if not self._spool.replace_if_damaged(error):
+                    raise
+                self._add_opening()
+                self._note(event)
+        self._tasks.put(self._delivery.deliver)
+
+    def _add_opening(self) -> bool:
+        """Add the event that creates the MLflow run, unless there is a run or the event waits."""
+        if self.run_id or self._spool:
+            return False
+        self._spool.add(self._opened)
+        return True
+
+    def _note(self, event: Event) -> None:
+        """Add an event to the spool if it is new."""
+        with self._spool.transaction():
             if not self._is_new(event):
                 return
             if isinstance(event, WorkerFailed) and not event.final:
                 event = replace(event, restarts=self._spool.count(RESTARTS))
             self._spool.add(event)
-        self._tasks.put(self._delivery.deliver)
 
     def _is_new(self, event: Event) -> bool:
         match event:
@@ -170,17 +181,18 @@ class RunTracker:
             self._tasks.put(None)
         with self._on_a_full_device():
             if waiting := len(self._spool):
+                name, place = self._folder.name, self._store.storage.location
+                command = (
+                    f", or by `python -m jobs.status {name} storage.root={place} "
+                    f"tracking.uri={self._store.shown_uri} --deliver`"
+                )
                 logger.warning(
                     "tracking: %d events wait in %s; they are logged when the run goes on with "
-                    "--resume, or by `python -m jobs.status %s storage.root=%s tracking.uri=%s "
-                    "--deliver`",
+                    "--resume%s",
                     waiting,
                     self._spool.path,
-                    self._folder.name,
-                    self._store.storage.location,
-                    self._store.shown_uri,
+                    command if self._folder.parent.name == "runs" else "",
                 )
-            self._delivery.spool.close()
             self._spool.close()
 
     @contextmanager
@@ -195,6 +207,8 @@ class RunTracker:
 def settle(store: Store, folder: Path) -> None:
     """Log the events that wait of a run without a driver; a killed run gets the status KILLED.
 
+    Events that the store refused before are tried again.
+
     Args:
         store: Where to log.
         folder: The run's folder, which the caller has locked.
@@ -204,7 +218,9 @@ def settle(store: Store, folder: Path) -> None:
     """
     require_store(store, folder)
     store.require_answer()
-    delivery = Delivery(store, folder)
+    spool = Spool(folder / SPOOL_FILE)
+    spool.recall_refused()
     if note_killed(folder):
-        delivery.spool.add(RunEnded("KILLED"))
-    delivery.deliver_all()
+        spool.add(RunEnded("KILLED"))
+    Delivery(store, folder, spool).deliver_all()
+    spool.close()

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import sqlite3
 import time
 from itertools import count
 from pathlib import Path
@@ -16,7 +17,8 @@ from gfl_platform.cluster.events import (
     WorkersStarted,
 )
 from gfl_platform.storage.files import read_json, write_atomically
-from gfl_platform.tracking.spool import RUN_FILE, backlog
+from gfl_platform.tracking.metadata import RUN_FILE
+from gfl_platform.tracking.spool import SPOOL_FILE, backlog, refusals
 
 logger = logging.getLogger(__name__)
 
@@ -138,7 +140,20 @@ def read_status(folder: Path) -> dict[str, Any]:
     rows["restarts"] = f"{facts.get('restarts', 0)}, {lost / 60:.1f} min lost"
     rows["last word"] = f"{age:.0f} s ago"
     rows["MLflow run"] = run_id or "none yet"
-    rows["waits for MLflow"] = f"{backlog(folder)} events"
+    return rows | _spooled(folder)
+
+
+def _spooled(folder: Path) -> dict[str, str]:
+    """Return rows on the events that MLflow does not have."""
+    try:
+        rows = {"waits for MLflow": f"{backlog(folder)} events"}
+        refused = refusals(folder)
+    except sqlite3.Error as error:
+        return {"waits for MLflow": f"unknown: {folder / SPOOL_FILE}: {error}"}
+    if refused:
+        rows["refused by MLflow"] = (
+            f"{len(refused)} events, the last one {refused[-1]}; --deliver tries them again"
+        )
     return rows
 
 

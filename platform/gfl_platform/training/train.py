@@ -86,8 +86,7 @@ def train(job: JobConfig, name: str, *, resume: bool, watch: Watcher) -> Trainin
     resources.connect()
     workers = resources.allot(job)
     shard_size(config, workers.count)
-    if not store.may_be_away:
-        store.require_answer()  # before anything is written
+    store.require_ready()  # before anything is written
     sources = fetch_sources(job, store)
     logger.info("learning rate %g for %d images a step", scaled_lr(config), config.data.batch)
     folder = storage.open_run_folder(name, resume=resume)

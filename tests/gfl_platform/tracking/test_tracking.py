@@ -19,9 +19,10 @@ from gfl_platform.cluster.events import (
 from gfl_platform.config import load_job
 from gfl_platform.registry import models
 from gfl_platform.tracking.client import TrackingError, without_password
-from gfl_platform.tracking.metadata import describe
+from gfl_platform.tracking.delivery import BATCH
+from gfl_platform.tracking.metadata import RUN_FILE, describe
 from gfl_platform.tracking.run import RunTracker, settle
-from gfl_platform.tracking.spool import BATCH, RUN_FILE, Delivery, backlog
+from gfl_platform.tracking.spool import backlog
 from gfl_platform.tracking.status import StatusFile, read_status
 from gfl_platform.training import train
 from tests.support import servers
@@ -256,7 +257,7 @@ def test_a_run_may_begin_without_a_server(server, tmp_path):
     again.close("FINISHED")
     server.start()
     for _ in range(2):  # once more changes nothing
-        Delivery(store_of(job), folder).deliver_all()
+        settle(store_of(job), folder)
     (run,) = store_of(job).client.search_runs([experiment_of(job)])
     assert (run.info.status, run.info.run_name) == ("FINISHED", "early")
     assert run.data.tags["restarts"] == "1"
@@ -361,7 +362,7 @@ def test_artifacts_wait_for_their_storage(s3, server, tmp_path, tmp_path_factory
     assert backlog(folder) == 3
     s3.busy(False)
     tracker.close("FINISHED")
-    Delivery(store_of(job), folder).deliver_all()  # the server may have cut the connection
+    settle(store_of(job), folder)  # the server may have cut the connection
     try:
         assert backlog(folder) == 0
         (run,) = store_of(job).client.search_runs([experiment_of(job)])
