@@ -48,7 +48,7 @@ def evaluate_checkpoint(
 
     Returns:
         The attributes of `Evaluation`, `fps`, its `protocol`, the number of `images`, the `digest`
-        of the data, all `detections`, and the `image_ids` and `category_ids` of their numbers.
+        of the data, and all `detections`.
 
     Raises:
         ValueError: the checkpoint, dataset or cluster cannot be used.
@@ -69,8 +69,9 @@ def evaluate_checkpoint(
             evaluate_worker, settings, workers, events, **storage.ray_options(scratch)
         )
     figures: dict[str, Any] = result.return_value
+    ids = figures.pop("image_ids"), figures.pop("category_ids")
     if results:
-        records = coco_records(figures["detections"], figures["image_ids"], figures["category_ids"])
+        records = coco_records(figures["detections"], *ids)
         write_atomically(results, json.dumps(records) + "\n")
     return figures
 

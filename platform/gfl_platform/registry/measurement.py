@@ -2,11 +2,13 @@
 
 import io
 import json
+import logging
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 import numpy as np
 
@@ -24,6 +26,8 @@ from gfl_platform.registry import models
 from gfl_platform.registry.models import Version
 from gfl_platform.storage.cache import Cache
 from gfl_platform.tracking.client import Store
+
+logger = logging.getLogger(__name__)
 
 FOLDER = "evaluations"
 """Folder for measurements among the artifacts of a run, one file for each version and key."""
@@ -120,12 +124,15 @@ def measure(job: JobConfig, store: Store, version: Version, watch: Watcher) -> M
         digest=result["digest"],
         rows=result["detections"],
     )
-    _keep(store, version, measurement)
+    keep(store, version, measurement)
     return measurement
 
 
 def recall(store: Store, version: Version, key: str) -> Measurement | None:
-    """Return the measurement of a version that is kept under `key`, if there is one."""
+    """Return the measurement of a version that is kept under `key`, if there is one.
+
+    A damaged file counts as none, so that the version is measured again.
+    """
     client = store.client
     from mlflow.exceptions import MlflowException
 
@@ -133,15 +140,16 @@ def recall(store: Store, version: Version, key: str) -> Measurement | None:
     with tempfile.TemporaryDirectory(prefix="gfl-measured-") as scratch:
         try:
             path = client.download_artifacts(version.run_id, name, scratch)
-        except (MlflowException, OSError):
+            with np.load(path, allow_pickle=False) as kept:
+                # A file with other columns has another name for its rows.
+                return Measurement(**json.loads(str(kept["figures"])), rows=kept["numbered_rows"])
+        except (MlflowException, OSError, EOFError, ValueError, LookupError, BadZipFile) as error:
+            logger.debug("%s: not read (%s)", name, error)
             return None
-        with np.load(path, allow_pickle=False) as kept:
-            if "numbered_rows" not in kept:  # a file with other columns has another name for them
-                return None
-            return Measurement(**json.loads(str(kept["figures"])), rows=kept["numbered_rows"])
 
 
-def _keep(store: Store, version: Version, measurement: Measurement) -> None:
+def keep(store: Store, version: Version, measurement: Measurement) -> None:
+    """Write a measurement to the artifacts of the run that trained the version."""
     figures = {name: value for name, value in vars(measurement).items() if name != "rows"}
     content = io.BytesIO()
     np.savez_compressed(content, figures=json.dumps(figures), numbered_rows=measurement.rows)

@@ -27,6 +27,7 @@ from gfl_platform.provenance import git_state
 from gfl_platform.registry import gate, history, measurement, models
 from gfl_platform.registry.gate import Evidence, Rival, Verdict, decide
 from gfl_platform.registry.measurement import Measurement
+from gfl_platform.registry.models import Version
 from gfl_platform.storage.storage import Storage
 from tests.support.detections import rows_on
 from tests.support.tracking import store_of
@@ -431,6 +432,18 @@ def test_the_champion_is_measured_as_the_candidate_and_as_itself_each_once(
         decision.reasons
     )
     assert sides == [(64, 64), (96, 96), (64, 96)]  # what was measured of version 1 is used again
+
+
+@pytest.mark.parametrize("damage", [lambda content: b"", lambda content: content[:100]])
+def test_a_measurement_whose_file_is_damaged_counts_as_none(job, client, damage):
+    run = client.create_run(client.create_experiment(f"damage {damage(b'some')!r}"))
+    version = Version("m", 1, [], run.info.run_id, 0, {})
+    kept = measured(0.5)
+    measurement.keep(store_of(job), version, kept)
+    assert measurement.recall(store_of(job), version, kept.key).protocol == kept.protocol
+    (file,) = Path(urlparse(run.info.artifact_uri).path).rglob("*.npz")
+    file.write_bytes(damage(file.read_bytes()))
+    assert measurement.recall(store_of(job), version, kept.key) is None
 
 
 def test_a_benchmark_under_the_same_protocol_counts(
