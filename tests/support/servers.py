@@ -1,5 +1,7 @@
 """Real servers on loopback for the tests: MLflow, S3, PostgreSQL. They can be killed."""
 
+import http.client
+import http.server
 import os
 import shutil
 import signal
@@ -7,6 +9,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import urllib.error
 import urllib.request
@@ -101,6 +104,50 @@ class MLflow(Server):
             "--port", str(self.port), "--workers", "1",
             "--backend-store-uri", self.store, "--artifacts-destination", self.artifacts,
         ]  # fmt: skip
+
+
+class LosesAnswers:
+    """A server in front of another one that passes requests on, and loses some of the answers.
+
+    Attributes:
+        paths: Ends of the paths whose next answer is lost; it is taken out then.
+    """
+
+    def __init__(self, server):
+        self.paths = set()
+        lost, behind = self.paths, server
+
+        class Handler(http.server.BaseHTTPRequestHandler):
+            def pass_on(self):
+                body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+                connection = http.client.HTTPConnection("127.0.0.1", behind.port, timeout=30)
+                headers = dict(self.headers) | {"Host": f"127.0.0.1:{behind.port}"}
+                connection.request(self.command, self.path, body, headers)
+                answer = connection.getresponse()
+                content = answer.read()
+                connection.close()
+                for path in [path for path in lost if self.path.split("?")[0].endswith(path)]:
+                    lost.remove(path)
+                    self.close_connection = True
+                    return
+                self.send_response(answer.status)
+                self.send_header("Content-Type", answer.headers.get("Content-Type", ""))
+                self.send_header("Content-Length", str(len(content)))
+                self.end_headers()
+                self.wfile.write(content)
+
+            do_GET = do_POST = do_PUT = do_PATCH = do_DELETE = pass_on  # noqa: N815
+
+            def log_message(self, *_):
+                pass
+
+        self._server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.uri = f"http://127.0.0.1:{self._server.server_port}"
+        threading.Thread(target=self._server.serve_forever, daemon=True).start()
+
+    def stop(self):
+        self._server.shutdown()
+        self._server.server_close()
 
 
 class S3(Server):

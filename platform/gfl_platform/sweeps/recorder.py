@@ -30,13 +30,12 @@ from gfl_platform.cluster.events import (
     WorkersStarted,
 )
 from gfl_platform.config import JobConfig
-from gfl_platform.storage.files import read_json
 from gfl_platform.storage.s3 import S3Error
 from gfl_platform.sweeps.formatting import point_label
 from gfl_platform.sweeps.space import trial_job
 from gfl_platform.sweeps.trials import Planned, Trial, read_trial, write_trial
 from gfl_platform.tracking.client import Store
-from gfl_platform.tracking.metadata import RUN_FILE, describe
+from gfl_platform.tracking.metadata import describe, read_run_file
 from gfl_platform.tracking.run import RunTracker, settle
 from gfl_platform.tracking.spool import is_settled
 from gfl_platform.training.fit import RAY_FOLDER
@@ -84,7 +83,7 @@ class Recorder:
         for trial in self.trials.values():
             if trial.state != "running" and not is_settled(folder / trial.id):
                 settle(store, folder / trial.id)
-                trial.run_id = read_json(folder / trial.id / RUN_FILE).get("run_id")
+                trial.run_id = read_run_file(folder / trial.id).get("run_id")
         self._watched = job.sweep.objectives[0] if job.sweep else "AP"
 
     def plan(self, planned: Planned) -> None:

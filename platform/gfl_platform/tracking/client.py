@@ -183,8 +183,9 @@ def without_password(text: str) -> str:
 
 
 def reason_of(error: Exception) -> str:
-    """Return the first line of an error without the password of the store's URI."""
-    return without_password(next(iter(str(error).splitlines()), type(error).__name__))
+    """Return the first line of an error without passwords, and without SQLAlchemy's class."""
+    line = next(iter(str(error).splitlines()), type(error).__name__)
+    return without_password(re.sub(r"^\([\w.]+\) ", "", line))
 
 
 def on_all_pages(search: Callable[[str | None], Any]) -> list[Any]:

@@ -34,10 +34,10 @@ from gfl_platform.cluster.events import (
     WorkerFailed,
     name_of,
 )
-from gfl_platform.storage.files import read_json
+from gfl_platform.storage.files import write_atomically
 from gfl_platform.storage.storage import is_there
 from gfl_platform.tracking.client import Store, TrackingError, on_all_pages, reason_of
-from gfl_platform.tracking.metadata import IDENTITY, PROTOCOL, RUN_FILE, note
+from gfl_platform.tracking.metadata import IDENTITY, PROTOCOL, RUN_FILE, read_run_file
 from gfl_platform.tracking.spool import Spool
 
 logger = logging.getLogger(__name__)
@@ -86,11 +86,48 @@ class Delivery:
             store: Where to log.
             folder: The run's folder.
             spool: The run's spool.
+
+        Raises:
+            TrackingError: the run is in a store that was chosen, and none is chosen now, or the
+                file that says so is damaged and cannot be rebuilt.
         """
         self._store, self._folder, self._spool = store, folder, spool
-        self.run_id: str | None = read_json(folder / RUN_FILE).get("run_id")
+        self.run_id = self._read_run_file()
         self._delay, self._try_at = 0.0, 0.0
         self._last_reason = ""
+
+    def _read_run_file(self) -> str | None:
+        """Return the run's identifier in MLflow; rebuild the file that holds it if it is damaged.
+
+        Raises:
+            TrackingError: see `__init__`.
+        """
+        path, name = self._folder / RUN_FILE, self._folder.name
+        try:
+            facts = read_run_file(self._folder)
+        except TrackingError as error:
+            facts = self._spool.notes()
+            if "run_id" not in facts:
+                raise
+            logger.warning("warning: %s; it is rebuilt from %s", error, self._spool.path)
+            path.rename(path.with_name(f"{RUN_FILE}.damaged-{time.time_ns() // 1_000_000}"))
+            write_atomically(path, json.dumps(facts) + "\n")
+        self._spool.note(facts)
+        if "store" in facts and not self._store.chosen_uri:
+            raise TrackingError(
+                f"run '{name}' is kept in {facts['store']}: set tracking.uri or "
+                "MLFLOW_TRACKING_URI to it"
+            )
+        run_id = facts.get("run_id")
+        if run_id is None and self._store.chosen_uri:
+            self._note(store=self._store.shown_uri)
+        return run_id
+
+    def _note(self, **facts: str) -> None:
+        """Add facts to the run's `RUN_FILE`, and to the spool, from which it can be rebuilt."""
+        known = read_run_file(self._folder) | facts
+        write_atomically(self._folder / RUN_FILE, json.dumps(known) + "\n")
+        self._spool.note(known)
 
     @property
     def client(self) -> Any:
@@ -246,7 +283,7 @@ class Delivery:
         """Create the run that `event` describes, unless an interrupted attempt has created it."""
         if self.run_id is None:
             self.run_id = self._create(event)
-            note(self._folder, run_id=self.run_id)
+            self._note(run_id=self.run_id)
         self._store.storage.share_state(self._folder)
         params = capped(event.params, MAX_PARAM_VAL_LENGTH)
         self.client.log_batch(self._run, params=[Param(k, v) for k, v in params.items()])
@@ -322,15 +359,17 @@ class Delivery:
         Metrics that were logged before an interruption are not logged twice.
         """
         name = f"epoch-{event.epoch}"
-        model = next((model for model in self._models() if model.name == name), None)
-        if model is None:
-            model = mlflow.create_external_model(
+        if not self._models(name):
+            mlflow.create_external_model(
                 name=name,
                 source_run_id=self._run,
                 tags={"uri": event.uri},
                 experiment_id=self._experiment(),
             )
-        elif model.tags.get("uri") != event.uri:  # The epoch was trained again.
+        model, *doubles = self._models(name)
+        for double in doubles:  # An answer was lost, so MLflow's client has asked again.
+            self.client.delete_logged_model(double.model_id)
+        if model.tags.get("uri") != event.uri:  # The epoch was trained again.
             self.client.set_logged_model_tags(model.model_id, {"uri": event.uri})
         logged = {metric.key for metric in model.metrics or []}
         metrics = [
@@ -351,10 +390,13 @@ class Delivery:
     def _experiment(self) -> str:
         return str(self.client.get_run(self._run).info.experiment_id)
 
-    def _models(self) -> list[Any]:
-        experiments, of_run = [self._experiment()], f"source_run_id = '{self._run}'"
+    def _models(self, name: str | None = None) -> list[Any]:
+        """Return the external models of the run, or those called `name`."""
+        experiments, which = [self._experiment()], f"source_run_id = '{self._run}'"
+        if name:
+            which += f" AND name = '{name}'"
         return on_all_pages(
-            lambda token: self.client.search_logged_models(experiments, of_run, page_token=token)
+            lambda token: self.client.search_logged_models(experiments, which, page_token=token)
         )
 
 

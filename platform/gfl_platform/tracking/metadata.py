@@ -1,7 +1,6 @@
 """The description of an MLflow run: its configuration, the state of the code and the packages."""
 
 import importlib.metadata
-import json
 import uuid
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -13,7 +12,7 @@ from gfl_platform.cluster.events import RunOpened
 from gfl_platform.config import JobConfig
 from gfl_platform.provenance import COMMIT, git_state
 from gfl_platform.storage.files import read_json, write_atomically
-from gfl_platform.tracking.client import Store, TrackingError, without_password
+from gfl_platform.tracking.client import TrackingError, without_password
 
 CONFIG_FILE, PACKAGES_FILE, DIFF_FILE = "config.yaml", "packages.txt", "git.diff"
 """Artifacts of a run: its configuration, the versions of packages, and uncommitted changes."""
@@ -83,21 +82,17 @@ def require_same(path: Path, config: ConfigT, kind: str, may_change: Sequence[st
     write_atomically(path, dump_config(config))
 
 
-def note(folder: Path, **facts: str) -> None:
-    """Add facts to a run's `RUN_FILE`."""
-    known = read_json(folder / RUN_FILE)
-    write_atomically(folder / RUN_FILE, json.dumps(known | facts) + "\n")
-
-
-def require_store(store: Store, folder: Path) -> None:
-    """Check that a run with a chosen store does not continue in the default store.
+def read_run_file(folder: Path) -> dict[str, str]:
+    """Return the content of a run's `RUN_FILE`; empty if there is none.
 
     Raises:
-        TrackingError: the run's store was chosen before, and none is chosen now.
+        TrackingError: the file is damaged; the message says what to do.
     """
-    chosen_before = read_json(folder / RUN_FILE).get("store")
-    if chosen_before and not store.chosen_uri:
+    path = folder / RUN_FILE
+    try:
+        return read_json(path)
+    except ValueError as error:
         raise TrackingError(
-            f"run '{folder.name}' is kept in {chosen_before}: set tracking.uri or "
-            "MLFLOW_TRACKING_URI to it"
-        )
+            f'{path} is damaged ({error}); write {{"run_id": "ID"}} into it, with the ID that '
+            f"MLflow shows for run '{folder.name}', or delete it to log what follows to another run"
+        ) from error

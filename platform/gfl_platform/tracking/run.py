@@ -25,7 +25,6 @@ from gfl_platform.cluster.events import (
 )
 from gfl_platform.tracking.client import Store, reason_of
 from gfl_platform.tracking.delivery import RESTARTS, Delivery, Logged
-from gfl_platform.tracking.metadata import note, require_store
 from gfl_platform.tracking.spool import SPOOL_FILE, Spool
 from gfl_platform.tracking.status import note_killed
 
@@ -53,13 +52,10 @@ class RunTracker:
             TrackingError: the store does not answer, and has to.
         """
         self._folder, self._store, self._opened = folder, store, opened
-        require_store(store, folder)
-        if not (store.may_be_away if may_be_away is None else may_be_away):
-            store.require_answer()
         self._spool = Spool(folder / SPOOL_FILE)
         self._delivery = Delivery(store, folder, self._spool)
-        if self.run_id is None and store.chosen_uri:
-            note(folder, store=store.shown_uri)
+        if not (store.may_be_away if may_be_away is None else may_be_away):
+            store.require_answer()
         self._spool.recall_refused()
         if not self._add_opening():
             if self._spool.is_new:
@@ -216,11 +212,11 @@ def settle(store: Store, folder: Path) -> None:
     Raises:
         TrackingError: the store does not answer, or it is not the store of the run.
     """
-    require_store(store, folder)
-    store.require_answer()
     spool = Spool(folder / SPOOL_FILE)
+    delivery = Delivery(store, folder, spool)
+    store.require_answer()
     spool.recall_refused()
     if note_killed(folder):
         spool.add(RunEnded("KILLED"))
-    Delivery(store, folder, spool).deliver_all()
+    delivery.deliver_all()
     spool.close()

@@ -9,7 +9,7 @@ import logging
 import sqlite3
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -31,12 +31,13 @@ TABLES = """
     CREATE TABLE IF NOT EXISTS events (id INTEGER PRIMARY KEY AUTOINCREMENT, kind TEXT, event TEXT);
     CREATE TABLE IF NOT EXISTS refused (id INTEGER PRIMARY KEY, kind TEXT, event TEXT, reason TEXT);
     CREATE TABLE IF NOT EXISTS numbers (name TEXT PRIMARY KEY, value INT);
+    CREATE TABLE IF NOT EXISTS notes (name TEXT PRIMARY KEY, value TEXT);
 """
-"""The waiting events, the events that the store refused, and counters."""
+"""The waiting events, the events that the store refused, counters, and notes."""
 
 
 class Spool:
-    """A queue of events and some counters in a file, used by one process.
+    """A queue of events, counters and notes in a file, used by one process.
 
     Its threads take turns. A damaged file is put aside with a warning, and a new one takes its
     place.
@@ -119,6 +120,16 @@ class Spool:
             ).fetchone()
         return int(row[0])
 
+    def note(self, notes: Mapping[str, str]) -> None:
+        """Keep texts by their names."""
+        with self._turn() as db:
+            db.executemany("REPLACE INTO notes VALUES (?, ?)", notes.items())
+
+    def notes(self) -> dict[str, str]:
+        """Return the texts that were kept, by their names."""
+        with self._turn() as db:
+            return dict(db.execute("SELECT name, value FROM notes"))
+
     def close(self) -> None:
         """Close the file."""
         self._db.close()
@@ -139,7 +150,7 @@ class Spool:
             yield self._db
 
     def _open(self) -> sqlite3.Connection:
-        """Open the file; put it aside first if it is damaged, and keep what counters it has."""
+        """Open the file; put it aside first if it is damaged, and keep its counters and notes."""
         try:
             return _connect(self.path)
         except sqlite3.DatabaseError as error:
@@ -159,8 +170,9 @@ class Spool:
                 left.rename(f"{aside}{suffix}")
         db = _connect(self.path)
         with suppress(sqlite3.Error), closing(sqlite3.connect(aside)) as damaged:
-            numbers = damaged.execute("SELECT name, value FROM numbers").fetchall()
-            db.executemany("REPLACE INTO numbers VALUES (?, ?)", numbers)
+            for table in ("notes", "numbers"):
+                rows = damaged.execute(f"SELECT name, value FROM {table}").fetchall()
+                db.executemany(f"REPLACE INTO {table} VALUES (?, ?)", rows)
         return db
 
     def _size(self) -> int:

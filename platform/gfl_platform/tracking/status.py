@@ -17,7 +17,8 @@ from gfl_platform.cluster.events import (
     WorkersStarted,
 )
 from gfl_platform.storage.files import read_json, write_atomically
-from gfl_platform.tracking.metadata import RUN_FILE
+from gfl_platform.tracking.client import TrackingError
+from gfl_platform.tracking.metadata import read_run_file
 from gfl_platform.tracking.spool import SPOOL_FILE, backlog, refusals
 
 logger = logging.getLogger(__name__)
@@ -44,9 +45,9 @@ class StatusFile:
             nodes: Number of nodes of the cluster.
         """
         self._path = folder / STATUS_FILE
-        before = read_json(self._path)
+        before = _read_facts(self._path)
         self._facts: dict[str, Any] = {
-            "restarts": before["restarts"] + 1 if before else 0,
+            "restarts": before.get("restarts", -1) + 1,
             "lost_seconds": before.get("lost_seconds", 0.0),
             "best_ap": before.get("best_ap"),
         }
@@ -110,17 +111,30 @@ def note_killed(folder: Path) -> bool:
     Args:
         folder: The run's folder, which the caller has locked, so that the driver is gone.
     """
-    facts = read_json(folder / STATUS_FILE)
+    facts = _read_facts(folder / STATUS_FILE)
     if not facts or facts["state"] in ENDED:
         return False
     write_atomically(folder / STATUS_FILE, json.dumps(facts | {"state": "stopped"}) + "\n")
     return True
 
 
+def _read_facts(path: Path) -> dict[str, Any]:
+    """Return the content of a status file; empty if there is none or it is damaged."""
+    try:
+        return read_json(path)
+    except ValueError as error:
+        logger.warning("warning: %s is damaged (%s); it is written anew", path, error)
+        return {}
+
+
 def read_status(folder: Path) -> dict[str, Any]:
     """Return the status of the run in `folder` as rows of a table."""
-    facts = read_json(folder / STATUS_FILE)
-    run_id = read_json(folder / RUN_FILE).get("run_id")
+    facts = _read_facts(folder / STATUS_FILE)
+    try:
+        run_id = read_run_file(folder).get("run_id")
+    except TrackingError as error:
+        logger.warning("warning: %s", error)
+        run_id = None
     elsewhere = "unknown here; ask on its driver's machine" if run_id else "not started"
     rows: dict[str, Any] = {"state": facts.get("state", elsewhere)}
     age = time.time() - facts.get("time", time.time())

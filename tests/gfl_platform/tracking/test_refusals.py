@@ -9,14 +9,16 @@ import sqlalchemy
 from click.testing import CliRunner
 from mlflow.utils.validation import MAX_PARAM_VAL_LENGTH, MAX_TAG_VAL_LENGTH
 
-from gfl_platform.cluster.events import FolderWritten, RunOpened, StepsDone, TagsSet
+from gfl_platform.cluster.events import EpochEvaluated, FolderWritten, RunOpened, StepsDone, TagsSet
 from gfl_platform.config import load_job
+from gfl_platform.registry import models
 from gfl_platform.tracking.client import TrackingError
 from gfl_platform.tracking.delivery import capped
-from gfl_platform.tracking.metadata import IDENTITY, describe
+from gfl_platform.tracking.metadata import IDENTITY, RUN_FILE, describe
 from gfl_platform.tracking.run import RunTracker, settle
 from gfl_platform.tracking.spool import SPOOL_FILE, Spool, backlog, refusals
-from gfl_platform.tracking.status import read_status
+from gfl_platform.tracking.status import STATUS_FILE, StatusFile, read_status
+from tests.support import servers
 from tests.support.tracking import history, store_of
 
 
@@ -137,17 +139,81 @@ def test_values_are_capped_to_what_every_store_takes(longest):
     assert short["odd"] == "a\ufffdb?c"
 
 
-def test_a_run_that_was_created_twice_is_one(job, folder):
-    """MLflow's client asks again if an answer is lost."""
-    store, opened = store_of(job), describe(job, "one")
-    experiment = store.find_experiment()
-    for _ in range(2):
-        store.client.create_run(experiment, run_name="one", tags=opened.tags)
-    with RunTracker(store, folder, opened) as tracker:
+@pytest.mark.chaos
+@pytest.mark.parametrize("retries", [0, 2])
+def test_a_lost_answer_doubles_nothing(tiny_file, folder, tmp_path, monkeypatch, retries):
+    """Whether MLflow's client asks again by itself, or only the spool does."""
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", str(retries))
+    server = servers.MLflow(tmp_path)
+    server.start()
+    front = servers.LosesAnswers(server)
+    job = load_job(tiny_file, [f"tracking.uri={front.uri}", f"storage.root={tmp_path}"])
+    store = store_of(spooling(job))
+    front.paths |= {"/runs/create", "/logged-models", "/log-batch"}
+    with RunTracker(store, folder, describe(job, "one"), may_be_away=True) as tracker:
         tracker.handle(steps(1))
-    (run,) = store.client.search_runs([experiment])
-    assert run.info.run_id == tracker.run_id
-    assert run.info.status == "FINISHED"
+        tracker.handle(EpochEvaluated(4, 1, {"AP": 0.5}, "s3://b/epoch-1"))
+        for _ in range(3):
+            tracker.flush()
+    try:
+        assert not front.paths
+        experiment = store.find_experiment()
+        (run,) = store.client.search_runs([experiment])
+        assert (run.info.run_id, run.info.status) == (tracker.run_id, "FINISHED")
+        assert logged_steps(job, tracker.run_id) == [1]
+        (model,) = store.client.search_logged_models([experiment])
+        assert model.tags["uri"] == "s3://b/epoch-1"
+        assert [point.value for point in history(store.client, tracker.run_id, "AP")] == [0.5]
+        checkpoint = tmp_path / "checkpoint"
+        checkpoint.mkdir()
+        (checkpoint / "about.json").write_text("{}")
+        front.paths.add("/model-versions/create")
+        facts = {"AP": 0.5}
+        with contextlib.suppress(Exception if not retries else ()):
+            models.register_once(store, "m", checkpoint, tracker.run_id, facts)
+        models.register_once(store, "m", checkpoint, tracker.run_id, facts)
+        assert not front.paths
+        assert len(store.client.search_model_versions("name = 'm'")) == 1
+    finally:
+        front.stop()
+        server.stop()
+
+
+@pytest.mark.parametrize("content", ["", "garbage", '{"run_id": '])
+def test_a_damaged_run_file_is_rebuilt(job, folder, caplog, content):
+    with RunTracker(store_of(job), folder, describe(job, "one")) as tracker:
+        tracker.handle(steps(1))
+    (folder / RUN_FILE).write_text(content)
+    assert read_status(folder)["MLflow run"] == "none yet"
+    with RunTracker(store_of(job), folder, describe(job, "one")) as again:
+        again.handle(steps(2))
+    assert again.run_id == tracker.run_id
+    assert logged_steps(job, again.run_id) == [1, 2]
+    assert caplog.text.count("it is rebuilt from") == 1
+    (aside,) = folder.glob(f"{RUN_FILE}.damaged-*")
+    assert aside.read_text() == content
+
+
+def test_a_damaged_run_file_that_cannot_be_rebuilt_is_named_and_the_advice_works(job, folder):
+    with RunTracker(store_of(job), folder, describe(job, "one")) as tracker:
+        tracker.handle(steps(1))
+    (folder / RUN_FILE).write_text("")
+    (folder / SPOOL_FILE).unlink()
+    with pytest.raises(TrackingError, match=r"run\.json is damaged .* write {\"run_id\": \"ID\"}"):
+        RunTracker(store_of(job), folder, describe(job, "one"))
+    (folder / RUN_FILE).write_text(f'{{"run_id": "{tracker.run_id}"}}')
+    with RunTracker(store_of(job), folder, describe(job, "one")) as again:
+        again.handle(steps(2))
+    assert logged_steps(job, tracker.run_id) == [1, 2]
+
+
+@pytest.mark.parametrize("content", ["", "garbage"])
+def test_a_damaged_status_file_is_written_anew(folder, caplog, content):
+    (folder / STATUS_FILE).write_text(content)
+    assert read_status(folder)["state"] == "not started"
+    with StatusFile(folder, workers=1, nodes=1):
+        assert read_status(folder)["state"] == "starting"
+    assert "status.json is damaged" in caplog.text
 
 
 @pytest.fixture(scope="module")

@@ -22,7 +22,7 @@ from gfl_platform.tracking.client import TrackingError, without_password
 from gfl_platform.tracking.delivery import BATCH
 from gfl_platform.tracking.metadata import RUN_FILE, describe
 from gfl_platform.tracking.run import RunTracker, settle
-from gfl_platform.tracking.spool import backlog
+from gfl_platform.tracking.spool import backlog, refusals
 from gfl_platform.tracking.status import StatusFile, read_status
 from gfl_platform.training import train
 from tests.support import servers
@@ -371,7 +371,8 @@ def test_artifacts_wait_for_their_storage(s3, server, tmp_path, tmp_path_factory
         assert {"config.yaml", "packages.txt", "report"} <= listed
         (figures,) = client.list_artifacts(run.info.run_id, "report")
         assert figures.path == "report/index.html"
-        assert "gone is gone; not logged" in caplog.text
+        assert "gone is gone; it is kept" in caplog.text
+        assert len(refusals(folder)) == 1
     finally:
         storing.stop()
 
