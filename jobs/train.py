@@ -2,6 +2,7 @@
 
 import argparse
 import re
+import sys
 import time
 from pathlib import Path
 
@@ -9,10 +10,17 @@ from jobs.console.cli import console, parse, parser, resumable, run, show_table
 
 EXAMPLE = "python -m jobs.train configs/demo.yaml schedule.epochs=3 run.name=first"
 
+REFUSED = 3
+"""Exit status where the gate refused what was to be champion."""
+
 
 def main() -> None:
     """Run the command line."""
-    cli = parser("Train a detector and keep its checkpoints, AP and FPS in MLflow.", EXAMPLE)
+    cli = parser(
+        "Train a detector and keep its checkpoints, AP and FPS in MLflow.\n\n"
+        f"The exit status is {REFUSED} if the training is done, but the gate refused its model.",
+        EXAMPLE,
+    )
     what = cli.add_mutually_exclusive_group(required=True)
     what.add_argument("config", nargs="?", help="YAML file, see configs/, or models:/NAME@ALIAS")
     what.add_argument("--like", metavar="RUN_ID", help="train again as this run did")
@@ -57,6 +65,8 @@ def train(arguments: argparse.Namespace) -> None:
     if result.decision:
         rows[result.decision.action] = "\n".join(result.decision.reasons)
     show_table(f"{name}: {result.seconds:.0f} s", rows)
+    if result.decision and result.decision.action == "refused":
+        sys.exit(REFUSED)
 
 
 if __name__ == "__main__":

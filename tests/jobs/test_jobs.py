@@ -17,6 +17,7 @@ from pycocotools.coco import COCO
 
 from gfl.checkpoint.files import read_about
 from gfl.checkpoint.snapshot import load_checkpoint
+from gfl_platform.registry.history import Decision
 from tests.support.goldens import run_command
 
 
@@ -73,6 +74,22 @@ def test_a_mistake_ends_the_process_with_that_status(tmp_path):
     status, _, error = run("jobs.train", "configs/demo.yaml", "loss.qfl.bta=1")
     assert status == 1
     assert error == "error: command line: loss.qfl.bta: unknown key; did you mean 'beta'?\n"
+
+
+@pytest.mark.parametrize(("action", "status"), [("refused", 3), ("promoted", 0)])
+def test_a_refusal_of_the_gate_is_the_status_of_the_training(
+    action, status, monkeypatch, capsys, tmp_path
+):
+    from gfl_platform.training import train
+
+    decision = Decision(action, 2, {}, ["AP 0.1, the champion's is 0.2"], commit="c")
+    result = train.TrainingResult("7f", tmp_path / "best", {"AP": 0.1}, 9.0, 1.0, 2, decision)
+    monkeypatch.setattr(train, "train", lambda *_, **__: result)
+    out = run_command(
+        monkeypatch, capsys, "jobs.train", "configs/demo.yaml", f"storage.root={tmp_path}"
+    )
+    assert cells_of(out)[action] == "AP 0.1, the champion's is 0.2"
+    assert out.endswith(f"exit status {status}\n")
 
 
 @pytest.fixture

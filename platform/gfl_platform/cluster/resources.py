@@ -2,6 +2,8 @@
 
 import logging
 import os
+import re
+import socket
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,6 +25,10 @@ AUTOSCALER_FILE = "~/ray_bootstrap_config.yaml"
 
 START_TIMEOUT = "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"
 """Environment variable: seconds that Ray Train waits for enough resources to start workers."""
+
+
+ANSWER_SECONDS = 5.0
+"""Time for a connection to the cluster's address."""
 
 
 class ClusterError(ValueError):
@@ -87,12 +93,41 @@ def connect(*, verbose: bool = False) -> None:
         # Ray Train asks the dashboard whether a training still runs. It listens on loopback, on
         # port 8265 or the next free one.
         options |= {"address": "local", "include_dashboard": True}
+    elif address := re.fullmatch(r"(?:ray://)?\[?(.+?)\]?:(\d+)", os.environ["RAY_ADDRESS"]):
+        _require_listener(address[1], int(address[2]))
     try:
         ray.init(**options)
     except (ConnectionError, RuntimeError, OSError) as error:
+        raise ClusterError(_reason(error)) from error
+
+
+def _require_listener(host: str, port: int) -> None:
+    """Check that a process listens at RAY_ADDRESS; Ray itself would try for a quarter of an hour.
+
+    Raises:
+        ClusterError: no process does.
+    """
+    try:
+        socket.create_connection((host, port), timeout=ANSWER_SECONDS).close()
+    except OSError as error:
         raise ClusterError(
-            f"Ray cluster {os.environ.get('RAY_ADDRESS', 'local')}: {error}; check RAY_ADDRESS"
+            f"RAY_ADDRESS={os.environ['RAY_ADDRESS']}: no Ray cluster answers there ({error}); set "
+            "it to the address of a cluster, or unset it to start one on this machine"
         ) from error
+
+
+def _reason(error: Exception) -> str:
+    """Return why Ray could not be used, with the environment variable to change if one is why."""
+    text = " ".join(str(error).split())
+    if in_cluster():
+        return f"RAY_ADDRESS={os.environ['RAY_ADDRESS']}: {text}"
+    for name in ("RAY_TMPDIR", "TMPDIR", "HOME"):
+        if (folder := os.environ.get(name)) and folder in text:
+            return (
+                f"{name}={folder}: Ray cannot use that folder ({text}); set {name} to one that "
+                "exists, can be written, and has a short path"
+            )
+    return f"Ray cannot start on this machine: {text}"
 
 
 def allot(job: JobConfig) -> Workers:

@@ -1,5 +1,6 @@
 """Resources that a job needs of the cluster, and messages about workers that stop."""
 
+import socket
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -102,6 +103,57 @@ def test_a_worker_that_stops_its_partners_is_one_loss():
             None, {0: partner, 1: died, 2: ValueError("bad data")}
         )
     assert log.events[-1] == WorkerFailed(2, "bad data", final=True)
+
+
+@pytest.fixture
+def no_cluster(monkeypatch):
+    """This process is connected to no cluster, and any attempt to connect would be seen."""
+    monkeypatch.setattr("ray.is_initialized", lambda: False)
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    for name in ("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"):
+        monkeypatch.setenv(name, "1")  # which `connect` would set for this process
+
+
+@pytest.mark.parametrize("form", ["127.0.0.1:{}", "ray://localhost:{}", "[::1]:{}"])
+def test_a_cluster_that_is_gone_is_said_at_once(no_cluster, monkeypatch, form):
+    with socket.create_server(("127.0.0.1", 0)) as closed:
+        address = form.format(closed.getsockname()[1])
+    monkeypatch.setenv("RAY_ADDRESS", address)
+    monkeypatch.setattr("ray.init", lambda **_: pytest.fail("Ray would try for a long time"))
+    with pytest.raises(resources.ClusterError) as caught:
+        resources.connect()
+    assert str(caught.value).startswith(f"RAY_ADDRESS={address}: no Ray cluster answers there (")
+
+
+def test_a_cluster_that_answers_is_left_to_ray(no_cluster, monkeypatch):
+    calls = []
+    monkeypatch.setattr("ray.init", lambda **options: calls.append(options))
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        for address in (f"127.0.0.1:{listening.getsockname()[1]}", "auto"):
+            monkeypatch.setenv("RAY_ADDRESS", address)
+            resources.connect()
+    assert len(calls) == 2
+    assert not any("address" in options for options in calls)
+
+
+def test_a_folder_that_ray_cannot_use_is_named_by_its_variable(no_cluster, monkeypatch, tmp_path):
+    long = tmp_path / ("of-a-user-with-a-long-name" * 4)
+    long.mkdir()
+    monkeypatch.delenv("RAY_TMPDIR", raising=False)
+    monkeypatch.setenv("TMPDIR", str(long))
+    with pytest.raises(resources.ClusterError, match=rf"^TMPDIR={long}: .*107 bytes.* set TMPDIR"):
+        resources.connect()
+
+    def fail(**_):  # as Ray does in a process of its own
+        raise NotADirectoryError(20, "Not a directory", "/dev/null/.ray")
+
+    monkeypatch.setattr("ray.init", fail)
+    monkeypatch.setenv("HOME", "/dev/null")
+    with pytest.raises(resources.ClusterError, match=r"^HOME=/dev/null: .* set HOME to one"):
+        resources.connect()
+    monkeypatch.setenv("HOME", str(tmp_path))
+    with pytest.raises(resources.ClusterError, match=r"^Ray cannot start on this machine: .*ray'$"):
+        resources.connect()
 
 
 def test_the_most_that_an_autoscaler_adds_is_in_its_file():
