@@ -14,6 +14,7 @@ import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, TypeVar
 
 import yaml
@@ -27,6 +28,10 @@ JOB_SECTIONS = frozenset({"run", "cluster", "storage", "tracking", "registry", "
 
 ConfigT = TypeVar("ConfigT", bound=Config)
 KeyPath = tuple[str, ...]
+
+
+MOST_NODES = 100_000
+"""Largest number of values in a YAML text with every alias written out."""
 
 
 class ConfigError(ValueError):
@@ -71,12 +76,11 @@ def load_schema(schema: type[ConfigT], path: str | Path, overrides: Sequence[str
     """Read a configuration file into `schema`: `Config`, or a subclass that has more sections."""
     origins: dict[KeyPath, str] = {}
     values = _read(Path(path), origins, seen=())
-    for override in overrides:
-        _merge(values, _parse_override(override), origins, "command line")
+    typed = _override(values, overrides, origins, "command line")
     foreign = [key for key in values if key in JOB_SECTIONS and key not in schema.model_fields]
     for key in foreign:
         del values[key]
-    return _validate(schema, values, origins, str(path))
+    return _validate(schema, values, origins, str(path), typed)
 
 
 def parse_config(text: str, source: str) -> Config:
@@ -91,9 +95,8 @@ def derive(
     """Return `config` as `schema` with `section.key=value` overrides, which come from `origin`."""
     values = config.model_dump(mode="json")
     origins: dict[KeyPath, str] = {}
-    for override in overrides:
-        _merge(values, _parse_override(override), origins, origin)
-    return _validate(schema, values, origins, "configuration")
+    typed = _override(values, overrides, origins, origin)
+    return _validate(schema, values, origins, "configuration", typed)
 
 
 def dump_config(config: Config) -> str:
@@ -135,8 +138,7 @@ def _read(path: Path, origins: dict[KeyPath, str], seen: tuple[Path, ...]) -> di
 
 def _mapping(text: str, source: str) -> dict[str, Any]:
     try:
-        # _Loader is a SafeLoader
-        values = yaml.load(text, Loader=_Loader)  # noqa: S506
+        values = load_yaml(text)
     except yaml.YAMLError as error:
         raise ConfigError(f"{source}: not valid YAML: {' '.join(str(error).split())}") from error
     if values is None:
@@ -146,11 +148,56 @@ def _mapping(text: str, source: str) -> dict[str, Any]:
     return values
 
 
-def _parse_override(override: str) -> dict[str, Any]:
-    key, equals, text = override.partition("=")
-    if not equals or not all(key.split(".")):
-        raise ConfigError(f"{override!r}: expected section.key=value, as in data.batch=8")
-    value = _mapping(f"value: {text}", f"command line {key}")["value"]
+def load_yaml(text: str) -> Any:
+    """Return the content of a YAML text.
+
+    Raises:
+        YAMLError: The text is not YAML, or its aliases or its depth make it too large.
+    """
+    loader = _Loader(text)
+    try:
+        node = loader.get_single_node()
+        if node is None:
+            return None
+        if _size(node, {}) > MOST_NODES:
+            raise yaml.YAMLError(f"more than {MOST_NODES} values; expected fewer aliases")
+        return loader.construct_document(node)
+    except RecursionError as error:
+        raise yaml.YAMLError("nested too deeply, or within itself") from error
+    finally:
+        loader.dispose()
+
+
+def _size(node: yaml.Node, known: dict[yaml.Node, int]) -> int:
+    """Return the number of values below a node where every alias is written out."""
+    if node not in known:
+        children = node.value if isinstance(node, yaml.CollectionNode) else []
+        if isinstance(node, yaml.MappingNode):
+            children = [child for pair in children for child in pair]
+        known[node] = 1 + sum(_size(child, known) for child in children)
+    return known[node]
+
+
+def _override(
+    values: dict[str, Any], overrides: Sequence[str], origins: dict[KeyPath, str], origin: str
+) -> dict[str, Any]:
+    """Merge overrides into `values`, and return them as they were typed: every scalar a text."""
+    typed: dict[str, Any] = {}
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        if not equals or not all(key.split(".")):
+            raise ConfigError(f"{override!r}: expected section.key=value, as in data.batch=8")
+        if " #" in text and not text.startswith(("[", "{", "'", '"')):
+            value, as_text = text, text  # for YAML, what follows " #" would be a comment
+        else:
+            value = _mapping(f"value: {text}", f"command line {key}")["value"]
+            as_text = yaml.load(f"value: {text}", Loader=yaml.BaseLoader)["value"]  # noqa: S506
+        _merge(values, _nested(key, value), origins, origin)
+        _merge(typed, _nested(key, as_text), {}, origin)
+    return typed
+
+
+def _nested(key: str, value: Any) -> dict[str, Any]:
     for name in reversed(key.split(".")):
         value = {name: value}
     return value
@@ -183,21 +230,47 @@ def _leaves(values: Mapping[str, Any], prefix: KeyPath = ()) -> Iterable[KeyPath
             yield (*prefix, name)
 
 
-def _at(values: Any, path: KeyPath) -> Any:
+def _at(values: Any, path: Iterable[str | int]) -> Any:
     for name in path:
         values = values[name]
     return values
 
 
 def _validate(
-    schema: type[ConfigT], values: dict[str, Any], origins: Mapping[KeyPath, str], source: str
+    schema: type[ConfigT],
+    values: dict[str, Any],
+    origins: Mapping[KeyPath, str],
+    source: str,
+    typed: Mapping[str, Any] = MappingProxyType({}),
 ) -> ConfigT:
+    """Return `values` as `schema`.
+
+    Where the schema expects a text and YAML has read a number, a date or a switch, the text that
+    was typed on the command line counts: `run.name=001` is the name 001.
+    """
     try:
         # As JSON: strict validation of Python values would refuse a list for a tuple.
         return schema.model_validate_json(json.dumps(values, default=str))
     except ValidationError as error:
+        if _take_texts(values, typed, error):
+            return _validate(schema, values, origins, source)
         problems = [_explain(schema, problem, origins, source) for problem in error.errors()]
         raise ConfigError("; ".join(problems)) from error
+
+
+def _take_texts(values: dict[str, Any], typed: Mapping[str, Any], error: ValidationError) -> bool:
+    """Replace values that have to be texts by what was typed, and return whether any was."""
+    places = [problem["loc"] for problem in error.errors() if problem["type"] == "string_type"]
+    taken = False
+    for *parents, last in places:
+        try:
+            text, holder = _at(typed, (*parents, last)), _at(values, parents)
+        except (KeyError, IndexError, TypeError):  # it comes from a file
+            continue
+        if isinstance(text, str):
+            holder[last] = text
+            taken = True
+    return taken
 
 
 def _explain(
@@ -221,7 +294,8 @@ def _explain(
         # A check of several keys together names the keys itself.
         has_key = not path or f"{path[0]}." in text
         return f"{origin}: {text}" if has_key else f"{origin}: {key}: {text}"
-    return f"{origin}: {key}: got {problem['input']!r}: {problem['msg']}"
+    quotes = "; put it into quotes" if problem["type"] == "string_type" else ""
+    return f"{origin}: {key}: got {problem['input']!r}: {problem['msg']}{quotes}"
 
 
 def _keys(schema: type[BaseModel], path: KeyPath) -> list[str]:

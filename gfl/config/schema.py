@@ -1,8 +1,9 @@
 """The schema of a configuration: everything that reproduces a number."""
 
+from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 Positive = Annotated[int, Field(gt=0)]
 Count = Annotated[int, Field(ge=0)]
@@ -168,6 +169,11 @@ class SplitConfig(Section):
     """Folder of the image files."""
     annotations: str
     """COCO JSON file, or the folder of VOC XML or YOLO txt files."""
+
+    @field_validator("images", "annotations")
+    @classmethod
+    def _home_is_expanded(cls, place: str) -> str:
+        return str(Path(place).expanduser()) if place.startswith("~") else place
 
 
 class ShapesConfig(Section):

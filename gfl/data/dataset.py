@@ -6,7 +6,7 @@ nor an interruption changes a sample.
 Shapes: B images of a batch, G objects of an image, H and W height and width in px.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from math import ceil
@@ -167,6 +167,31 @@ class DetectionDataset(Dataset[Sample]):
             problem += ", as before the rotation by its EXIF orientation"
             advice = f"remove the orientation or {advice}"
         raise DataError(f"{problem}; {advice}")
+
+
+def require_batch_statistics(config: Config, records: Sequence[ImageRecord], images: int) -> None:
+    """Check that BatchNorm, if it trains, has more than one value of each channel in every batch.
+
+    Args:
+        config: The configuration of the training.
+        records: The images to train on.
+        images: Number of images of a worker's shard.
+
+    Raises:
+        DataError: There may be a micro-batch of one image that is one cell of the last stage.
+    """
+    backbone, data = config.model.backbone, config.data
+    per_pass = min(data.images_per_pass or images, images)
+    if backbone.norm_eval or backbone.sync_norm or (per_pass > 1 and images % per_pass != 1):
+        return
+    short = min(data.multi_scale or (data.short_side,))
+    for record in records:
+        if max(fitted_size(*record.size, short, data.long_side)) <= SIZE_MULTIPLE:
+            raise DataError(
+                f"{record.path}: alone in a pass and at most {SIZE_MULTIPLE} px wide and high, it "
+                "gives BatchNorm one value of each channel; set a larger data.batch or "
+                "data.short_side, or model.backbone.norm_eval=true"
+            )
 
 
 def build_loader(

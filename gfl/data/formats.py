@@ -18,6 +18,7 @@ from xml.etree.ElementTree import Element
 
 import yaml
 
+from gfl.config.loader import load_yaml
 from gfl.config.schema import SplitConfig
 from gfl.data.images import FileNames, composed, image_size, list_images
 from gfl.errors import DataError
@@ -155,7 +156,7 @@ def read_coco(path: Path) -> tuple[dict[str, Any], str]:
         ) from error
     try:
         content = json.loads(raw)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DataError(
             f"{path}: not JSON ({error}); expected a COCO file, or another data.format"
         ) from error
@@ -439,17 +440,23 @@ def find_classes(folder: Path) -> list[str] | None:
     and CVAT write it, or a `data.yaml` with `names:` in it or up to two folders above.
 
     Raises:
-        DataError: The file of names cannot be used.
+        DataError: The file of names cannot be used, or two such files differ.
     """
-    for place in (folder, folder.absolute().parent):
-        for listed in (place / CLASSES_FILE, place / "obj.names"):
-            if listed.is_file():
-                text = _text(listed, listed.read_bytes())
-                return [name.strip() for name in text.strip().splitlines()]
-    for place in (folder, *folder.absolute().parents[:2]):
-        if (place / "data.yaml").is_file():
-            return _names(place / "data.yaml")
-    return None
+    here, above, *higher = (folder.absolute(), *folder.absolute().parents[:2])
+    lists = [place / name for place in (here, above) for name in (CLASSES_FILE, "obj.names")]
+    listed = {file: _lines(file) for file in lists if file.is_file()}
+    yaml_files = (place / "data.yaml" for place in (here, above, *higher))
+    listed |= {file: _names(file) for file in yaml_files if file.is_file()}
+    if not listed:
+        return None
+    (first, names), *others = listed.items()
+    for other, other_names in others:
+        if other_names != names:
+            raise DataError(
+                f"{first} and {other} name other classes ({', '.join(names)[:80]}; "
+                f"{', '.join(other_names)[:80]}); correct one, or set data.classes"
+            )
+    return names
 
 
 def read_yolo(split: SplitConfig, classes: Sequence[str] | None) -> tuple[dict[str, Any], str]:
@@ -522,9 +529,13 @@ def _yolo_object(line: str, size: tuple[int, int], classes: Sequence[str], what:
     return Object(int(label), [(cx - w / 2) * width, (cy - h / 2) * height, w * width, h * height])
 
 
+def _lines(file: Path) -> list[str]:
+    return [name.strip() for name in _text(file, file.read_bytes()).strip().splitlines()]
+
+
 def _names(file: Path) -> list[str]:
     try:
-        content = yaml.safe_load(_text(file, file.read_bytes()))
+        content = load_yaml(_text(file, file.read_bytes()))
     except yaml.YAMLError as error:
         raise DataError(f"{file}: not valid YAML: {' '.join(str(error).split())}") from error
     names = content.get("names") if isinstance(content, dict) else None

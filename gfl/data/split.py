@@ -216,6 +216,9 @@ def _classes(
             f"{listed}), or set model.num_classes={len(categories)}"
         )
     names = [category["name"] for category in categories]
+    for name, uses in Counter(names).most_common(1):
+        if uses > 1:
+            raise DataError(f"{path}: {uses} categories are called {name!r}; rename or merge them")
     return names, {category["id"]: label for label, category in enumerate(categories)}
 
 

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from gfl.config.schema import Config, DataConfig, ModelConfig
+from gfl.data.dataset import require_batch_statistics
 from gfl.data.images import read_image
 from gfl.data.split import ImageRecord, Split
 from gfl.errors import DataError
@@ -44,6 +45,9 @@ SAMPLE = 1000
 OVERHANG_PX = 1.0
 """How far a box may extend beyond its image without a warning: annotations are rounded."""
 
+DARKEST = 32
+"""Value of the brightest pixel below which an image uses a small part of its range."""
+
 SIZES = {"small": 0.0, "medium": 32.0, "large": 96.0}
 """COCO's sizes of objects, by the least square root of their area in px."""
 
@@ -55,11 +59,13 @@ class ImageFile:
     Attributes:
         digest: SHA-256 of the file; empty if it cannot be decoded.
         size: (height, width) in px; None if it cannot be decoded.
+        brightest: Largest value of its pixels, 0..255; 255 if it cannot be decoded.
         problem: Why the file cannot be decoded; empty if it can.
     """
 
     digest: str
     size: tuple[int, int] | None
+    brightest: int
     problem: str
 
 
@@ -155,7 +161,7 @@ def inspect_data(
         files=len(files),
         splits={"train": describe(train, config.data), "val": describe(val, config.data)},
         regression_ranges=ranges,
-        findings=find_all(config.model, train, val, files, ranges),
+        findings=find_all(config, train, val, files, ranges),
     )
 
 
@@ -202,14 +208,15 @@ def check_files(paths: Collection[Path]) -> Iterator[tuple[Path, ImageFile]]:
 
 def _check_file(path: Path) -> ImageFile:
     try:
-        _, height, width = read_image(path).shape
+        pixels = read_image(path)
     except DataError as error:
-        return ImageFile("", None, str(error))
-    return ImageFile(hashlib.sha256(path.read_bytes()).hexdigest(), (height, width), "")
+        return ImageFile("", None, 255, str(error))
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    return ImageFile(digest, (pixels.shape[1], pixels.shape[2]), int(pixels.max()), "")
 
 
 def find_all(
-    model: ModelConfig,
+    config: Config,
     train: Split,
     val: Split,
     files: Mapping[Path, ImageFile],
@@ -218,7 +225,7 @@ def find_all(
     """Return everything that is wrong with `train` and `val`, errors first.
 
     Args:
-        model: The model that is to learn the edges.
+        config: The configuration whose data this is.
         train: The training set.
         val: The evaluation set.
         files: Results of `check_files`, if there are any.
@@ -228,23 +235,28 @@ def find_all(
         *_file_findings("train", train, files),
         *_file_findings("val", val, files),
         *_same_images(train, val, files),
-        *_clipped_edges(ranges, model, len(train.records)),
+        *_clipped_edges(ranges, config.model, len(train.records)),
         *_unlearned_objects(ranges),
+        *_single_values(config, train),
+        *_crowded_images("train", train, config),
+        *_crowded_images("val", val, config),
         *_box_findings("train", train),
         *_box_findings("val", val),
     ]
     return sorted(findings, key=lambda finding: not finding.error)
 
 
-def find_cheaply(config: Config, train: Split) -> list[Finding]:
-    """Return those problems of `train` that take about a second to find, even in COCO.
+def find_cheaply(config: Config, train: Split, val: Split) -> list[Finding]:
+    """Return those problems that take about a second to find, even in COCO.
 
-    These are clipped edges in at most `SAMPLE` evenly spaced images, and classes without boxes.
+    These are clipped edges in at most `SAMPLE` evenly spaced images of `train`, classes without
+    boxes, and images with more objects than an evaluation counts.
     """
     sample = train.records[:: ceil(len(train.records) / SAMPLE)]
     return [
         *_clipped_edges(_regression_ranges(sample, config), config.model, len(train.records)),
         *_empty_classes("train", train),
+        *_crowded_images("val", val, config),
     ]
 
 
@@ -263,6 +275,13 @@ def _file_findings(name: str, split: Split, files: Mapping[Path, ImageFile]) -> 
         if file.size and file.size != record.size
     ]
     yield from _finding(name, "images of another size than annotated", resized, error=True)
+    dark = [
+        f"{record.path.name}: {file.brightest}"
+        for record, file in decoded
+        if file.brightest < DARKEST
+    ]
+    what = f"images whose brightest pixel is below {DARKEST} of 255, as of 12 bits kept in 16"
+    yield from _finding(name, what, dark)
 
 
 def _finding(split: str, what: str, cases: list[str], *, error: bool = False) -> Iterator[Finding]:
@@ -323,6 +342,30 @@ def _unlearned_objects(ranges: Sequence[RegressionRange]) -> Iterator[Finding]:
         ]
         what = "objects that no location learns"
         yield Finding(False, "train", worst.unlearned_objects, what, details)
+
+
+def _single_values(config: Config, train: Split) -> Iterator[Finding]:
+    try:
+        require_batch_statistics(config, train.records, config.data.batch)
+    except DataError as error:
+        yield Finding(True, "train", 1, "batches with one value of each channel", [str(error)])
+
+
+def _crowded_images(name: str, split: Split, config: Config) -> Iterator[Finding]:
+    """Yield the images that have more objects than detections count."""
+    limit = min(config.postprocess.detections_per_image, max(config.evaluation.max_detections))
+    counts = np.array([len(record.boxes) for record in split.records])
+    crowded = int((counts > limit).sum())
+    if crowded:
+        most = int(counts.max())
+        share = np.minimum(counts, limit).sum() / counts.sum()
+        details = [
+            f"up to {most} objects, so that AP and recall are at most {share:.2f}",
+            f"postprocess.detections_per_image={most} and "
+            f"evaluation.max_detections=[1,10,{most}] count all",
+        ]
+        what = f"images with more objects than the {limit} detections that are kept"
+        yield Finding(False, name, crowded, what, details)
 
 
 def _box_findings(name: str, split: Split) -> Iterator[Finding]:

@@ -20,8 +20,8 @@ from gfl.checkpoint.pretrained import load_weights
 from gfl.checkpoint.snapshot import Snapshot, load_checkpoint, read_training, take_snapshot
 from gfl.config.loader import ConfigError, dump_config
 from gfl.config.schema import Config
-from gfl.data.dataset import Batch, DetectionDataset, collate
-from gfl.data.samplers import TrainBatches
+from gfl.data.dataset import Batch, DetectionDataset, collate, require_batch_statistics
+from gfl.data.samplers import TrainBatches, shard_size
 from gfl.data.split import Split
 from gfl.distributed import worker_rank
 from gfl.errors import NonFiniteLossError
@@ -98,6 +98,8 @@ class Trainer:
         place(self.detector, device)
         self.step = read_about(resume).step if resume else 0
         self.batches = TrainBatches(train.records, config, self.rank, self.world, self.step, shards)
+        shard = shard_size(config, self.batches.total_shards)
+        require_batch_statistics(config, train.records, shard)
         self.dataset = DetectionDataset(train, config, training=True)
         self.optimizer = build_optimizer(self.detector, config)
         self.scheduler = build_scheduler(

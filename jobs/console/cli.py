@@ -4,6 +4,7 @@ It imports nothing heavy, so that `--help` answers at once.
 """
 
 import argparse
+import io
 import logging
 import re
 import shlex
@@ -45,6 +46,9 @@ def parse(cli: argparse.ArgumentParser) -> argparse.Namespace:
 
 def run(job: Callable[[argparse.Namespace], None], arguments: argparse.Namespace) -> None:
     """Run a job; an error is one line, and the exit status 1."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # of a terminal or a log that is not UTF-8
     level = logging.DEBUG if arguments.debug else logging.INFO
     handler = RichHandler(console=console, show_path=False, show_time=False, show_level=False)
     logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[handler])

@@ -148,7 +148,8 @@ def _classes(inspection: Inspection) -> Iterable[tuple[str, ...]]:
     hidden = names[half:-half] if len(names) > CLASSES_SHOWN else []
     for name in names:
         if name not in hidden:
-            bar = "█" * round(BAR * train[name] / most)
+            mark = "█" if console.encoding.startswith("utf") else "#"
+            bar = mark * round(BAR * train[name] / most)
             yield name, f"{train[name]}", f"{val[name]}", bar
         elif name == hidden[0]:
             yield f"... {len(hidden)} more", "", "", ""

@@ -286,7 +286,7 @@ def _describe(config: Config, splits: tuple[Split, Split]) -> DataDescribed:
     for name, split in zip(("train", "val"), splits, strict=True):
         facts |= {f"{name}.digest": split.digest, f"{name}.images": len(split.records)}
     facts |= {f"train.dropped.{why}": count for why, count in splits[0].dropped.items()}
-    findings = [str(finding) for finding in find_cheaply(config, splits[0])]
+    findings = [str(finding) for finding in find_cheaply(config, *splits)]
     return DataDescribed(facts, findings)
 
 

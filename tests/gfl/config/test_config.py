@@ -94,11 +94,37 @@ def test_a_mistake_in_the_base_names_the_base(write):
         ("loss.qfl.beta=-1", r"command line: loss\.qfl\.beta: got -1"),
         ("loss.qfl.gamma=1", r"command line: loss\.qfl\.gamma: unknown key"),
         ("seed={", "not valid YAML"),
+        ("seed=&a [*a]", "not valid YAML: nested too deeply, or within itself"),
+        ("seed=" + "[" * 5000, "not valid YAML"),
     ],
 )
 def test_a_mistake_on_the_command_line_says_so(override, message):
     with pytest.raises(ConfigError, match=message):
         gfl.load_config("configs/demo.yaml", [override])
+
+
+@pytest.mark.parametrize("text", ["001", "12_30", "1e3", "20240105", "on", "~x", "a #3", "null"])
+def test_a_text_is_what_was_typed(text):
+    config = gfl.load_config("configs/demo.yaml", [f"model.pretrained={text}"])
+    assert config.model.pretrained == (None if text == "null" else text)
+
+
+def test_texts_in_a_list_are_what_was_typed():
+    config = gfl.load_config("configs/demo.yaml", ["data.classes=[yes,no,007]"])
+    assert config.data.classes == ("yes", "no", "007")
+
+
+def test_a_home_in_a_place_of_data_is_expanded(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    config = gfl.load_config("configs/demo.yaml", ["data.train.images=~/coco/train"])
+    assert config.data.train.images == "/home/me/coco/train"
+
+
+def test_aliases_that_explode_are_refused(write):
+    lines = ["a0: &a0 [x, x, x, x, x, x, x, x, x, x]"]
+    lines += [f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 10)}]" for n in range(1, 9)]
+    with pytest.raises(ConfigError, match="more than 100000 values; expected fewer aliases"):
+        gfl.load_config(write("\n".join(lines)))
 
 
 def test_a_configuration_is_frozen_and_can_be_derived_from():

@@ -8,11 +8,13 @@ import pytest
 import torch
 from PIL import Image
 
-from gfl.config.loader import load_config
+from gfl.config.loader import derive, load_config
 from gfl.data.dataset import DetectionDataset
 from gfl.data.split import ImageRecord, load_splits
+from gfl.errors import DataError
 from gfl.inference.visualize import draw_samples
 from gfl.inspection.findings import EXAMPLES, check_files, describe, find_cheaply, inspect_data
+from gfl.train.trainer import Trainer
 
 
 @pytest.fixture
@@ -176,7 +178,7 @@ def test_the_check_before_training_says_the_same_without_a_file(tiny, prepared, 
     config = clipping(tiny)
     records = [replace(r, path=tmp_path / "absent.jpg") for r in train.records]
     ghost = replace(train, records=records, classes=[*train.classes, "ghost"])
-    clipped, empty = map(str, find_cheaply(config, ghost))
+    clipped, empty = map(str, find_cheaply(config, ghost, ghost))
     assert clipped.startswith(
         "train: edges beyond the regression range of model.reg_max 2, hence clipped: "
     )
@@ -201,7 +203,7 @@ def test_the_check_before_training_samples_a_large_set_in_a_second_or_two(prepar
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     started = time.process_time()
-    clipped, empty = map(str, find_cheaply(config, split))
+    clipped, empty = map(str, find_cheaply(config, split, split))
     seconds = time.process_time() - started
     torch.set_num_threads(threads)
     assert "of edges in 1000 of 118000 images at short side 800" in clipped
@@ -242,3 +244,39 @@ def test_real_images_have_no_errors_and_known_troubles(real_data):
     assert counts["val", "images without boxes"] == 2
     (measured,) = report.regression_ranges
     assert (measured.total.clipped, measured.reg_max) == (0, 12)
+
+
+def test_images_with_more_objects_than_detections_are_named(tiny, prepared):
+    config = derive(type(tiny), tiny, ["postprocess.detections_per_image=1"])
+    (finding,) = [f for f in find_cheaply(config, *prepared) if "more objects" in f.what]
+    assert finding.what == "images with more objects than the 1 detections that are kept"
+    counts = np.array([len(record.boxes) for record in prepared[1].records])
+    assert finding.count == (counts > 1).sum() > 0
+    share = np.minimum(counts, 1).sum() / counts.sum()
+    assert f"AP and recall are at most {share:.2f}" in str(finding)
+    assert f"postprocess.detections_per_image={counts.max()} and" in str(finding)
+    assert not [f for f in find_cheaply(tiny, *prepared) if "more objects" in f.what]
+
+
+def test_a_batch_with_one_value_a_channel_is_an_error_before_training(tiny, prepared):
+    small = ["data.short_side=32", "data.long_side=32", "data.batch=1"]
+    config = derive(type(tiny), tiny, small)
+    (error,) = [f for f in findings(config, *prepared, quick=True) if f.error]
+    assert "set a larger data.batch or data.short_side, or model.backbone.norm_eval" in str(error)
+    mends = (["data.batch=2"], ["data.long_side=64", "data.short_side=64"],
+             ["model.backbone.norm_eval=true"])  # fmt: skip
+    for mend in mends:
+        mended = derive(type(tiny), config, mend)
+        assert not [f for f in findings(mended, *prepared, quick=True) if f.error]
+    with pytest.raises(DataError, match="gives BatchNorm one value of each channel"):
+        Trainer(config, prepared[0], torch.device("cpu"))
+
+
+def test_pixels_that_use_a_small_part_of_their_range_are_named(tiny, prepared, tmp_path):
+    train, val = prepared
+    height, width = train.records[0].size
+    twelve_bits = np.random.default_rng(0).integers(0, 4096, (height, width)).astype(np.uint16)
+    Image.fromarray(twelve_bits).save(dark := tmp_path / "dark.png")
+    (finding,) = findings(tiny, changed(train, 0, path=dark), val)
+    assert finding.what.startswith("images whose brightest pixel is below 32 of 255")
+    assert finding.details == ["dark.png: 16"]
