@@ -16,6 +16,8 @@ from rich.console import Console
 from rich.logging import RichHandler
 from rich.table import Table
 
+from gfl_platform.redaction import redact
+
 OVERRIDE = re.compile(r"[a-z_]\w*(\.\w+)*=")
 
 # A pipe has no terminal that could scroll, so its lines are wide.
@@ -51,6 +53,7 @@ def run(job: Callable[[argparse.Namespace], None], arguments: argparse.Namespace
             stream.reconfigure(errors="replace")  # of a terminal or a log that is not UTF-8
     level = logging.DEBUG if arguments.debug else logging.INFO
     handler = RichHandler(console=console, show_path=False, show_time=False, show_level=False)
+    handler.addFilter(_without_secrets)
     logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[handler])
     for package in ("gfl", "gfl_platform", "jobs"):
         logging.getLogger(package).setLevel(level)
@@ -61,11 +64,15 @@ def run(job: Callable[[argparse.Namespace], None], arguments: argparse.Namespace
     except Exception as error:
         if arguments.debug:
             raise
-        from gfl_platform.tracking.client import without_password
-
         expected = isinstance(error, (ValueError, RuntimeError))
         text = str(error) if expected else f"{type(error).__name__}: {error}; --debug shows where"
-        sys.exit(_report(without_password(" ".join(text.split())), 1))
+        sys.exit(_report(redact(" ".join(text.split())), 1))
+
+
+def _without_secrets(record: logging.LogRecord) -> bool:
+    """Mask the secrets in a line of the log; every line is shown."""
+    record.msg, record.args = redact(record.getMessage()), ()
+    return True
 
 
 @contextmanager

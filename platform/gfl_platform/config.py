@@ -18,6 +18,7 @@ from pydantic import (
 
 from gfl.config.loader import JOB_SECTIONS, derive, load_schema
 from gfl.config.schema import Config, Count, Positive, Section, SplitConfig
+from gfl_platform.redaction import require_no_credentials
 
 _NUMBERS = ((int, float), "numbers")  # Exact types, because a boolean is an `int` to Python.
 
@@ -295,6 +296,11 @@ class JobConfig(Config):
     sweep: SweepConfig | None = None
 
     @model_validator(mode="after")
+    def _no_credentials(self) -> "JobConfig":
+        _require_no_credentials("", self.model_dump(mode="json"))
+        return self
+
+    @model_validator(mode="after")
     def _elastic_workers_fit(self) -> "JobConfig":
         if isinstance(self.cluster.workers, tuple):
             workers = f"cluster.workers: {list(self.cluster.workers)}"
@@ -308,6 +314,18 @@ class JobConfig(Config):
                     f"{workers}: trials of a sweep have a fixed number; set one number"
                 )
         return self
+
+
+def _require_no_credentials(key: str, value: Any) -> None:
+    """Check all texts of a configuration; only MLflow's URI may hold a password."""
+    if isinstance(value, dict):
+        for name, inner in value.items():
+            _require_no_credentials(f"{key}.{name}" if key else str(name), inner)
+    elif isinstance(value, list):
+        for inner in value:
+            _require_no_credentials(key, inner)
+    elif isinstance(value, str) and key != "tracking.uri":
+        require_no_credentials(key, value)
 
 
 def load_job(path: str | Path, overrides: Sequence[str] = ()) -> JobConfig:

@@ -5,14 +5,13 @@ import os
 import subprocess
 from pathlib import Path
 
+from gfl_platform.redaction import redact
+
 COMMIT = "git.commit"
 """Tag of an MLflow run: the commit of the code."""
 
 GIT_VARIABLES = ("GFL_GIT_COMMIT", "GFL_GIT_CHANGED", "GFL_GIT_DIFF")
 """Environment variables of a submitted job: the submitter's commit, changed files and diff."""
-
-CODE = ("*.py", "*.yaml", "*.yml", "*.toml")
-"""Patterns of the untracked files whose content is part of the diff."""
 
 USER = "GFL_USER"
 """Environment variable of a submitted job: the user who submitted it."""
@@ -31,24 +30,22 @@ def git_state() -> tuple[str, str, str]:
 
 
 def git_state_of(folder: Path) -> tuple[str, str, str]:
-    """Return `git_state` of a repository; the diff includes new code and configuration files."""
+    """Return `git_state` of a repository.
 
-    def git(*arguments: str, other_success: int = 0) -> str:
+    Files that git does not know are named, but they are no part of the diff: they may hold secrets.
+    `git add` makes a new file part of it.
+    """
+
+    def git(*arguments: str) -> str:
         command = ["git", "-C", str(folder), *arguments]
-        result = subprocess.run(command, capture_output=True, text=True, errors="replace")
-        if result.returncode not in (0, other_success):
-            raise subprocess.CalledProcessError(result.returncode, command)
+        result = subprocess.run(
+            command, capture_output=True, text=True, errors="replace", check=True
+        )
         return result.stdout
 
     try:
         changed = ", ".join(line[3:] for line in git("status", "--porcelain").splitlines())
-        untracked = git("ls-files", "-z", "--others", "--exclude-standard", "--", *CODE)
-        new = [
-            git("diff", "--no-index", "--", os.devnull, file, other_success=1)
-            for file in untracked.split("\0")
-            if file
-        ]
-        return git("rev-parse", "HEAD").strip(), changed, "".join([git("diff", "HEAD"), *new])
+        return git("rev-parse", "HEAD").strip(), changed, redact(git("diff", "HEAD"))
     except (OSError, subprocess.CalledProcessError):
         return "unknown", "", ""
 

@@ -21,6 +21,7 @@ from ray.job_submission import JobStatus, JobSubmissionClient
 from gfl_platform.cluster.launch import JobFailedError
 from gfl_platform.cluster.resources import ClusterError
 from gfl_platform.provenance import GIT_VARIABLES, USER, acting_user, git_state
+from gfl_platform.redaction import redact
 
 LARGEST = 100 * 2**20
 """Largest working directory in bytes. Ray's limit is for the packed one; we count it unpacked."""
@@ -102,6 +103,12 @@ def _require_sound(root: Path, excludes: Sequence[str], words: Sequence[str]) ->
     Raises:
         SubmissionError: see `submit`.
     """
+    for word in words:
+        if redact(word) != word:
+            raise SubmissionError(
+                f"{redact(word)}: the dashboard shows a job's command; leave the credentials out, "
+                "and set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"
+            )
     files = travelling(root, excludes)
     for shadow in shadows(files):
         raise SubmissionError(

@@ -15,6 +15,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from gfl_platform.config import TrackingConfig
+from gfl_platform.redaction import redact
 from gfl_platform.storage.storage import Storage
 
 if TYPE_CHECKING:
@@ -64,7 +65,7 @@ class Store:
     @property
     def shown_uri(self) -> str:
         """URI of the store without its password."""
-        return without_password(self.uri)
+        return redact(self.uri)
 
     @property
     def client(self) -> "MlflowClient":
@@ -177,15 +178,10 @@ def _way_out(reason: str) -> str:
     )
 
 
-def without_password(text: str) -> str:
-    """Return a URI, or an error message with URIs in it, without passwords."""
-    return re.sub(r"(://[^/:@\s]*:)[^/@\s]*@", r"\1***@", text)
-
-
 def reason_of(error: Exception) -> str:
     """Return the first line of an error without passwords, and without SQLAlchemy's class."""
     line = next(iter(str(error).splitlines()), type(error).__name__)
-    return without_password(re.sub(r"^\([\w.]+\) ", "", line))
+    return redact(re.sub(r"^\([\w.]+\) ", "", line))
 
 
 def on_all_pages(search: Callable[[str | None], Any]) -> list[Any]:

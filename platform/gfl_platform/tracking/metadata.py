@@ -11,8 +11,9 @@ from gfl.config.loader import ConfigError, ConfigT, dump_config, flatten, load_s
 from gfl_platform.cluster.events import RunOpened
 from gfl_platform.config import JobConfig
 from gfl_platform.provenance import COMMIT, git_state
+from gfl_platform.redaction import redact
 from gfl_platform.storage.files import read_json, write_atomically
-from gfl_platform.tracking.client import TrackingError, without_password
+from gfl_platform.tracking.client import TrackingError
 
 CONFIG_FILE, PACKAGES_FILE, DIFF_FILE = "config.yaml", "packages.txt", "git.diff"
 """Artifacts of a run: its configuration, the versions of packages, and uncommitted changes."""
@@ -40,7 +41,7 @@ def describe(job: JobConfig, name: str, tags: Mapping[str, str] | None = None) -
     """
     values = job.model_dump(mode="json")
     if job.tracking.uri:
-        values["tracking"]["uri"] = without_password(job.tracking.uri)
+        values["tracking"]["uri"] = redact(job.tracking.uri)
     commit, changed, diff = git_state()
     versions = [f"{package}=={importlib.metadata.version(package)}" for package in PACKAGES]
     texts = {CONFIG_FILE: yaml.safe_dump(values, sort_keys=False)}

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from gfl_platform.cluster.events import Event, from_json, name_of, to_json
+from gfl_platform.redaction import redact
 
 logger = logging.getLogger(__name__)
 
@@ -69,8 +70,8 @@ class Spool:
             yield
 
     def add(self, event: Event) -> None:
-        """Append an event."""
-        row = (name_of(event), json.dumps(to_json(event)))
+        """Append an event without the secrets in it."""
+        row = (name_of(event), redact(json.dumps(to_json(event))))
         with self._turn() as db:
             if self._size() >= self._limit:
                 self._thin_out()

@@ -16,6 +16,7 @@ from gfl_platform.cluster.events import (
     WorkerFailed,
     WorkersStarted,
 )
+from gfl_platform.redaction import redact
 from gfl_platform.storage.files import read_json, write_atomically
 from gfl_platform.tracking.client import TrackingError
 from gfl_platform.tracking.metadata import read_run_file
@@ -100,7 +101,7 @@ class StatusFile:
     def _write(self) -> None:
         self._written = self._facts["time"] = time.time()
         try:
-            write_atomically(self._path, json.dumps(self._facts) + "\n")
+            write_atomically(self._path, redact(json.dumps(self._facts)) + "\n")
         except OSError as error:  # A full device must not hide the reason why a training ends.
             logger.warning("%s: %s", self._path, error.strerror)
 

@@ -66,7 +66,7 @@ def test_other_weights_are_told(capsys):
     assert out == "not as it was then: weights.pretrained w (sha256 123) -> w (sha256 567)\n"
 
 
-def test_new_code_is_part_of_the_diff(tmp_path):
+def test_the_diff_has_what_git_knows_and_new_files_are_named(tmp_path):
     def git(*words):
         identity = ("-c", "user.name=t", "-c", "user.email=t@example.org")
         subprocess.run(["git", "-C", str(tmp_path), *identity, *words], check=True)
@@ -77,12 +77,14 @@ def test_new_code_is_part_of_the_diff(tmp_path):
     git("commit", "-q", "-m", "first")
     (tmp_path / "old.py").write_text("a = 2\n")
     (tmp_path / "new.py").write_text("b = 3\n")
+    git("add", "new.py")
+    (tmp_path / "secrets.yaml").write_text("c = 4\n")
     (tmp_path / "weights.bin").write_bytes(b"c = 4\n")
     commit, changed, diff = git_state_of(tmp_path)
     assert len(commit) == 40
-    assert changed == "old.py, new.py, weights.bin"
+    assert changed == "new.py, old.py, secrets.yaml, weights.bin"
     assert [line for line in diff.splitlines() if line[:2] in ("+a", "+b", "+c")] == [
-        "+a = 2", "+b = 3"
+        "+b = 3", "+a = 2"
     ]  # fmt: skip
 
 

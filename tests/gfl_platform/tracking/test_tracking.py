@@ -18,7 +18,7 @@ from gfl_platform.cluster.events import (
 )
 from gfl_platform.config import load_job
 from gfl_platform.registry import models
-from gfl_platform.tracking.client import TrackingError, without_password
+from gfl_platform.tracking.client import TrackingError
 from gfl_platform.tracking.delivery import BATCH
 from gfl_platform.tracking.metadata import RUN_FILE, describe
 from gfl_platform.tracking.run import RunTracker, settle
@@ -61,19 +61,6 @@ def test_the_password_of_a_store_that_does_not_answer_is_told_to_nobody(tmp_path
         train._register(store_of(job), "m", tmp_path, tracker, {})
     tracker.close("FAILED")
     assert "secret" not in f"{error.value} {unregistered.value} {caplog.text}"
-
-
-@pytest.mark.parametrize(
-    "text",
-    [
-        "http://u:secret@host:5000",
-        "http://:secret@host",
-        "no: API request to http://u:secret@h/api",
-    ],
-)
-def test_what_is_shown_of_a_uri_holds_no_password(text):
-    assert without_password(text) == text.replace("secret", "***")
-    assert without_password("http://h:1 is not a@b") == "http://h:1 is not a@b"
 
 
 def test_a_report_that_was_not_noted_counts_as_new(tiny_file, tmp_path, monkeypatch):
