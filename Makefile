@@ -6,7 +6,7 @@ unexport PYTHONDONTWRITEBYTECODE
 INSTALLED := .venv/.installed
 PIP := $(BIN)/python -m pip install --quiet --no-compile --no-deps
 
-.PHONY: install lock demo test drill test-all check lint types imports bench
+.PHONY: install lock demo test drill fuzz test-all check lint types imports bench
 
 install: $(INSTALLED)
 
@@ -37,15 +37,19 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 PARALLEL := --numprocesses auto --dist loadgroup --no-loadscope-reorder
 
 test: $(INSTALLED)
-	$(PYTEST) $(PARALLEL) -m "not chaos and not slow"
+	$(PYTEST) $(PARALLEL) -m "not chaos and not slow and not fuzz"
 
 test-all: $(INSTALLED)
-	$(PYTEST) $(PARALLEL) -m "not chaos"
+	$(PYTEST) $(PARALLEL) -m "not chaos and not fuzz"
 	$(PYTEST) -m chaos
 
 drill: $(INSTALLED)
 	@$(BIN)/python -c 'import sys; from tests.support import servers; sys.exit(servers.PostgreSQL.tools is None and "make drill needs PostgreSQL: apt install postgresql")'
 	$(PYTEST) --capture no tests/gfl_platform/cluster/test_drill.py
+
+# Files and requests that nobody would write, a few minutes of them.
+fuzz: $(INSTALLED)
+	$(PYTEST) -m fuzz tests/fuzz
 
 check: lint types imports
 

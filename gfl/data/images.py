@@ -10,7 +10,7 @@ import re
 import unicodedata
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import cache
+from functools import cache, cached_property
 from io import BytesIO
 from pathlib import Path, PurePath
 from tempfile import TemporaryDirectory
@@ -59,27 +59,33 @@ class FileNames:
     def __init__(self, folder: Path) -> None:
         """List `folder`, which may not exist."""
         self.folder = folder
-        files = sorted(folder.iterdir()) if folder.is_dir() else []
-        self._by_name = {composed(file.name): file for file in files}
-        self._by_folded_name = {composed(file.name).casefold(): file for file in files}
-        self._by_folded_stem = {composed(file.stem).casefold(): file for file in files}
+        self._names = (
+            {entry.name for entry in os.scandir(folder)} if folder.is_dir() else set[str]()
+        )
 
     def get(self, name: str) -> Path | None:
         """Return the file called `name`; None if there is none."""
-        return self._by_name.get(composed(name))
+        if name not in self._names:
+            name = self._by_composed_name.get(composed(name), "")
+        return self.folder / name if name else None
 
     def hint(self, name: str) -> str:
         """Return what is there in place of `name`, and what to do about it."""
-        name = composed(name)
-        if other := self._by_folded_name.get(name.casefold()):
-            return f"'{other.name}' is there: the names differ in case; rename one of them"
-        stem = PurePath(name).stem if PurePath(name).suffix.lower() in KNOWN_SUFFIXES else name
-        other = self._by_folded_stem.get(stem.casefold())
-        if other is None:
-            return "add the image or remove its annotations"
-        if other.suffix.lower() in IMAGE_SUFFIXES:
-            return f"'{other.name}' is there; correct the name"
-        return f"'{other.name}' is there, but this format is not read; convert it to JPEG or PNG"
+        name = composed(name).casefold()
+        stem = PurePath(name).stem if PurePath(name).suffix in KNOWN_SUFFIXES else name
+        for composed_name, other in sorted(self._by_composed_name.items()):
+            folded = PurePath(composed_name.casefold())
+            if folded.name == name:
+                return f"'{other}' is there: the names differ in case; rename one of them"
+            if folded.stem == stem and folded.suffix in IMAGE_SUFFIXES:
+                return f"'{other}' is there; correct the name"
+            if folded.stem == stem:
+                return f"'{other}' is there, but this format is not read; convert it to JPEG or PNG"
+        return "add the image or remove its annotations"
+
+    @cached_property
+    def _by_composed_name(self) -> dict[str, str]:
+        return {composed(name): name for name in self._names}
 
 
 def composed(name: str) -> str:

@@ -360,7 +360,7 @@ def _crowded_images(name: str, split: Split, config: Config) -> Iterator[Finding
         most = int(counts.max())
         share = np.minimum(counts, limit).sum() / counts.sum()
         details = [
-            f"up to {most} objects, so that AP and recall are at most {share:.2f}",
+            f"up to {most} objects, so that recall is at most {share:.2f} and AP about that",
             f"postprocess.detections_per_image={most} and "
             f"evaluation.max_detections=[1,10,{most}] count all",
         ]
