@@ -61,10 +61,10 @@ def benchmark(arguments: argparse.Namespace) -> None:
     from gfl.checkpoint.files import read_config
     from gfl.config.loader import derive
     from gfl.evaluation.protocol import IMAGES
+    from gfl.files import write_atomically
     from gfl_platform.config import JobConfig, job_of, load_job
     from gfl_platform.evaluation import benchmark
     from gfl_platform.registry import models
-    from gfl_platform.storage.files import write_atomically
     from gfl_platform.storage.storage import Storage
     from gfl_platform.tracking.client import Store
     from jobs.console.progress import Progress

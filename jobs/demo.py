@@ -21,10 +21,10 @@ def demo(arguments: argparse.Namespace) -> None:
     """Run the demo and write `outputs/demo/summary.json`."""
     from gfl.data.images import read_image
     from gfl.data.split import load_splits
+    from gfl.files import write_atomically
     from gfl.inference.visualize import draw_predictions
     from gfl_platform.config import load_job
     from gfl_platform.registry import models
-    from gfl_platform.storage.files import write_atomically
     from gfl_platform.storage.storage import Storage
     from gfl_platform.tracking.client import Store
     from gfl_platform.training import train

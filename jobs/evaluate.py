@@ -29,10 +29,10 @@ def evaluate(arguments: argparse.Namespace) -> None:
     from gfl.checkpoint.files import read_config
     from gfl.config.loader import derive
     from gfl.evaluation.coco_eval import format_statistic
+    from gfl.files import write_atomically
     from gfl_platform.config import JobConfig, job_of
     from gfl_platform.evaluation.evaluate import evaluate_checkpoint
     from gfl_platform.registry import models
-    from gfl_platform.storage.files import write_atomically
     from gfl_platform.storage.storage import Storage
     from gfl_platform.tracking.client import Store
     from jobs.console.progress import Progress

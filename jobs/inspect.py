@@ -31,10 +31,10 @@ def inspect(arguments: argparse.Namespace) -> None:
     from gfl.data.dataset import DetectionDataset
     from gfl.data.split import load_splits
     from gfl.errors import DataError
+    from gfl.files import write_atomically
     from gfl.inference.visualize import draw_samples
     from gfl.inspection.findings import check_files, inspect_data
     from gfl_platform.config import load_job
-    from gfl_platform.storage.files import write_atomically
     from gfl_platform.storage.storage import Storage
     from jobs.console.tables import show_inspection
 

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from gfl.config.loader import parse_config
 from gfl.config.schema import Config
+from gfl.files import synchronise, write_atomically
 from gfl.structures import Id
 
 WEIGHTS = "weights.safetensors"
@@ -57,9 +58,15 @@ def read_about(folder: Path) -> About:
 
 
 def write_checksums(folder: Path, names: Iterable[str]) -> None:
-    """Write the checksums of the named files in `folder`."""
+    """Write the checksums of the named files in `folder`, which have reached the device then.
+
+    So a checkpoint is whole after a power cut if it has its checksums.
+    """
     sums = {name: _sha256(folder / name) for name in names}
-    (folder / CHECKSUMS).write_text(json.dumps(sums, indent=1))
+    for name in sums:
+        synchronise(folder / name)
+    write_atomically(folder / CHECKSUMS, json.dumps(sums, indent=1))
+    synchronise(folder.parent)
 
 
 def require_whole(folder: Path) -> None:

@@ -57,7 +57,8 @@ class Snapshot:
         texts = {CONFIG: dump_config(self.config), ABOUT: about, **(more or {})}
         for name, text in texts.items():
             (folder / name).write_text(text)
-        torch.save(self.training, folder / TRAINING)
+        with (folder / TRAINING).open("wb") as file:  # torch hides the reason if it opens the file
+            torch.save(self.training, file)
         write_checksums(folder, (WEIGHTS, TRAINING, *texts))
 
 

@@ -18,9 +18,10 @@ from gfl.config.loader import (
     reproducible,
 )
 from gfl.config.schema import Config
+from gfl.files import write_atomically
 from gfl.model.detector import Detector
 from gfl_platform.config import JobConfig, load_job
-from gfl_platform.storage.files import StorageError, write_atomically
+from gfl_platform.storage.files import StorageError
 from gfl_platform.storage.s3 import S3Error
 from gfl_platform.storage.storage import Storage
 from gfl_platform.training.sources import fetch_sources, fetch_weights

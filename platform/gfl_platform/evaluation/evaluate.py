@@ -18,6 +18,7 @@ from gfl.evaluation.coco_eval import evaluate_split
 from gfl.evaluation.evaluator import detect, gather
 from gfl.evaluation.protocol import data_digest
 from gfl.evaluation.speed import measure_fps
+from gfl.files import write_atomically
 from gfl.model.detector import place
 from gfl.structures import coco_records
 from gfl.train.engine import build_evaluation_loader
@@ -25,7 +26,6 @@ from gfl_platform.cluster import launch, resources
 from gfl_platform.cluster.event_queue import pumped
 from gfl_platform.cluster.events import ImagesEvaluated, Watcher
 from gfl_platform.config import JobConfig
-from gfl_platform.storage.files import write_atomically
 from gfl_platform.storage.storage import Storage
 
 

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from gfl.config.schema import Config, SplitConfig
-from gfl_platform.storage.files import write_atomically
+from gfl.files import inside, write_atomically
 from gfl_platform.storage.s3 import (
     CONNECTIONS,
     Object,
@@ -144,6 +144,7 @@ class _Download:
         self, location: str, copy: Path, objects: dict[str, Object], report: Report
     ) -> None:
         self._location, self._copy, self._objects, self._report = location, copy, objects, report
+        self._paths = {name: self._path(name) for name in objects}
         self._arrived = _manifest(copy)
         self._lock, self._reported = threading.Lock(), time.monotonic()
 
@@ -164,12 +165,22 @@ class _Download:
         return [name for name in self._objects if name not in self._arrived]
 
     def _path(self, name: str) -> Path:
-        return self._copy / FILES / (name or Path(split_location(self._location)[1]).name)
+        """Return the path of an object's copy.
+
+        Raises:
+            S3Error: its name leads out of the folder.
+        """
+        try:
+            return inside(
+                self._copy / FILES, name or split_location(self._location)[1].split("/")[-1]
+            )
+        except ValueError as error:
+            raise S3Error(f"{self._location}: {error}") from error
 
     def _is_current(self, name: str) -> bool:
         if self._arrived.get(name) != self._objects[name]:
             return False
-        path = self._path(name)
+        path = self._paths[name]
         return path.is_file() and path.stat().st_size == self._objects[name][1]
 
     def _write_manifest(self) -> None:
@@ -189,7 +200,7 @@ class _Download:
             S3Error: the object was changed during the download.
         """
         etag, size = self._objects[name]
-        path = self._path(name)
+        path = self._paths[name]
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_name(f".{path.name}.part")
         location = f"{self._location.rstrip('/')}/{name}".rstrip("/")

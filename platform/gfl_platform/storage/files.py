@@ -1,4 +1,4 @@
-"""Local files: written whole or not at all, and locked by one process at a time."""
+"""Local files: read with damage named, and folders locked by one process at a time."""
 
 import errno
 import fcntl
@@ -16,33 +16,6 @@ LOCK_FILE = "lock"
 
 class StorageError(ValueError):
     """A file or folder is missing, exists already, is locked or cannot be written."""
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Write `text` to `path`, which then holds all of it, or what it held before.
-
-    That also holds if the machine loses power: file and folder are synchronised with the device.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with partial.open("w") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
-        _synchronise(path.parent)
-    finally:
-        partial.unlink(missing_ok=True)
-
-
-def _synchronise(folder: Path) -> None:
-    """Write a folder's list of files to the device."""
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -87,7 +60,10 @@ def space_required(where: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error):
+        reasons = (error, error.__context__)  # torch raises its own error after that of the file
+        if any(getattr(reason, "errno", None) == errno.ENOSPC for reason in reasons) or (
+            "No space left" in str(error)
+        ):
             raise StorageError(
                 f"{where}: no space left on the device for a checkpoint; the one before is whole: "
                 "free some space, but no checkpoint of this run, and go on with --resume"

@@ -169,7 +169,7 @@ def list_objects(location: str) -> dict[str, Object]:
             name = entry["Key"].removeprefix(key)
             is_marker = name.endswith("/")  # Arrow and the AWS console create such objects.
             if not is_marker and (name == "" or name.startswith("/") or not key):
-                objects[name.lstrip("/")] = (entry["ETag"].strip('"'), entry["Size"])
+                objects[name.removeprefix("/")] = (entry["ETag"].strip('"'), entry["Size"])
     return {"": objects[""]} if "" in objects else objects
 
 

@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path, PurePath
 from typing import Any, Literal
 
+from gfl.files import inside
 from gfl_platform.config import StorageConfig
 from gfl_platform.storage.cache import Cache
 from gfl_platform.storage.files import StorageError, read_json
@@ -173,7 +174,8 @@ class Storage:
                 "another run.name"
             )
         for name in state_files:
-            path, arrived = folder / name, folder / f"{name}.arrived"
+            path = inside(folder, name)
+            arrived = path.with_name(f"{path.name}.arrived")
             path.parent.mkdir(parents=True, exist_ok=True)
             download(f"{location}/{name}", arrived)
             # While S3 was unreachable, a trial may have continued here; keep the longer history.

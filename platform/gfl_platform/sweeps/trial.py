@@ -8,12 +8,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from gfl.files import write_atomically
 from gfl_platform.cluster.event_queue import Events
 from gfl_platform.cluster.events import TrialOutcome, TrialStarted
 from gfl_platform.cluster.launch import DivergedError, JobFailedError, one_line
 from gfl_platform.cluster.resources import Workers
 from gfl_platform.config import JobConfig
-from gfl_platform.storage.files import read_json, write_atomically
+from gfl_platform.storage.files import read_json
 from gfl_platform.storage.storage import Storage
 from gfl_platform.sweeps.space import trial_job
 from gfl_platform.tracking.client import Store

@@ -16,8 +16,9 @@ import numpy as np
 import pandas as pd
 
 from gfl.evaluation.coco_eval import NO_GROUND_TRUTH
+from gfl.files import write_atomically
 from gfl_platform.config import JobConfig, SweepConfig
-from gfl_platform.storage.files import read_json, write_atomically
+from gfl_platform.storage.files import read_json
 from gfl_platform.sweeps.formatting import identity
 
 ENDED = ("finished", "stopped early", "nan")

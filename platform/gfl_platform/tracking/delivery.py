@@ -17,6 +17,7 @@ from mlflow.utils.validation import (
     MAX_TAG_VAL_LENGTH,
 )
 
+from gfl.files import write_atomically
 from gfl_platform.cluster.events import (
     CheckpointsDiscarded,
     CheckpointStored,
@@ -34,7 +35,6 @@ from gfl_platform.cluster.events import (
     WorkerFailed,
     name_of,
 )
-from gfl_platform.storage.files import write_atomically
 from gfl_platform.storage.storage import is_there
 from gfl_platform.tracking.client import Store, TrackingError, on_all_pages, reason_of
 from gfl_platform.tracking.metadata import IDENTITY, PROTOCOL, RUN_FILE, read_run_file

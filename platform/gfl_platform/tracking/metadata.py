@@ -8,11 +8,12 @@ from pathlib import Path
 import yaml
 
 from gfl.config.loader import ConfigError, ConfigT, dump_config, flatten, load_schema
+from gfl.files import write_atomically
 from gfl_platform.cluster.events import RunOpened
 from gfl_platform.config import JobConfig
 from gfl_platform.provenance import COMMIT, git_state
 from gfl_platform.redaction import redact
-from gfl_platform.storage.files import read_json, write_atomically
+from gfl_platform.storage.files import read_json
 from gfl_platform.tracking.client import TrackingError
 
 CONFIG_FILE, PACKAGES_FILE, DIFF_FILE = "config.yaml", "packages.txt", "git.diff"

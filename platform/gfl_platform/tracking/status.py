@@ -8,6 +8,7 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
+from gfl.files import write_atomically
 from gfl_platform.cluster.events import (
     CheckpointStored,
     EpochEvaluated,
@@ -17,7 +18,7 @@ from gfl_platform.cluster.events import (
     WorkersStarted,
 )
 from gfl_platform.redaction import redact
-from gfl_platform.storage.files import read_json, write_atomically
+from gfl_platform.storage.files import read_json
 from gfl_platform.tracking.client import TrackingError
 from gfl_platform.tracking.metadata import read_run_file
 from gfl_platform.tracking.spool import SPOOL_FILE, backlog, refusals

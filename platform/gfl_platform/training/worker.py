@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -161,13 +162,16 @@ class WorkerListener:
         filesystem, run_folder = storage.storage_filesystem, storage.experiment_fs_path
 
         def store(checkpoint: Checkpoint, name: str) -> Checkpoint:
-            folder, started = Path(checkpoint.path), time.perf_counter()
-            stored = Checkpoint(f"{run_folder}/{name}", filesystem)
+            started, stored = time.perf_counter(), Checkpoint(f"{run_folder}/{name}", filesystem)
+            is_local = filesystem.type_name == "local"
+            folder = Path(stored.path if is_local else checkpoint.path)
             try:
-                with space_required(tempfile.gettempdir()):
-                    snapshot.write(folder, {REPORTS_FILE: reports})
                 _require_shared(filesystem, run_folder)
-                with space_required(run_folder):
+                with space_required(run_folder if is_local else tempfile.gettempdir()):
+                    folder.mkdir(exist_ok=True)
+                    write = partial(snapshot.write, folder, {REPORTS_FILE: reports})
+                    patiently(write, OSError)
+                if not is_local:
                     patiently(lambda: _copy(folder, stored), OSError)
             except BaseException:
                 with suppress(OSError):  # half a checkpoint would take space on a full device

@@ -1,11 +1,14 @@
 """Local files: written whole, and down to the device before a write returns."""
 
+import errno
 import os
 import stat
 
 import pytest
 
-from gfl_platform.storage.files import write_atomically
+from gfl.checkpoint.files import CHECKSUMS, write_checksums
+from gfl.files import inside, write_atomically
+from gfl_platform.storage.files import StorageError, space_required
 
 
 def test_a_file_and_its_folder_reach_the_device(tmp_path, monkeypatch):
@@ -39,3 +42,40 @@ def test_a_write_that_fails_leaves_what_was_there(tmp_path, monkeypatch):
         write_atomically(path, "after")
     assert path.read_text() == "before"
     assert [file.name for file in tmp_path.iterdir()] == ["a.txt"]
+
+
+def test_checksums_reach_the_device_after_the_files_that_they_are_of(tmp_path, monkeypatch):
+    synchronised = []
+    monkeypatch.setattr(os, "fsync", lambda file: synchronised.append(os.fstat(file).st_ino))
+    weights, checkpoint = tmp_path / "made" / "weights", tmp_path / "made"
+    checkpoint.mkdir()
+    weights.write_text("w")
+    write_checksums(checkpoint, ["weights"])
+    paths = (weights, checkpoint / CHECKSUMS, checkpoint, tmp_path)
+    assert synchronised == [path.stat().st_ino for path in paths]
+
+
+def test_a_full_device_is_told_also_where_torch_hides_it(tmp_path):
+    def fail_as_torch_does():
+        try:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        finally:
+            raise RuntimeError("unexpected pos 704 vs 598")
+
+    with pytest.raises(StorageError, match="no space left"), space_required(str(tmp_path)):
+        fail_as_torch_does()
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a/b.txt", "..a/b..", "a b/ä.json", ".hidden"])
+def test_a_plain_name_stays_inside(tmp_path, name):
+    assert inside(tmp_path, name) == tmp_path / name
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["", "..", ".", "../a", "a/../../b", "a/..", "/etc/passwd", "a//b", "a/./b", "a\\b", "a\0"],
+)
+def test_a_name_that_leads_out_is_refused(tmp_path, name):
+    with pytest.raises(ValueError, match="not a name of a file below a folder") as error:
+        inside(tmp_path, name)
+    assert repr(name) in str(error.value)

@@ -92,6 +92,31 @@ def test_a_download_that_is_killed_goes_on_where_it_was(bucket, cache):
     assert first.stat().st_mtime_ns == arrived
 
 
+@pytest.mark.parametrize("name", ["../../../outside", "a/../../../b", "/c", "d\\e"])
+def test_a_key_that_leads_out_of_the_copy_is_refused(bucket, cache, name):
+    """Such a key wrote, and later deleted, files anywhere on every node that read the folder."""
+    bucket(a="one")
+    boto3.client("s3").put_object(Bucket="gfl", Key=f"set/{name}", Body=b"hostile")
+    with pytest.raises(S3Error, match=r"s3://gfl/set: .*rename it"):
+        cache.local("s3://gfl/set")
+    files = [path for path in cache.folder.parent.rglob("*") if path.is_file()]
+    assert {path.name for path in files} <= {"downloading.lock", "used.lock"}
+
+
+def test_a_location_that_leads_out_of_the_copy_is_refused(bucket, cache):
+    boto3.client("s3").put_object(Bucket="gfl", Key="set/..", Body=b"hostile")
+    with pytest.raises(S3Error, match="rename it"):
+        cache.local("s3://gfl/set/..")
+
+
+def test_a_key_that_leads_out_of_a_run_is_refused(s3, tmp_path):
+    hostile = "runs/hostile/trials/../run.json"
+    boto3.client("s3").put_object(Bucket="gfl", Key=f"{tmp_path.name}/{hostile}", Body=b"{}")
+    storage = Storage(StorageConfig(root=f"s3://gfl/{tmp_path.name}", cache=str(tmp_path)))
+    with pytest.raises(ValueError, match=r"'trials/\.\./run\.json': not a name"):
+        storage.find_run_folder("hostile", resume=True)
+
+
 def test_names_that_begin_alike_are_no_folder(bucket, cache):
     bucket(a="one")
     boto3.client("s3").put_object(Bucket="gfl", Key="settings.txt", Body=b"x")

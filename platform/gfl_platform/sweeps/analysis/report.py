@@ -4,7 +4,6 @@ import base64
 import csv
 import io
 import json
-import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -12,7 +11,7 @@ from math import isfinite
 from pathlib import Path
 from typing import Any
 
-from gfl_platform.storage.files import write_atomically
+from gfl.files import write_atomically
 from gfl_platform.sweeps.analysis.figures import Picture, draw_all, style
 from gfl_platform.sweeps.analysis.statistics import PointSummary, seed_count
 from gfl_platform.sweeps.analysis.verdicts import (
@@ -126,7 +125,7 @@ def write_report(results: SweepResults, folder: Path) -> list[Path]:
         for picture, png in zip(pictures, pngs.values(), strict=True)
     ]
     for name, png in pngs.items():
-        _write_bytes(folder / name, png)
+        write_atomically(folder / name, png)
     texts = {
         "report.html": render_html(analysis, pictures, sources),
         "results.json": results_json(analysis),
@@ -195,9 +194,3 @@ def _smaller(png: bytes, svg: bytes) -> str:
     """Return the smaller of the two as a URL, for an `img` that keeps ids inside an SVG apart."""
     kind, content = ("svg+xml", svg) if len(svg) <= len(png) else ("png", png)
     return f"data:image/{kind};base64,{base64.b64encode(content).decode()}"
-
-
-def _write_bytes(path: Path, content: bytes) -> None:
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    partial.write_bytes(content)
-    partial.replace(path)
