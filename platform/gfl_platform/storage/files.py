@@ -3,12 +3,15 @@
 import errno
 import fcntl
 import json
+import logging
 import os
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+logger = logging.getLogger(__name__)
 
 LOCK_FILE = "lock"
 """File in a run's folder; the process that works on the run locks it and notes its name there."""
@@ -19,8 +22,29 @@ class StorageError(ValueError):
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Return the mapping in a JSON file; empty if there is no such file."""
-    return json.loads(path.read_text()) if path.is_file() else {}
+    """Return the mapping in a JSON file; empty if there is no such file.
+
+    Raises:
+        ValueError: the file is damaged.
+    """
+    if not path.is_file():
+        return {}
+    content = json.loads(path.read_bytes() or b"null")
+    if not isinstance(content, dict):
+        raise ValueError(f"got {content!r:.40}, expected a mapping")
+    return content
+
+
+def read_rebuildable(path: Path) -> dict[str, Any]:
+    """Return the mapping in a JSON file whose content can be had again.
+
+    It is empty if there is no such file, and, with a warning, if the file is damaged.
+    """
+    try:
+        return read_json(path)
+    except ValueError as error:
+        logger.warning("warning: %s is damaged (%s); it is written anew", path, error)
+        return {}
 
 
 @contextmanager

@@ -18,7 +18,7 @@ from gfl_platform.cluster.events import (
     WorkersStarted,
 )
 from gfl_platform.redaction import redact
-from gfl_platform.storage.files import read_json
+from gfl_platform.storage.files import read_rebuildable
 from gfl_platform.tracking.client import TrackingError
 from gfl_platform.tracking.metadata import read_run_file
 from gfl_platform.tracking.spool import SPOOL_FILE, backlog, refusals
@@ -47,7 +47,7 @@ class StatusFile:
             nodes: Number of nodes of the cluster.
         """
         self._path = folder / STATUS_FILE
-        before = _read_facts(self._path)
+        before = read_rebuildable(self._path)
         self._facts: dict[str, Any] = {
             "restarts": before.get("restarts", -1) + 1,
             "lost_seconds": before.get("lost_seconds", 0.0),
@@ -113,25 +113,16 @@ def note_killed(folder: Path) -> bool:
     Args:
         folder: The run's folder, which the caller has locked, so that the driver is gone.
     """
-    facts = _read_facts(folder / STATUS_FILE)
-    if not facts or facts["state"] in ENDED:
+    facts = read_rebuildable(folder / STATUS_FILE)
+    if not facts or facts.get("state") in ENDED:
         return False
     write_atomically(folder / STATUS_FILE, json.dumps(facts | {"state": "stopped"}) + "\n")
     return True
 
 
-def _read_facts(path: Path) -> dict[str, Any]:
-    """Return the content of a status file; empty if there is none or it is damaged."""
-    try:
-        return read_json(path)
-    except ValueError as error:
-        logger.warning("warning: %s is damaged (%s); it is written anew", path, error)
-        return {}
-
-
 def read_status(folder: Path) -> dict[str, Any]:
     """Return the status of the run in `folder` as rows of a table."""
-    facts = _read_facts(folder / STATUS_FILE)
+    facts = read_rebuildable(folder / STATUS_FILE)
     try:
         run_id = read_run_file(folder).get("run_id")
     except TrackingError as error:

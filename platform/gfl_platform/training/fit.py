@@ -16,6 +16,7 @@ from gfl_platform.cluster.event_queue import Events
 from gfl_platform.config import JobConfig
 from gfl_platform.storage.s3 import S3Error, is_remote
 from gfl_platform.storage.storage import Storage
+from gfl_platform.training.ray_snapshot import mend_snapshot
 from gfl_platform.training.worker import train_worker
 
 logger = logging.getLogger(__name__)
@@ -65,6 +66,7 @@ def run(
         JobFailedError: the training stopped.
     """
     config, storage = reproducible(job), Storage(job.storage)
+    mend_snapshot(storage, folder / RAY_FOLDER)
     result = launch.run_workers(
         train_worker,
         {

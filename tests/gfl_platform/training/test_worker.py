@@ -8,10 +8,19 @@ from types import SimpleNamespace
 
 import pytest
 import ray.train
+from pyarrow.fs import LocalFileSystem
 from ray.train import Checkpoint
 
-from gfl.checkpoint.files import ABOUT, CHECKSUMS, CONFIG, TRAINING, WEIGHTS, About
-from gfl.checkpoint.snapshot import take_snapshot
+from gfl.checkpoint.files import (
+    ABOUT,
+    CHECKSUMS,
+    CONFIG,
+    TRAINING,
+    WEIGHTS,
+    About,
+    require_whole,
+)
+from gfl.checkpoint.snapshot import Snapshot, load_checkpoint, take_snapshot
 from gfl.model.detector import Detector
 from gfl_platform.storage.cache import Cache
 from gfl_platform.storage.files import StorageError
@@ -95,6 +104,30 @@ def test_a_checkpoint_is_copied_to_storage_that_this_node_sees(written, tmp_path
     assert names
     assert sorted(path.name for path in Path(stored.path).iterdir()) == names
     assert all((Path(stored.path) / n).read_bytes() == (written / n).read_bytes() for n in names)
+
+
+def test_a_checkpoint_is_written_where_it_stays(tiny, written, tmp_path, monkeypatch):
+    """On a folder nothing is written twice; a failure leaves nothing that is half there."""
+    place = SimpleNamespace(storage_filesystem=LocalFileSystem(), experiment_fs_path=str(tmp_path))
+    context = SimpleNamespace(get_world_rank=lambda: 0, get_storage=lambda: place)
+    monkeypatch.setattr(ray.train, "get_context", lambda: context)
+    told = []
+    listener = worker.WorkerListener(SimpleNamespace(tell=told.append))
+    detector, about = load_checkpoint(written)
+    snapshot = take_snapshot(detector, tiny, about, {"optimizer": {}})
+    store = listener._store(snapshot, "[]", 4, 0.5)
+    (tmp_path / "unstored").mkdir()
+    given = Checkpoint(tmp_path / "unstored")
+    stored = store(given, "checkpoint_1")
+    require_whole(Path(stored.path))
+    assert Path(stored.path) == tmp_path / "checkpoint_1"
+    assert not any((tmp_path / "unstored").iterdir())
+    (told_of,) = told
+    assert told_of.metrics["checkpoint_blocked_seconds"] == 0.5
+    monkeypatch.setattr(Snapshot, "write", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        store(given, "checkpoint_2")
+    assert not (tmp_path / "checkpoint_2").exists()
 
 
 def test_what_killed_workers_had_not_stored_is_deleted(tmp_path, monkeypatch):
