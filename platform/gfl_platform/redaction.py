@@ -7,6 +7,7 @@
 import json
 import os
 import re
+from functools import cache
 
 MASK = "***"
 
@@ -14,7 +15,7 @@ _WORDS = r"signature|credential|token|secret|passw(?:or)?d|pwd|api_?key|access_?
 
 _IN_URLS = (
     # user:password@, up to the last @; digits and a slash are a port and a path.
-    (re.compile(r"""(://[^/:@\s"']*:)(?!\d+/)[^\s"'<>\\]+@"""), rf"\1{MASK}@"),
+    (re.compile(r"""(://[^/:@\s"']*:)(?!\d+/)[^\s"'<>\\]{1,500}@"""), rf"\1{MASK}@"),
     # token@
     (re.compile(r"""(https?://)[^/:@\s"']+@"""), rf"\1{MASK}@"),
     # Presigned queries, and other ones with a secret.
@@ -33,9 +34,7 @@ _IN_TEXTS = (
         rf"\1{MASK}",
     ),
     (
-        re.compile(
-            rf"""(?i)(\b[\w.-]{{0,40}}(?:{_WORDS})\w{{0,20}}["']?\s*[:=]\s*["'])[^"'\s]+(?=["'])"""
-        ),
+        re.compile(rf"""(?i)((?:{_WORDS})\w{{0,20}}["']?\s*[:=]\s*["'])[^"'\s]+(?=["'])"""),
         rf"\1{MASK}",
     ),
     (re.compile(r"(?i)\b(bearer |basic )[\w.~+/=-]{8,}"), rf"\1{MASK}"),
@@ -57,11 +56,17 @@ def redact(text: str) -> str:
     `password`, and the values of environment variables such as MLFLOW_TRACKING_PASSWORD.
     """
     for name, value in os.environ.items():
-        if len(value) >= _SHORTEST and _SECRET_VARIABLE.search(name):
+        if len(value) >= _SHORTEST and _names_secret(name):
             text = text.replace(value, MASK).replace(json.dumps(value)[1:-1], MASK)
     for pattern, mask in (*_IN_URLS, *_IN_TEXTS):
         text = pattern.sub(mask, text)
     return text
+
+
+@cache
+def _names_secret(variable: str) -> bool:
+    """Return whether an environment variable of this name holds a secret."""
+    return _SECRET_VARIABLE.search(variable) is not None
 
 
 def require_no_credentials(key: str, location: str) -> None:

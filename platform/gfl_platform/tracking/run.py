@@ -5,13 +5,16 @@ spool, and a thread logs it. No training process uses this module.
 """
 
 import logging
+import re
 import sqlite3
 import threading
-from collections.abc import Callable, Iterator
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from queue import SimpleQueue
+from statistics import fmean
 
 from gfl_platform.cluster.events import (
     CheckpointStored,
@@ -122,6 +125,8 @@ class RunTracker:
                 return
             if isinstance(event, WorkerFailed) and not event.final:
                 event = replace(event, restarts=self._spool.count(RESTARTS))
+            if isinstance(event, StepsDone):
+                event = replace(event, metrics=over_workers(event.metrics))
             self._spool.add(event)
 
     def _is_new(self, event: Event) -> bool:
@@ -198,6 +203,24 @@ class RunTracker:
             yield
         except sqlite3.Error as error:
             logger.warning("tracking: %s: %s; not noted", self._spool.path, error)
+
+
+def over_workers(metrics: Mapping[str, float]) -> dict[str, float]:
+    """Return metrics with the least, mean and greatest gauge of all workers instead of each one.
+
+    Hundreds of workers would otherwise fill the spool and MLflow with their gauges.
+    """
+    result: dict[str, float] = {}
+    gauges: dict[str, list[float]] = defaultdict(list)
+    for name, value in metrics.items():
+        if match := re.fullmatch(r"worker\d+\.(.+)", name):
+            gauges[match[1]].append(value)
+        else:
+            result[name] = value
+    for name, values in gauges.items():
+        for kind, reduce in (("min", min), ("mean", fmean), ("max", max)):
+            result[f"workers.{name}.{kind}"] = reduce(values)
+    return result
 
 
 def settle(store: Store, folder: Path) -> None:

@@ -4,6 +4,7 @@ import shutil
 import sqlite3
 
 from gfl_platform.cluster.events import CheckpointDamaged, StepsDone
+from gfl_platform.tracking.run import over_workers
 from gfl_platform.tracking.spool import SPOOL_FILE, Spool, backlog
 
 
@@ -67,3 +68,17 @@ def test_the_backlog_of_a_driver_that_was_killed_while_writing_can_be_counted(tm
     shutil.copytree(path.parent, killed)
     assert (killed / f"{SPOOL_FILE}-journal").stat().st_size > 0
     assert backlog(killed) == 1
+
+
+def test_gauges_of_many_workers_take_as_much_space_as_those_of_two(tmp_path):
+    def metrics(workers):
+        gauges = {f"worker{rank}.memory_gib": float(rank) for rank in range(workers)}
+        return {"loss": 0.5} | gauges | {f"worker{rank}.gpu": 0.9 for rank in range(workers)}
+
+    assert over_workers(metrics(64)).keys() == over_workers(metrics(2)).keys()
+    assert over_workers({"loss": 0.5, "worker0.gpu": 0.25, "worker1.gpu": 0.75}) == {
+        "loss": 0.5,
+        "workers.gpu.min": 0.25,
+        "workers.gpu.mean": 0.5,
+        "workers.gpu.max": 0.75,
+    }
