@@ -57,6 +57,12 @@ def read_about(folder: Path) -> About:
         raise ValueError(f"{folder / ABOUT}: damaged ({error}); use another checkpoint") from error
 
 
+def model_digest(folder: Path) -> str:
+    """Return the SHA-256 of the files that determine a checkpoint's predictions."""
+    sums = [_sha256(folder / name) for name in (WEIGHTS, CONFIG, ABOUT)]
+    return hashlib.sha256("".join(sums).encode()).hexdigest()
+
+
 def write_checksums(folder: Path, names: Iterable[str]) -> None:
     """Write the checksums of the named files in `folder`, which have reached the device then.
 

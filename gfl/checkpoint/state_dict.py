@@ -14,7 +14,6 @@ from typing import Any
 
 import safetensors.torch
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 
 from gfl.config.schema import (
@@ -39,6 +38,9 @@ BACKBONES = {
 ZIP_SIGNATURE = b"PK\x03\x04"
 """First bytes of a file of `torch.save` since torch 1.6."""
 
+PICKLE_SIGNATURE = b"\x80"
+"""First byte of a pickle, with which files of older torch begin."""
+
 LEGACY_PICKLES = 5
 """Pickles at the beginning of a file of older torch: number, version, machine, content, storages.
 
@@ -57,23 +59,29 @@ def read_state_dict(path: Path) -> Mapping[str, Tensor]:
     """
     if not path.is_file():
         raise ValueError(f"{path}: no such weights file; expected a local file")
+    is_pickled = _require_weights(path)
+    foreign: list[str] = []
     try:
-        content = (
-            safetensors.torch.load_file(path) if path.suffix == ".safetensors" else _load(path)
-        )
+        if is_pickled:
+            foreign = _foreign_globals(path)
+            content = _load(path, foreign)
+        else:
+            content = safetensors.torch.load_file(path)
     except pickle.UnpicklingError as error:
         raise _needs_pickle(path, str(error).splitlines()[-1]) from error
-    except (
-        SafetensorError, RuntimeError, EOFError, OSError, LookupError, TypeError, ValueError,
-    ) as error:  # fmt: skip
+    except Exception as error:  # a damaged or hostile file makes the readers raise anything
+        reason = str(error).partition("\n")[0] or type(error).__name__
         raise ValueError(
-            f"{path}: not a readable weights file ({error}); expected .safetensors, or a state "
+            f"{path}: not a readable weights file ({reason}); expected .safetensors, or a state "
             "dict written by torch.save"
         ) from error
     state = content.get("state_dict", content) if isinstance(content, Mapping) else content
+    is_empty = isinstance(state, Mapping) and not state
     # A pickled module is inert, or empty because its class was not built.
-    if isinstance(state, _Inert) or (isinstance(state, Mapping) and not state):
+    if isinstance(state, _Inert) or (is_empty and foreign):
         raise _needs_pickle(path)
+    if is_empty:
+        raise ValueError(f"{path}: the state dict is empty; expected the entries of a model")
     if not isinstance(state, Mapping):
         raise ValueError(
             f"{path}: got {type(state).__name__}; expected a state dict of tensors, or one under "
@@ -86,6 +94,33 @@ def read_state_dict(path: Path) -> Mapping[str, Tensor]:
                 "'state_dict'"
             )
     return state
+
+
+def _require_weights(path: Path) -> bool:
+    """Return whether a file is one of `torch.save`, or of safetensors, by its first bytes.
+
+    Raises:
+        ValueError: It is neither; the message says what it is.
+    """
+    with path.open("rb") as file:
+        start = file.read(200)
+    if start.startswith((ZIP_SIGNATURE, PICKLE_SIGNATURE)):
+        return True
+    if start[8:9] == b"{":  # after the length of the header, which is JSON
+        return False
+    text = start.lstrip(b"\xef\xbb\xbf \t\r\n").lower()
+    if not start:
+        what = "is empty; fetch it again"
+    elif text.startswith(b"version https://git-lfs"):
+        what = "is a pointer of git LFS, not weights; fetch the file itself with `git lfs pull`"
+    elif text.startswith((b"<!doctype html", b"<html", b"<head", b"<?xml")):
+        what = "is a web page, not weights; download the file that the page is about"
+    else:
+        what = (
+            f"is no weights file (begins with {start[:16]!r}); expected .safetensors, or a state "
+            "dict written by torch.save"
+        )
+    raise ValueError(f"{path}: {what}")
 
 
 def _needs_pickle(path: Path, reason: str = "") -> ValueError:
@@ -131,13 +166,14 @@ _CONTAINERS: dict[str, Callable[..., Any]] = {
 """Stand-ins of containers that pickle fills after it created them."""
 
 
-def _load(path: Path) -> Any:
-    """Return the content of a file of `torch.save`, every foreign object replaced."""
+def _load(path: Path, foreign: list[str]) -> Any:
+    """Return the content of a file of `torch.save`, objects of `foreign` classes replaced."""
     stand_ins: list[Callable[..., Any] | tuple[Callable[..., Any], str]] = [
-        (_CONTAINERS.get(name, _Inert), name) for name in _foreign_globals(path)
+        (_CONTAINERS.get(name, _Inert), name) for name in foreign
     ]
-    with torch.serialization.safe_globals(stand_ins):
-        return torch.load(path, map_location="cpu", weights_only=True)
+    # Given a path, torch takes the format from its suffix.
+    with torch.serialization.safe_globals(stand_ins), path.open("rb") as file:
+        return torch.load(file, map_location="cpu", weights_only=True)
 
 
 def _foreign_globals(path: Path) -> list[str]:

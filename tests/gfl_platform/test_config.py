@@ -1,5 +1,6 @@
 """Where and how a job runs, and the rooms that the code is laid out in."""
 
+import hashlib
 import json
 from itertools import product
 from pathlib import Path
@@ -21,10 +22,13 @@ from gfl.config.schema import Config
 from gfl.files import write_atomically
 from gfl.model.detector import Detector
 from gfl_platform.config import JobConfig, load_job
+from gfl_platform.registry import models
+from gfl_platform.registry.models import Version
 from gfl_platform.storage.files import StorageError
 from gfl_platform.storage.s3 import S3Error
 from gfl_platform.storage.storage import Storage
-from gfl_platform.training.sources import fetch_sources, fetch_weights
+from gfl_platform.training import sources
+from gfl_platform.training.sources import fetch_model, fetch_sources, fetch_weights
 from tests.support.tracking import store_of
 
 ROOT = Path(__file__).parents[2]
@@ -147,15 +151,82 @@ def test_weights_come_from_a_path_or_from_torchvision(job, tmp_path, monkeypatch
     assert fetch_weights(store_of(job), "some/file.pth") == Path("some/file.pth")
     with pytest.raises(StorageError, match="torchvision has no such model"):
         fetch_weights(store_of(job), "torchvision://resnet9000")
-    with pytest.raises(StorageError, match=r"ftp://x: expected a file, s3://"):
-        fetch_weights(store_of(job), "ftp://x")
+    for location in ("ftp://x", "http://x/best.pth"):
+        with pytest.raises(StorageError, match=rf"{location}: expected a file, s3://.*not http://"):
+            fetch_weights(store_of(job), location)
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")
     with pytest.raises(StorageError, match=r"cannot be downloaded .* put the file at"):
         fetch_weights(store_of(job), "torchvision://resnet18")
     (tmp_path / "hub" / "checkpoints").mkdir(parents=True)
-    (tmp_path / "hub" / "checkpoints" / "resnet18-f37072fd.pth").write_bytes(b"cached")
+    cached = tmp_path / "hub" / "checkpoints" / "resnet18-f37072fd.pth"
+    cached.write_bytes(b"damaged")
+    with pytest.raises(StorageError, match=r"cannot be downloaded"):
+        fetch_weights(store_of(job), "torchvision://resnet18")
+    monkeypatch.setattr(sources, "_published_digits", lambda path: sha256(b"cached")[:8])
+    cached.write_bytes(b"cached")
     assert fetch_weights(store_of(job), "torchvision://resnet18").read_bytes() == b"cached"
+
+
+def sha256(content):
+    return hashlib.sha256(content).hexdigest()
+
+
+@pytest.fixture
+def web(monkeypatch, tmp_path):
+    """Contents by URL, in place of the web, beside a file of the same name in torch's folder."""
+    contents = {}
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    (tmp_path / "hub" / "checkpoints").mkdir(parents=True)
+    (tmp_path / "hub" / "checkpoints" / "best.pth").write_bytes(b"somebody else's")
+    monkeypatch.setattr(sources, "_download", lambda url, path: path.write_bytes(contents[url]))
+    return contents
+
+
+def test_weights_of_two_addresses_are_not_one_because_their_files_are_called_alike(job, web):
+    web |= {"https://a.org/best.pth": b"a", "https://b.org/best.pth?version=2": b"b"}
+    for _ in range(2):
+        for address, content in web.items():
+            path = fetch_weights(store_of(job), address)
+            assert (path.name, path.read_bytes()) == ("best.pth", content)
+    web.clear()
+    assert fetch_weights(store_of(job), "https://a.org/best.pth").read_bytes() == b"a"
+
+
+def test_weights_with_a_checksum_are_those_or_none(job, web, tmp_path):
+    web["https://a.org/best.pth"] = b"right"
+    right, wrong = (f"https://a.org/best.pth#sha256={sha256(c)}" for c in (b"right", b"wrong"))
+    for _ in range(2):
+        with pytest.raises(StorageError, match=r"has the SHA-256 .*, not .*; correct the checksum"):
+            fetch_weights(store_of(job), wrong)
+        assert not list((tmp_path / "outputs").rglob("best.pth"))
+    assert fetch_weights(store_of(job), right).read_bytes() == b"right"
+    with pytest.raises(StorageError, match=r"best.pth: its SHA-256 is .*, not "):
+        fetch_weights(store_of(job), wrong)
+    (tmp_path / "mine.pth").write_bytes(b"right")
+    mine = f"{tmp_path}/mine.pth#sha256="
+    assert fetch_weights(store_of(job), mine + sha256(b"right")) == tmp_path / "mine.pth"
+    with pytest.raises(StorageError, match=r"mine.pth: its SHA-256 is .*, not abc; correct"):
+        fetch_weights(store_of(job), f"{mine}abc")
+
+
+def test_models_of_two_registries_are_not_one_because_they_are_called_alike(job, monkeypatch):
+    """Both have `shapes` version 1; the second registry's is fetched although one is kept."""
+    store, versions = store_of(job), [Version("shapes", 1, [], run, 0, {}) for run in "ab"]
+    fetched = []
+
+    def fetch_checkpoint(store, model, scratch):
+        fetched.append(model)
+        (scratch / "checkpoint").mkdir()
+        (scratch / "checkpoint" / "about.json").write_text(str(len(fetched)))
+        return scratch / "checkpoint"
+
+    monkeypatch.setattr(models, "fetch_checkpoint", fetch_checkpoint)
+    for version in (*versions, *versions):
+        monkeypatch.setattr(models, "version_of", lambda *_, version=version: version)
+        about = fetch_model(store, "models:/shapes@champion") / "about.json"
+        assert about.read_text() == str(1 + versions.index(version))
+    assert fetched == ["models:/shapes/1"] * 2
 
 
 @pytest.mark.usefixtures("new_client")

@@ -5,11 +5,11 @@ Candidate and champion are measured on the same images under the same protocol (
 aliases move (`history`).
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import PurePosixPath
 from typing import Any, Literal
 
+import gfl
 from gfl.config.loader import config_hash, flatten
 from gfl.evaluation.bootstrap import Gain, measure_gain
 from gfl.evaluation.protocol import differences, protocol_hash
@@ -19,6 +19,7 @@ from gfl_platform.cluster.resources import ClusterError
 from gfl_platform.config import GateConfig, JobConfig
 from gfl_platform.evaluation.benchmark import recall_fps
 from gfl_platform.registry import history, models
+from gfl_platform.registry.artifacts import CHECKPOINT, find_faults
 from gfl_platform.registry.history import Decision
 from gfl_platform.registry.measurement import (
     Measurement,
@@ -31,9 +32,6 @@ from gfl_platform.registry.measurement import (
 )
 from gfl_platform.registry.models import RegistryError, Version
 from gfl_platform.tracking.client import Store
-
-PICKLES = frozenset({".pkl", ".pickle", ".pt", ".pth", ".bin", ".joblib", ".ckpt"})
-"""Endings of files that may hold a pickle, which runs code when it is loaded."""
 
 
 @dataclass
@@ -185,16 +183,8 @@ def _require_margin(
 
 
 def _figures(number: int, measurement: Measurement) -> dict[str, Any]:
-    return {"version": number, "AP": measurement.metrics["AP"], "fps": measurement.fps}
-
-
-def pickle_faults(paths: Iterable[str]) -> list[str]:
-    """Return one sentence for each artifact that may hold a pickle."""
-    return [
-        f"Artifact {path} may hold a pickle, which runs code when it is loaded."
-        for path in paths
-        if PurePosixPath(path).suffix in PICKLES
-    ]
+    figures = {"version": number, "AP": measurement.metrics["AP"], "fps": measurement.fps}
+    return figures | ({"checkpoint": measurement.checkpoint} if measurement.checkpoint else {})
 
 
 class Examiner:
@@ -245,13 +235,17 @@ class Examiner:
 
     def _file_faults(self) -> list[str]:
         """Return what makes the candidate's artifacts unfit to be loaded."""
-        name, number = self._candidate.name, self._candidate.version
-        faults = pickle_faults(_artifact_paths(self._store, self._candidate))
-        try:
-            models.load(f"models:/{name}/{number}", self._store, "cpu")
-        except ValueError as error:
-            faults.append(f"It cannot be loaded: {error}.")
-        return faults
+        with self._store.storage.scratch_folder() as scratch:
+            try:
+                folder = models.fetch_version(self._store, self._candidate, scratch)
+            except RegistryError as error:
+                return [f"It cannot be loaded: {error}."]
+            faults = find_faults(folder)
+            try:
+                gfl.load(folder / "artifacts" / CHECKPOINT, device="cpu")
+            except ValueError as error:
+                faults.append(f"It cannot be loaded: {error}.")
+            return faults
 
     def _measure_rival(self, job: JobConfig, candidate: Measurement, champion: int) -> Rival:
         """Measure the champion as `job` measures the candidate, and at its own settings.
@@ -312,23 +306,6 @@ def _changes(own: JobConfig, job: JobConfig) -> list[str]:
     """Return where `job` differs from the configuration that a version was trained with."""
     before, now = (flatten(config.model_dump(mode="json")) for config in (own, job))
     return [f"{k} {before.get(k)} -> {now[k]}" for k in now if before.get(k) != now[k]]
-
-
-def _artifact_paths(store: Store, version: Version) -> Iterator[str]:
-    """Yield the paths of all files that belong to a version."""
-    client = store.client
-    import mlflow
-
-    location = client.get_model_version_download_uri(version.name, str(version.version))
-    folders = [""]
-    while folders:
-        within = folders.pop()
-        for entry in mlflow.artifacts.list_artifacts(f"{location}/{within}".rstrip("/")):
-            path = PurePosixPath(within) / PurePosixPath(entry.path).name
-            if entry.is_dir:
-                folders.append(str(path))
-            else:
-                yield str(path)
 
 
 def promote(job: JobConfig, store: Store, name: str, number: int, watch: Watcher) -> Decision:

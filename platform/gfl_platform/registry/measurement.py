@@ -12,7 +12,7 @@ from zipfile import BadZipFile
 
 import numpy as np
 
-from gfl.checkpoint.files import read_config
+from gfl.checkpoint.files import model_digest, read_config
 from gfl.config.loader import derive
 from gfl.config.schema import SplitConfig
 from gfl.data.split import Split, read_split
@@ -50,6 +50,7 @@ class Measurement:
         protocol: The protocol of the FPS (`gfl.evaluation.protocol`).
         digest: Digest of the images and their annotations.
         rows: The detections, (N, 7), with the columns of `gfl.structures.Rows`.
+        checkpoint: Digest of the checkpoint that was measured (`model_digest`); empty if unknown.
     """
 
     metrics: dict[str, float]
@@ -58,6 +59,7 @@ class Measurement:
     protocol: dict[str, Any]
     digest: str
     rows: Rows
+    checkpoint: str = ""
 
     @property
     def key(self) -> str:
@@ -115,6 +117,7 @@ def measure(job: JobConfig, store: Store, version: Version, watch: Watcher) -> M
     """
     with store.storage.scratch_folder() as scratch:
         checkpoint = models.fetch_checkpoint(store, _uri(version), scratch)
+        digest = model_digest(checkpoint)
         result = evaluate_checkpoint(checkpoint, job, watch)
     measurement = Measurement(
         metrics=result["metrics"],
@@ -123,6 +126,7 @@ def measure(job: JobConfig, store: Store, version: Version, watch: Watcher) -> M
         protocol=result["protocol"],
         digest=result["digest"],
         rows=result["detections"],
+        checkpoint=digest,
     )
     keep(store, version, measurement)
     return measurement

@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING, Any
 
 import gfl
 import gfl_platform
-from gfl.checkpoint.files import TRAINING
+from gfl.checkpoint.files import TRAINING, model_digest
 from gfl.evaluation.protocol import data_digest, protocol_hash
 from gfl_platform.config import StorageConfig, TrackingConfig, require_alias
-from gfl_platform.registry.history import DECISION, GATED_ALIASES
+from gfl_platform.registry.artifacts import CHECKPOINT
+from gfl_platform.registry.history import DECISION, GATED_ALIASES, read_history
 from gfl_platform.storage.storage import Storage, is_there
 from gfl_platform.tracking.client import Store, on_all_pages, reason_of
 
@@ -23,9 +24,6 @@ if TYPE_CHECKING:
     from mlflow import MlflowClient
 
     from gfl.inference.predictor import Model
-
-CHECKPOINT = "checkpoint"
-"""Name of the checkpoint among a model's artifacts."""
 
 SCHEMES = "a checkpoint folder, models:/NAME@ALIAS, models:/NAME/VERSION or runs:/RUN_ID"
 
@@ -149,17 +147,22 @@ def fetch_checkpoint(store: Store, model: str, scratch: Path) -> Path:
 def run_of(store: Store, model: str) -> str | None:
     """Return the run that trained `models:/...` or `runs:/...`, None for a checkpoint folder."""
     model = _complete(model)
-    if model.startswith("models:/"):
-        return find(store, *_split(model.removeprefix("models:/").strip("/"))).run_id
+    if version := version_of(store, model):
+        return version.run_id
     return model.removeprefix("runs:/").strip("/") if model.startswith("runs:/") else None
+
+
+def version_of(store: Store, model: str) -> Version | None:
+    """Return the version that `models:/...` means, None for any other form."""
+    if not model.startswith("models:/"):
+        return None
+    return find(store, *_split(model.removeprefix("models:/").strip("/")))
 
 
 def resolve(store: Store, model: str) -> str:
     """Return `models:/NAME/VERSION` for a registered model, any other form unchanged."""
-    if not model.startswith("models:/"):
-        return model
-    version = find(store, *_split(model.removeprefix("models:/").strip("/")))
-    return f"models:/{version.name}/{version.version}"
+    version = version_of(store, model)
+    return f"models:/{version.name}/{version.version}" if version else model
 
 
 def _complete(model: str) -> str:
@@ -178,22 +181,43 @@ def _split(reference: str) -> tuple[str, str]:
 
 
 def _fetch_registered(store: Store, reference: str, scratch: Path) -> Path:
-    """Return a folder below `scratch` with the checkpoint of NAME@ALIAS or NAME/VERSION."""
+    """Return a folder below `scratch` with the checkpoint of NAME@ALIAS or NAME/VERSION.
+
+    Raises:
+        RegistryError: its files cannot be read, or are not those that the gate has measured.
+    """
     version = find(store, *_split(reference))
+    folder = fetch_version(store, version, scratch, f"artifacts/{CHECKPOINT}")
+    for decision in reversed(read_history(store.client, version.name).decisions):
+        if decision.action == "promoted" and decision.version == version.version:
+            measured = decision.figures.get("candidate", {}).get("checkpoint")
+            if measured and model_digest(folder) != measured:
+                raise RegistryError(
+                    f"{version.name} version {version.version}: its checkpoint is not the one that "
+                    f"was measured for its promotion by {decision.user} (decision "
+                    f"{decision.number}); somebody has changed its files: promote another version"
+                )
+            break
+    return folder
+
+
+def fetch_version(store: Store, version: Version, scratch: Path, part: str = "") -> Path:
+    """Return a folder below `scratch` with the files of a version, or with a `part` of them.
+
+    Raises:
+        RegistryError: the files cannot be read.
+    """
     import mlflow
     from mlflow.exceptions import MlflowException
 
+    uri = f"models:/{version.name}/{version.version}/{part}".rstrip("/")
     try:
-        folder = mlflow.artifacts.download_artifacts(
-            artifact_uri=f"models:/{version.name}/{version.version}/artifacts/{CHECKPOINT}",
-            dst_path=str(scratch),
-        )
+        return Path(mlflow.artifacts.download_artifacts(artifact_uri=uri, dst_path=str(scratch)))
     except (MlflowException, OSError) as error:
         raise RegistryError(
             f"{version.name} version {version.version}: its artifacts cannot be read "
             f"({reason_of(error)}); register it again"
         ) from error
-    return Path(folder)
 
 
 def _checkpoint_of_run(store: Store, run_id: str) -> Path:

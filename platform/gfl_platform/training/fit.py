@@ -17,6 +17,7 @@ from gfl_platform.config import JobConfig
 from gfl_platform.storage.s3 import S3Error, is_remote
 from gfl_platform.storage.storage import Storage
 from gfl_platform.training.ray_snapshot import mend_snapshot
+from gfl_platform.training.sources import CHECKSUM
 from gfl_platform.training.worker import train_worker
 
 logger = logging.getLogger(__name__)
@@ -129,7 +130,7 @@ def _for_workers(storage: Storage, path: Path | None, origin: str | None) -> str
         origin: Where it was fetched from; workers read from S3 themselves.
     """
     if path is None or (origin and is_remote(origin)):
-        return origin
+        return origin and origin.partition(CHECKSUM)[0]
     return storage.shared(path)
 
 

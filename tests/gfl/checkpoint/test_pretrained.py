@@ -168,7 +168,7 @@ def test_files_that_cannot_be_read_safely_are_refused(tiny, tmp_path):
     with pytest.raises(ValueError, match="no such weights file"):
         gfl.load_weights(detector, tmp_path / "absent.pth")
     (tmp_path / "broken.safetensors").write_bytes(b"not weights")
-    with pytest.raises(ValueError, match="not a readable weights file"):
+    with pytest.raises(ValueError, match=r"is no weights file \(begins with b'not weights'\)"):
         gfl.load_weights(detector, tmp_path / "broken.safetensors")
     torch.save(detector, tmp_path / "whole.pth")
     with pytest.raises(ValueError, match=r"could run code when read; save the state dict alone"):
@@ -179,6 +179,35 @@ def test_files_that_cannot_be_read_safely_are_refused(tiny, tmp_path):
     (tmp_path / "text.pth").write_text("it is not")
     with pytest.raises(ValueError, match=r"text\.pth"):
         gfl.load_weights(detector, tmp_path / "text.pth")
+    for content, reason in (
+        (b"", "is empty; fetch it again"),
+        (
+            b"\n <!DOCTYPE html><html>Sign in</html>",
+            "is a web page, not weights; download",
+        ),
+        (
+            b"version https://git-lfs.github.com/spec/v1\noid",
+            "is a pointer of git LFS, not",
+        ),
+        (b"\x09\0\0\0\0\0\0\0{not json", r"not a readable weights file \(.*header"),
+    ):
+        (tmp_path / "page.pth").write_bytes(content)
+        with pytest.raises(ValueError, match=rf"page\.pth: {reason}"):
+            gfl.load_weights(detector, tmp_path / "page.pth")
+    for empty in ({}, {"state_dict": {}}):
+        torch.save(empty, tmp_path / "empty.pth")
+        with pytest.raises(ValueError, match="the state dict is empty"):
+            gfl.load_weights(detector, tmp_path / "empty.pth")
     (tmp_path / "plain.pth").write_bytes(pickle.dumps({"a": Foreign()}, protocol=2))
     with pytest.raises(ValueError, match=r"plain\.pth"):
         gfl.load_weights(detector, tmp_path / "plain.pth")
+
+
+def test_the_content_of_a_file_tells_its_format_and_not_its_name(tiny, tmp_path):
+    saved = gfl.Detector(tiny)
+    safetensors.torch.save_file(saved.state_dict(), tmp_path / "a.pth")
+    torch.save(saved.state_dict(), tmp_path / "b.safetensors")
+    for name in ("a.pth", "b.safetensors"):
+        other = gfl.Detector(tiny)
+        gfl.load_weights(other, tmp_path / name)
+        assert torch.equal(other.head.cls_logits.weight, saved.head.cls_logits.weight)

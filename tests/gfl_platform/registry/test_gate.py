@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from gfl.checkpoint.files import About, read_config
+from gfl.checkpoint.files import About, model_digest, read_config, write_checksums
 from gfl.checkpoint.snapshot import take_snapshot
 from gfl.config.loader import derive, reproducible
 from gfl.evaluation.bootstrap import Gain
@@ -151,14 +151,6 @@ def test_a_champion_that_cannot_be_measured_is_not_beaten():
     assert verdict.reasons[1] == (
         "Not compared with the champion (version 1), because registry.gate.compare is false."
     )
-
-
-def test_every_file_that_may_hold_a_pickle_is_named():
-    paths = ["MLmodel", "checkpoint/model.safetensors", "extra.pkl", "checkpoint/weights.pt"]
-    assert gate.pickle_faults(paths) == [
-        f"Artifact {path} may hold a pickle, which runs code when it is loaded."
-        for path in paths[2:]
-    ]
 
 
 @pytest.fixture(scope="module")
@@ -515,12 +507,27 @@ def test_a_version_with_unfit_files_is_refused_before_it_is_measured(
     weights.write_bytes(weights.read_bytes()[:100])
     decision = promote(job, name, 1)
     assert decision.action == "refused"
-    pickle, damage = decision.reasons
-    assert pickle == (
-        "Artifact code/extra.pkl may hold a pickle, which runs code when it is loaded."
-    )
+    extra, damage = decision.reasons
+    assert extra.startswith("Artifact code/extra.pkl is none of those that a registration writes")
     assert damage.startswith("It cannot be loaded: ")
     assert decision.figures == {}
+
+
+def test_a_promoted_version_loads_only_with_the_checkpoint_that_was_measured(
+    job, name, register, make_up_evaluations, tmp_path
+):
+    make_up_evaluations(lambda trained, job: 1.0)
+    register(1.0)
+    decision = promote(job, name, 1)
+    folder = artifacts_of(job, name, 1) / "artifacts" / "checkpoint"
+    assert decision.figures["candidate"]["checkpoint"] == model_digest(folder)
+    assert models.fetch_checkpoint(store_of(job), f"models:/{name}@champion", tmp_path).is_dir()
+    about = folder / "about.json"
+    about.write_text(about.read_text().replace("ellipse", "triangl", 1))
+    write_checksums(folder, ["about.json"])
+    for reference in ("@champion", "/1"):
+        with pytest.raises(models.RegistryError, match="is not the one that was measured for its"):
+            models.load(f"models:/{name}{reference}", store_of(job))
 
 
 @pytest.mark.ray
