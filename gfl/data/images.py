@@ -146,13 +146,13 @@ def pixels_of(image: bytes | Image.Image) -> Tensor:
     return _tensor(pixels)
 
 
-def image_size(path: Path) -> tuple[int, int]:
-    """Return (H, W) of an image file; only its header is read.
+def image_size(file: Path | bytes) -> tuple[int, int]:
+    """Return (H, W) of an image file, or of the content of one; only its header is read.
 
     Raises:
         DataError: The file is missing or is no image.
     """
-    with _opened(path) as image:
+    with _opened(BytesIO(file) if isinstance(file, bytes) else file) as image:
         width, height = image.size
         return (width, height) if _swaps_sides(image) else (height, width)
 
@@ -211,8 +211,10 @@ def _rgb(image: Image.Image) -> NDArray[np.uint8]:
         grey = np.asarray(image)
         if image.mode == "F" or grey.min() < 0 or grey.max() > 65535:
             raise ValueError("neither 8 nor 16 bits a pixel, so its white level is unknown")
-        narrow = np.round(grey / 257).astype(np.uint8)  # 65535 becomes 255
-        return np.repeat(narrow[:, :, None], 3, axis=2)
+        wide = grey.astype(np.int32)
+        wide += 128  # in place, because an image of 50 megapixels has 200 MB
+        wide //= 257  # rounded to the nearest: 65535 becomes 255
+        return np.repeat(wide.astype(np.uint8)[:, :, None], 3, axis=2)
     if "transparency" in image.info:
         image = image.convert("RGBA")  # some palettes convert to RGB only via RGBA
     return np.array(image if image.mode == "RGB" else image.convert("RGB"))

@@ -2,6 +2,7 @@
 
 import http.client
 import http.server
+import json
 import os
 import shutil
 import signal
@@ -148,6 +149,44 @@ class LosesAnswers:
     def stop(self):
         self._server.shutdown()
         self._server.server_close()
+
+
+class ModelServer(Server):
+    """`mlflow models serve` of a model."""
+
+    health = "ping"
+
+    def __init__(self, folder, model, **environment):
+        super().__init__(folder)
+        self.model = model
+        self.environment = environment | {
+            "MLFLOW_ALLOW_PICKLE_DESERIALIZATION": "false",
+            "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+        }
+
+    def command(self):
+        return [
+            sys.executable, "-m", "mlflow", "models", "serve", "-m", self.model,
+            "--port", str(self.port), "--env-manager", "local",
+        ]  # fmt: skip
+
+    def ask(self, content):
+        """Return the status and the text of the answer to a request, JSON unless it is bytes."""
+        body = content if isinstance(content, bytes) else json.dumps(content).encode()
+        headers = {"Content-Type": "application/json"}
+        request = urllib.request.Request(f"{self.uri}/invocations", body, headers)
+        try:
+            with urllib.request.urlopen(request, timeout=60) as answer:
+                return answer.status, answer.read().decode()
+        except urllib.error.HTTPError as error:
+            return error.code, error.read().decode()
+
+    def peak_memory(self):
+        """Return the largest resident size in bytes of its worker process so far."""
+        pid = self._process.pid
+        (worker,) = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+        status = Path(f"/proc/{worker}/status").read_text()
+        return int(status.partition("VmHWM:")[2].split()[0]) * 1024
 
 
 class S3(Server):
