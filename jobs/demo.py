@@ -58,7 +58,7 @@ def demo(arguments: argparse.Namespace) -> None:
     show_table("demo", {**summary, "gate": gate, "picture": picture})
     console.print(
         "next, after `. .venv/bin/activate`:\n"
-        f"  mlflow ui --backend-store-uri {store.uri}\n"
+        f"  mlflow ui --backend-store-uri {store.shown_uri}\n"
         "  python -m jobs.registry list\n"
         f"  python -m jobs.predict models:/{MODEL}@champion {job.data.val.images}",
         soft_wrap=True,

@@ -37,7 +37,7 @@ def export(arguments: argparse.Namespace) -> None:
     from gfl.export.export import export as export_checked
     from gfl.export.export import quantize
     from gfl.export.exportable import Form
-    from gfl_platform.cluster.events import ImagesPredicted
+    from gfl_platform.cluster.events import ItemsDone
     from gfl_platform.config import JobConfig, job_of
     from gfl_platform.registry import model_card, models
     from gfl_platform.storage.storage import Storage
@@ -70,7 +70,7 @@ def export(arguments: argparse.Namespace) -> None:
         with Progress() as progress:
 
             def show_progress(done: int, total: int) -> None:
-                progress.show(ImagesPredicted(done, total))
+                progress.show(ItemsDone("images predicted", done, total))
 
             figures = quantize(model, arguments.out, paths, val, show_progress)
         show_table(str(arguments.out / "model.int8.onnx"), figures)

@@ -48,7 +48,7 @@ def predict(arguments: argparse.Namespace) -> None:
     from gfl.data.images import read_image
     from gfl.inference.detections import require_own_names, write_detections
     from gfl.inference.predictor import image_files
-    from gfl_platform.cluster.events import ImagesPredicted
+    from gfl_platform.cluster.events import ItemsDone
     from gfl_platform.config import JobConfig, job_of
     from gfl_platform.registry import models
     from gfl_platform.storage.storage import Storage
@@ -72,7 +72,7 @@ def predict(arguments: argparse.Namespace) -> None:
             batch=arguments.batch,
             flip=arguments.flip,
             scales=arguments.scales,
-            progress=lambda n: progress.show(ImagesPredicted(n, len(files))),
+            progress=lambda n: progress.show(ItemsDone("images predicted", n, len(files))),
         )
     counts = write_detections(detections, arguments.out, arguments.format, arguments.min_score)
     show_table(arguments.model, {"images": len(files), **counts, "written to": arguments.out})

@@ -66,7 +66,7 @@ def run(job: Callable[[argparse.Namespace], None], arguments: argparse.Namespace
             raise
         expected = isinstance(error, (ValueError, RuntimeError))
         text = str(error) if expected else f"{type(error).__name__}: {error}; --debug shows where"
-        sys.exit(_report(redact(" ".join(text.split())), 1))
+        sys.exit(_report(" ".join(text.split()), 1))
 
 
 def _without_secrets(record: logging.LogRecord) -> bool:
@@ -89,7 +89,7 @@ def resumable(module: str, name: str) -> Iterator[None]:
 
 
 def _report(message: str, status: int) -> int:
-    sys.stderr.write(f"error: {message}\n")
+    sys.stderr.write(f"error: {redact(message)}\n")
     return status
 
 

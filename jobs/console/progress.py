@@ -11,12 +11,10 @@ from gfl_platform.cluster.events import (
     DataDescribed,
     EpochEvaluated,
     Event,
-    ImagesEvaluated,
-    ImagesPredicted,
+    ItemsDone,
     StepsDone,
     TagsSet,
     TrialEnded,
-    VariantsMeasured,
     Waiting,
     WorkerFailed,
     WorkersStarted,
@@ -72,12 +70,8 @@ class Progress:
             case EpochEvaluated(epoch=epoch, metrics=metrics):
                 self._quality = f"  AP {metrics['AP']:.3f}"
                 console.print(f"epoch {epoch}: AP {metrics['AP']:.4f}  AP50 {metrics['AP50']:.4f}")
-            case VariantsMeasured(variants=variants, total=total):
-                self._show_line(f"measured {variants} of {total} variants")
-            case ImagesPredicted(images=images, total=total):
-                self._show_line(f"{images} of {total} images")
-            case ImagesEvaluated(images=images, total=total):
-                self._show_line(f"evaluated {images} of {total} images")
+            case ItemsDone(work=work, done=done, total=total):
+                self._show_line(f"{done} of {total} {work}")
             case WorkerFailed(rank=rank, reason=reason, final=False):
                 console.print(
                     f"worker {rank} stopped ({reason}); going on from the last checkpoint"

@@ -39,11 +39,7 @@ Watcher = Callable[[Event], None]
 
 @dataclass(frozen=True)
 class Waiting(Event):
-    """The workers cannot start until an autoscaler adds nodes.
-
-    Attributes:
-        reason: What they wait for, in one line.
-    """
+    """The workers cannot start until an autoscaler adds nodes; the reason is one line."""
 
     reason: str
 
@@ -144,11 +140,7 @@ class EpochEvaluated(Event):
 
 @dataclass(frozen=True)
 class CheckpointDamaged(Event):
-    """A checkpoint cannot be continued from, so the workers use an older one.
-
-    Attributes:
-        reason: What is wrong with it, in one line.
-    """
+    """A checkpoint cannot be continued from, so an older one is used; the reason is one line."""
 
     reason: str
 
@@ -171,41 +163,17 @@ class WorkerFailed(Event):
 
 
 @dataclass(frozen=True)
-class ImagesEvaluated(Event):
-    """An evaluation has gone over some images.
+class ItemsDone(Event):
+    """A job has done some of its items.
 
     Attributes:
-        images: Number of images done.
-        total: Number of images of the whole evaluation.
+        work: The items and what was done to them: `images evaluated`.
+        done: Number of items done.
+        total: Number of all items.
     """
 
-    images: int
-    total: int
-
-
-@dataclass(frozen=True)
-class VariantsMeasured(Event):
-    """A benchmark has measured some variants.
-
-    Attributes:
-        variants: Number of variants done.
-        total: Number of variants of the whole benchmark.
-    """
-
-    variants: int
-    total: int
-
-
-@dataclass(frozen=True)
-class ImagesPredicted(Event):
-    """A model has predicted the objects of some images.
-
-    Attributes:
-        images: Number of images done.
-        total: Number of all images.
-    """
-
-    images: int
+    work: str
+    done: int
     total: int
 
 
@@ -228,34 +196,21 @@ class RunOpened(Event):
 
 @dataclass(frozen=True)
 class RunReopened(Event):
-    """Another driver continues an MLflow run.
-
-    Attributes:
-        restarts: How often the run has been started again, this time included.
-    """
+    """Another driver continues an MLflow run, which was started again `restarts` times."""
 
     restarts: int
 
 
 @dataclass(frozen=True)
 class TagsSet(Event):
-    """The driver knows further tags of the run.
-
-    Attributes:
-        tags: The tags.
-    """
+    """The driver knows further tags of the run."""
 
     tags: Mapping[str, str]
 
 
 @dataclass(frozen=True)
 class SpeedMeasured(Event):
-    """A training is done, and the speed of its model is measured.
-
-    Attributes:
-        fps: Frames per second.
-        protocol: How they were measured.
-    """
+    """A training is done, and its model's frames per second are measured under a protocol."""
 
     fps: float
     protocol: Mapping[str, Any]
@@ -276,11 +231,7 @@ class OutagesCounted(Event):
 
 @dataclass(frozen=True)
 class FolderWritten(Event):
-    """The driver has written a folder that belongs to the run's artifacts.
-
-    Attributes:
-        path: The folder.
-    """
+    """The driver has written a folder, at `path`, that belongs to the run's artifacts."""
 
     path: str
 
@@ -292,22 +243,14 @@ class CheckpointsDiscarded(Event):
 
 @dataclass(frozen=True)
 class RunEnded(Event):
-    """The run has ended.
-
-    Attributes:
-        status: Status in MLflow's words: FINISHED, FAILED or KILLED.
-    """
+    """The run has ended with a status in MLflow's words: FINISHED, FAILED or KILLED."""
 
     status: str
 
 
 @dataclass(frozen=True)
 class TrialStarted(Event):
-    """A trial of a sweep has started, for the first time or again.
-
-    Attributes:
-        planned: Fields of the sweep's `Planned`.
-    """
+    """A trial of a sweep has started, first or again, with the fields of the sweep's `Planned`."""
 
     planned: Mapping[str, Any]
 
@@ -350,23 +293,14 @@ class TrialEnded(Event):
 
 @dataclass(frozen=True)
 class Unknown(Event):
-    """An event that another version of this program has written, of a kind that is not known here.
-
-    Attributes:
-        name: Name of the kind.
-    """
+    """An event of a kind, called `name`, that only another version of this program knows."""
 
     name: str
 
 
 @dataclass(frozen=True)
 class OfTrial(Event):
-    """An event of one of a sweep's trials.
-
-    Attributes:
-        trial: Name of the trial.
-        event: The event.
-    """
+    """An event of the sweep's trial that is called `trial`."""
 
     trial: str
     event: Event
@@ -382,9 +316,7 @@ KINDS: dict[str, type[Event]] = {
     "checkpoint": EpochEvaluated,
     "damaged": CheckpointDamaged,
     "failure": WorkerFailed,
-    "evaluated": ImagesEvaluated,
-    "measured": VariantsMeasured,
-    "predicted": ImagesPredicted,
+    "items": ItemsDone,
     "opened": RunOpened,
     "reopened": RunReopened,
     "tags": TagsSet,

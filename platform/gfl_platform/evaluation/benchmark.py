@@ -39,7 +39,7 @@ from gfl.inference.predictor import Model
 from gfl.model.detector import Detector
 from gfl_platform.cluster import launch, resources
 from gfl_platform.cluster.event_queue import pumped
-from gfl_platform.cluster.events import VariantsMeasured, Watcher
+from gfl_platform.cluster.events import ItemsDone, Watcher
 from gfl_platform.config import JobConfig
 from gfl_platform.storage.files import read_json
 from gfl_platform.storage.storage import Storage
@@ -121,7 +121,7 @@ def benchmark_worker(settings: dict[str, Any]) -> Benchmark:
             timings.append(Timing(variant.name, 0, {}, 0, {}, [], str(error)))
             continue
         finally:
-            settings["events"].tell(VariantsMeasured(number, len(variants)))
+            settings["events"].tell(ItemsDone("variants measured", number, len(variants)))
         timings.append(_timing(variant.name, seconds, variant.batch, peak["bytes"], protocol))
     model = Model(detector, about, device)
     paths = [record.path for record in split.records[: settings["images"]]]

@@ -24,7 +24,7 @@ from gfl.structures import coco_records
 from gfl.train.engine import build_evaluation_loader
 from gfl_platform.cluster import launch, resources
 from gfl_platform.cluster.event_queue import pumped
-from gfl_platform.cluster.events import ImagesEvaluated, Watcher
+from gfl_platform.cluster.events import ItemsDone, Watcher
 from gfl_platform.config import JobConfig
 from gfl_platform.storage.storage import Storage
 
@@ -96,7 +96,7 @@ def evaluate_worker(settings: dict[str, Any]) -> dict[str, Any]:
 
     def tell_progress(images: int) -> None:
         total = len(split.records)
-        settings["events"].tell(ImagesEvaluated(min(images * world, total), total))
+        settings["events"].tell(ItemsDone("images evaluated", min(images * world, total), total))
 
     loader = build_evaluation_loader(config, split, device)
     progress = tell_progress if rank == 0 else None

@@ -44,8 +44,9 @@ def test_a_full_spool_drops_the_oldest_steps_and_says_so(tmp_path, caplog):
     path, limit = tmp_path / SPOOL_FILE, 100_000
     spool = Spool(path, limit)
     spool.add(CheckpointDamaged("half"))
-    for number in range(2000):
-        spool.add(steps(number))
+    with spool.transaction():  # One wait for the disk.
+        for number in range(2000):
+            spool.add(steps(number))
     kept = list(spool.first(9999).values())
     assert path.stat().st_size < limit + 10_000
     assert kept[0] == CheckpointDamaged("half")

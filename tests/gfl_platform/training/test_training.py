@@ -23,7 +23,7 @@ from gfl_platform.cluster.events import (
     CheckpointDamaged,
     DataDescribed,
     EpochEvaluated,
-    ImagesEvaluated,
+    ItemsDone,
     OfTrial,
     SpeedMeasured,
     StepsDone,
@@ -123,7 +123,7 @@ def test_evaluation_over_the_cluster_repeats_the_figures(trained, tmp_path):
     job, result, _ = trained
     events, results = [], tmp_path / "results.json"
     figures = evaluate_checkpoint(result.checkpoint, job, events.append, results=results)
-    assert events[-1] == ImagesEvaluated(11, 11)
+    assert events[-1] == ItemsDone("images evaluated", 11, 11)
     assert figures["metrics"] == pytest.approx(result.metrics, abs=1e-6)
     assert figures["fps"] > 0
     assert figures["images"] == 11
