@@ -2,8 +2,14 @@
 
 import argparse
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from jobs.console.cli import parse, parser, run, show_table
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from gfl.inference.detections import Detections
 
 EXAMPLE = (
     "python -m jobs.predict models:/gfl-demo@champion street.jpg photos/ --out outputs/predictions"
@@ -67,14 +73,16 @@ def predict(arguments: argparse.Namespace) -> None:
         job = derive(JobConfig, read_config(checkpoint), arguments.overrides)
         model = gfl.load(checkpoint, job)
     with Progress() as progress:
-        detections = model.predict(
-            files,
-            batch=arguments.batch,
-            flip=arguments.flip,
-            scales=arguments.scales,
-            progress=lambda n: progress.show(ItemsDone("images predicted", n, len(files))),
-        )
-    counts = write_detections(detections, arguments.out, arguments.format, arguments.min_score)
+
+        def shown() -> "Iterator[Detections]":
+            stream = model.stream(
+                files, batch=arguments.batch, flip=arguments.flip, scales=arguments.scales
+            )
+            for number, detections in enumerate(stream, start=1):
+                yield detections
+                progress.show(ItemsDone("images predicted", number, len(files)))
+
+        counts = write_detections(shown(), arguments.out, arguments.format, arguments.min_score)
     show_table(arguments.model, {"images": len(files), **counts, "written to": arguments.out})
 
 

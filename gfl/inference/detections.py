@@ -2,9 +2,12 @@
 
 import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from shutil import copyfileobj
+from tempfile import TemporaryDirectory, TemporaryFile
+from textwrap import indent
 from typing import TYPE_CHECKING, Any, Literal
 
 from torch import Tensor
@@ -108,27 +111,103 @@ class Detections:
 
 
 def write_detections(
-    detections: Sequence[Detections], folder: Path, form: Format, min_score: float
+    detections: Iterable[Detections], folder: Path, form: Format, min_score: float
 ) -> dict[str, int]:
     """Write detections as files and as pictures; return the number of detections of each class.
 
     `coco` writes `predictions.json`, a dataset whose annotations have a `score` and an `edge_std`.
-    `yolo` writes a text file of the same name for each image, and `classes.txt`.
+    `yolo` writes a text file of the same name for each image, and `classes.txt`. The detections of
+    one image at a time are in memory, and the files appear in `folder` when all are complete.
 
     Args:
-        detections: Detections of each image, whose `source` is a file.
+        detections: Detections of each image, at least one, whose `source` is a file.
         folder: Folder of the results, created if it does not exist.
         form: Format of the files.
         min_score: Smallest score of the detections that are drawn.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    (_write_coco if form == "coco" else _write_yolo)(detections, folder)
-    for number, of_image in enumerate(detections, start=1):
-        picture = folder / f"{number:06d}-{Path(of_image.source).stem}.png"
-        pixels = read_image(Path(of_image.source))
-        draw_predictions([pixels], [of_image.predictions], of_image.classes, picture, min_score)
-    counts = Counter(name for of_image in detections for name in of_image.names)
-    return {name: counts[name] for name in detections[0].classes}
+    counts: Counter[str] = Counter()
+    with TemporaryDirectory(prefix=".predictions-", dir=folder) as scratch:
+        partial = Path(scratch)
+        with (_CocoWriter if form == "coco" else _YoloWriter)(partial) as writer:
+            for number, of_image in enumerate(detections, start=1):
+                writer.add(number, of_image)
+                source = Path(of_image.source)
+                picture = partial / f"{number:06d}-{source.stem}.png"
+                drawn = [of_image.predictions]
+                draw_predictions([read_image(source)], drawn, of_image.classes, picture, min_score)
+                counts.update(of_image.names)
+            writer.finish(of_image)
+        for file in sorted(partial.iterdir()):  # numbered pictures come first
+            file.replace(folder / file.name)
+    return {name: counts[name] for name in of_image.classes}
+
+
+class _CocoWriter:
+    """Writes `predictions.json` image by image; annotations wait in a file of their own."""
+
+    def __init__(self, folder: Path) -> None:
+        self._file = (folder / "predictions.json").open("w")
+        self._annotations = TemporaryFile("w+")  # noqa: SIM115
+        self._count = 0
+
+    def __enter__(self) -> "_CocoWriter":
+        self._file.write('{\n "images": [')
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+        self._annotations.close()
+
+    def add(self, number: int, of_image: Detections) -> None:
+        """Write the detections of the image with the id `number`."""
+        height, width = of_image.size
+        image = {"id": number, "file_name": of_image.source, "height": height, "width": width}
+        self._file.write(_listed(image, number))
+        for record in of_image.to_coco(number):
+            self._count += 1
+            _, _, w, h = record["bbox"]
+            extra = {"id": self._count, "area": w * h, "iscrowd": 0}
+            self._annotations.write(_listed(record | extra, self._count))
+
+    def finish(self, of_image: Detections) -> None:
+        """Write the rest of the file; `of_image` knows the classes."""
+        self._file.write('\n ],\n "categories": [')
+        named = zip(of_image.category_ids, of_image.classes, strict=True)
+        for number, (identity, name) in enumerate(named, start=1):
+            self._file.write(_listed({"id": identity, "name": name}, number))
+        self._file.write('\n ],\n "annotations": [')
+        self._annotations.seek(0)
+        copyfileobj(self._annotations, self._file)
+        self._file.write(("\n ]" if self._count else "]") + "\n}\n")
+
+
+def _listed(entry: dict[str, Any], number: int) -> str:
+    """Return an entry as the element `number`, from 1, of an indented list in JSON."""
+    text = json.dumps(entry, indent=1)
+    return ("," if number > 1 else "") + "\n" + indent(text, "  ")
+
+
+class _YoloWriter:
+    """Writes a text file for each image, and `classes.txt`."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    def __enter__(self) -> "_YoloWriter":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def add(self, number: int, of_image: Detections) -> None:
+        """Write the detections of an image."""
+        (self._folder / f"{Path(of_image.source).stem}.txt").write_text(of_image.to_yolo())
+
+    def finish(self, of_image: Detections) -> None:
+        """Write the names of the classes; `of_image` knows them."""
+        names = "".join(f"{name}\n" for name in of_image.classes)
+        (self._folder / "classes.txt").write_text(names)
 
 
 def require_own_names(files: Sequence[Path]) -> None:
@@ -143,27 +222,3 @@ def require_own_names(files: Sequence[Path]) -> None:
             f"{stem}: {count} images have this name, so that YOLO's files would be one; predict "
             "each into a folder of its own, or choose --format coco"
         )
-
-
-def _write_coco(detections: Sequence[Detections], folder: Path) -> None:
-    images: list[dict[str, Any]] = []
-    annotations: list[dict[str, Any]] = []
-    for number, of_image in enumerate(detections, start=1):
-        height, width = of_image.size
-        images.append(
-            {"id": number, "file_name": of_image.source, "height": height, "width": width}
-        )
-        for record in of_image.to_coco(number):
-            _, _, w, h = record["bbox"]
-            extra = {"id": len(annotations) + 1, "area": w * h, "iscrowd": 0}
-            annotations.append(record | extra)
-    named = zip(detections[0].category_ids, detections[0].classes, strict=True)
-    categories = [{"id": identity, "name": name} for identity, name in named]
-    content = {"images": images, "categories": categories, "annotations": annotations}
-    (folder / "predictions.json").write_text(json.dumps(content, indent=1) + "\n")
-
-
-def _write_yolo(detections: Sequence[Detections], folder: Path) -> None:
-    for of_image in detections:
-        (folder / f"{Path(of_image.source).stem}.txt").write_text(of_image.to_yolo())
-    (folder / "classes.txt").write_text("".join(f"{name}\n" for name in detections[0].classes))

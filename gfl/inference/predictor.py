@@ -1,6 +1,6 @@
 """Prediction with a trained model: `gfl.load(folder).predict(images)`."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -58,9 +58,22 @@ class Model:
         min_score: float = 0.0,
         flip: bool = False,
         scales: Sequence[float] = (1.0,),
-        progress: Callable[[int], None] | None = None,
     ) -> list[Detections]:
-        """Return the detections of each image, in the order of the images.
+        """Return the detections of each image, in the order of the images; see `stream`."""
+        return list(self.stream(images, batch=batch, min_score=min_score, flip=flip, scales=scales))
+
+    def stream(
+        self,
+        images: ImageLike | Iterable[ImageLike],
+        *,
+        batch: int = 1,
+        min_score: float = 0.0,
+        flip: bool = False,
+        scales: Sequence[float] = (1.0,),
+    ) -> Iterator[Detections]:
+        """Yield the detections of each image, in the order of the images.
+
+        Whatever the number of images, the pixels and detections of `WAITING` batches are in memory.
 
         Args:
             images: One image, several images, or a folder. Images of an iterator are released as
@@ -70,7 +83,6 @@ class Model:
             min_score: Smallest score of a detection, in addition to `postprocess.score_threshold`.
             flip: Whether to detect in the mirrored image, too, and merge (test-time augmentation).
             scales: Multiples of an image's usual size at which to detect, and to merge.
-            progress: Called after every pass with the number of images that are done.
 
         Raises:
             DataError: A file is missing or is no image.
@@ -81,20 +93,22 @@ class Model:
                 f"batch {batch!r}, scales {list(scales)!r}: expected a positive batch and at least "
                 "one scale, all positive"
             )
-        sources: list[str] = []
-        detections: dict[int, Detections] = {}
+        sources: dict[int, str] = {}
+        ready: dict[int, Detections] = {}
+        following = 0
         for places, pixels in _batches(_noted(_listed(images), sources), batch):
             for number, predictions in zip(places, self._detect(pixels, flip, scales), strict=True):
-                detections[number] = Detections(
-                    source=sources[number],
+                ready[number] = Detections(
+                    source=sources.pop(number),
                     size=(pixels[0].shape[1], pixels[0].shape[2]),
                     predictions=predictions.select(predictions.scores >= min_score),
                     classes=self.about.classes,
                     category_ids=self.about.category_ids,
                 )
-            if progress is not None:
-                progress(len(detections))
-        return [detections[number] for number in range(len(detections))]
+            del pixels
+            while following in ready:
+                yield ready.pop(following)
+                following += 1
 
     def _detect(
         self, images: list[Tensor], flip: bool, scales: Sequence[float]
@@ -187,17 +201,18 @@ def _listed(images: ImageLike | Iterable[ImageLike]) -> Iterable[ImageLike]:
     return images
 
 
-def _noted(images: Iterable[ImageLike], sources: list[str]) -> Iterator[ImageLike]:
-    """Yield the images and append the path of each to `sources`, "" for one without a path."""
-    for image in images:
-        sources.append(str(image) if isinstance(image, str | Path) else "")
+def _noted(images: Iterable[ImageLike], sources: dict[int, str]) -> Iterator[ImageLike]:
+    """Yield the images and note the path of each in `sources`, "" for one without a path."""
+    for number, image in enumerate(images):
+        sources[number] = str(image) if isinstance(image, str | Path) else ""
         yield image
 
 
 def _batches(images: Iterable[ImageLike], batch: int) -> Iterator[tuple[list[int], list[Tensor]]]:
     """Yield batches of images of one size: their places in `images`, and pixels (3, H, W).
 
-    At most `WAITING` batches of pixels are in memory, whatever the number of sizes.
+    At most `WAITING` batches of pixels are in memory, whatever the number of sizes, and no image
+    waits until more images than that have come after it.
     """
     waiting: dict[tuple[int, ...], tuple[list[int], list[Tensor]]] = {}
     for number, image in enumerate(images):
@@ -210,6 +225,9 @@ def _batches(images: Iterable[ImageLike], batch: int) -> Iterator[tuple[list[int
             yield waiting.pop(size)
         elif sum(len(places) for places, _ in waiting.values()) == WAITING * batch:
             yield waiting.pop(max(waiting, key=lambda size: len(waiting[size][0])))
+        oldest = next(iter(waiting), size)
+        if oldest in waiting and number - waiting[oldest][0][0] >= WAITING * batch:
+            yield waiting.pop(oldest)
     yield from waiting.values()
 
 

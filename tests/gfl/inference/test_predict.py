@@ -1,5 +1,6 @@
 """`gfl.load(...).predict(...)`: forms of images, batches, augmented looks, other tools."""
 
+import json
 import weakref
 
 import numpy as np
@@ -58,10 +59,8 @@ def test_every_form_of_an_image_gives_the_same(model, files):
 
 
 def test_a_folder_is_its_images_in_order(model, files, shapes_folder):
-    seen = []
-    detections = model.predict(shapes_folder / "val" / "images", progress=seen.append)
+    detections = model.predict(shapes_folder / "val" / "images")
     assert [of_image.source for of_image in detections] == [str(file) for file in files]
-    assert seen == list(range(1, len(files) + 1))
     assert model.predict([]) == []
 
 
@@ -86,6 +85,21 @@ def test_images_of_many_sizes_do_not_pile_up():
         passes += len(places)
         assert len(alive) - passes < 32
     assert passes == 100
+
+
+def test_an_image_of_a_rare_size_does_not_keep_all_others_waiting(model):
+    """Detections come in order, and never more than eight batches after their image."""
+    read = []
+
+    def images():
+        for number in range(100):
+            read.append(number)
+            yield torch.zeros(3, 64, 48 if number == 3 else 64, dtype=torch.uint8)
+
+    for number, of_image in enumerate(model.stream(images(), batch=2)):
+        assert of_image.size == (64, 48 if number == 3 else 64)
+        assert len(read) - number <= 8 * 2 + 2
+    assert number == 99
 
 
 def test_images_of_an_iterator_are_not_kept(model):
@@ -150,6 +164,32 @@ def test_other_tools_understand_the_detections(model, files):
     assert (float(cx) - float(w) / 2) * 64 == pytest.approx(x1, abs=1e-3)
     assert (float(cy) + float(h) / 2) * 64 == pytest.approx(y2, abs=1e-3)
     assert float(score) == pytest.approx(detections.scores[0].item(), abs=1e-6)
+
+
+def test_a_coco_file_written_image_by_image_is_what_json_would_write(model, files, tmp_path):
+    for count, least in ((2, 0.3), (1, 1.0)):
+        detections = model.predict(files[:count], min_score=least)
+        write_detections(iter(detections), tmp_path, "coco", 0.3)
+        text = (tmp_path / "predictions.json").read_text()
+        content = json.loads(text)
+        assert text == json.dumps(content, indent=1) + "\n"
+        assert [image["id"] for image in content["images"]] == list(range(1, count + 1))
+        assert len(content["annotations"]) == sum(map(len, detections))
+        assert [entry["id"] for entry in content["categories"]] == [1, 2, 5]
+    assert len(list(tmp_path.glob("*.png"))) == 2
+
+
+@pytest.mark.parametrize("form", ["coco", "yolo"])
+def test_where_an_image_fails_no_file_is_written(model, files, tmp_path, form):
+    def detections():
+        yield from model.predict(files[:2])
+        raise DataError("the third is damaged")
+
+    (tmp_path / "predictions.json").write_text("of before")
+    with pytest.raises(DataError, match="the third"):
+        write_detections(detections(), tmp_path, form, 0.3)
+    assert [file.name for file in tmp_path.iterdir()] == ["predictions.json"]
+    assert (tmp_path / "predictions.json").read_text() == "of before"
 
 
 def test_yolo_files_are_written(model, files, tmp_path):
