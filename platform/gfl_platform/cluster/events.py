@@ -348,12 +348,13 @@ def to_json(event: Event) -> dict[str, Any]:
 def from_json(record: Mapping[str, Any]) -> Event:
     """Return the event of a JSON object.
 
-    Keys that the kind no longer has are left out. An unknown kind is `Unknown`, and so is a kind
-    with other attributes than here.
+    Keys that the kind no longer has are left out, and an unknown kind is `Unknown`.
+
+    Raises:
+        TypeError: attributes are missing.
     """
-    kind = KINDS.get(record["kind"], Unknown)
-    names = {attribute.name for attribute in fields(kind)}
-    try:
-        return kind(**{name: value for name, value in record.items() if name in names})
-    except TypeError:
+    kind = KINDS.get(record["kind"])
+    if kind is None:
         return Unknown(record["kind"])
+    names = {attribute.name for attribute in fields(kind)}
+    return kind(**{name: value for name, value in record.items() if name in names})

@@ -35,6 +35,7 @@ from gfl_platform.cluster.events import (
     WorkerFailed,
     name_of,
 )
+from gfl_platform.storage.files import StorageError
 from gfl_platform.storage.storage import is_there
 from gfl_platform.tracking.client import Store, TrackingError, on_all_pages, reason_of
 from gfl_platform.tracking.metadata import IDENTITY, PROTOCOL, RUN_FILE, read_run_file
@@ -192,7 +193,7 @@ class Delivery:
         for is_last in (False, True):  # A broken connection may look like a refusal, once.
             try:
                 self._log(list(events.values()))
-            except (MlflowException, RefusedError) as error:
+            except Exception as error:
                 if not self._is_refusal(error):
                     raise
                 if len(events) > 1:
@@ -224,7 +225,13 @@ class Delivery:
         """
         if isinstance(error, RefusedError):
             return True
-        if self.run_id is None or getattr(error, "error_code", None) not in REFUSALS:
+        is_of_store = isinstance(error, TrackingError | StorageError | OSError)
+        is_of_event = (
+            isinstance(error, AttributeError | TypeError | ValueError | LookupError)
+            and not is_of_store
+        )
+        may_be_final = is_of_event or getattr(error, "error_code", None) in REFUSALS
+        if self.run_id is None or not may_be_final:
             return False
         self._require_active()
         # A store that takes another tag refuses only what was to be logged.
@@ -288,7 +295,7 @@ class Delivery:
         params = capped(event.params, MAX_PARAM_VAL_LENGTH)
         self.client.log_batch(self._run, params=[Param(k, v) for k, v in params.items()])
         for file, text in event.texts.items():
-            self.client.log_text(self._run, text, file)
+            self.client.log_text(self._run, valid(text), file)
 
     def _create(self, event: RunOpened) -> str:
         """Return the MLflow run that `event` describes, which is created if there is none.
@@ -311,7 +318,7 @@ class Delivery:
         """Log one event, or several reports of steps that follow each other."""
         event = events[0]
         if not isinstance(event, Logged):
-            raise RefusedError("another version of this program has added it")
+            raise RefusedError("it is damaged, or of another version of this program")
         match event:
             case StepsDone():
                 steps = [report for report in events if isinstance(report, StepsDone)]
@@ -402,14 +409,16 @@ class Delivery:
 
 def capped(values: Mapping[str, str], longest: int) -> dict[str, str]:
     """Return texts as every store takes them: at most `longest` characters, all of them valid."""
-    valid = {
-        key: text.replace("\0", "\ufffd").encode(errors="replace").decode()
-        for key, text in values.items()
-    }
+    texts = {key: valid(text) for key, text in values.items()}
     return {
         key: text if len(text) <= longest else text[: longest - 1] + "…"
-        for key, text in valid.items()
+        for key, text in texts.items()
     }
+
+
+def valid(text: str) -> str:
+    """Return a text without characters that PostgreSQL or UTF-8 do not have."""
+    return str(text).replace("\0", "\ufffd").encode(errors="replace").decode()
 
 
 def _together(waiting: Mapping[int, Event]) -> Iterator[dict[int, Event]]:

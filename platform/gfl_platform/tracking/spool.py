@@ -14,7 +14,7 @@ from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from gfl_platform.cluster.events import Event, from_json, name_of, to_json
+from gfl_platform.cluster.events import Event, Unknown, from_json, name_of, to_json
 from gfl_platform.redaction import redact
 
 logger = logging.getLogger(__name__)
@@ -81,7 +81,7 @@ class Spool:
         """Return the oldest `count` events, by their numbers in the queue."""
         with self._turn() as db:
             rows = db.execute("SELECT id, event FROM events ORDER BY id LIMIT ?", (count,))
-            return {number: from_json(json.loads(event)) for number, event in rows}
+            return {number: _parse(event) for number, event in rows}
 
     def remove(self, last: int) -> None:
         """Remove the events up to the one with the number `last`."""
@@ -197,6 +197,13 @@ class Spool:
             )
 
 
+def _parse(text: str) -> Event:
+    try:
+        return from_json(json.loads(text))
+    except (ValueError, TypeError, KeyError):
+        return Unknown("unreadable")
+
+
 def is_damage(error: Exception) -> bool:
     """Return whether an error says that a file is damaged or no database."""
     code = error.sqlite_errorcode & 0xFF if isinstance(error, sqlite3.DatabaseError) else None
@@ -213,6 +220,7 @@ def _connect(path: Path) -> sqlite3.Connection:
     # Outside `transaction` every statement commits by itself.
     db = sqlite3.connect(path, LOCK_SECONDS, isolation_level=None, check_same_thread=False)
     try:
+        db.text_factory = lambda text: text.decode(errors="replace")
         db.execute("PRAGMA synchronous = NORMAL")
         (state,) = db.execute("PRAGMA quick_check(1)").fetchone()
         if is_empty or state != "ok":

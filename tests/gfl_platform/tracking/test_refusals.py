@@ -9,7 +9,14 @@ import sqlalchemy
 from click.testing import CliRunner
 from mlflow.utils.validation import MAX_PARAM_VAL_LENGTH, MAX_TAG_VAL_LENGTH
 
-from gfl_platform.cluster.events import EpochEvaluated, FolderWritten, RunOpened, StepsDone, TagsSet
+from gfl_platform.cluster.events import (
+    DataDescribed,
+    EpochEvaluated,
+    FolderWritten,
+    RunOpened,
+    StepsDone,
+    TagsSet,
+)
 from gfl_platform.config import load_job
 from gfl_platform.registry import models
 from gfl_platform.tracking.client import TrackingError
@@ -122,12 +129,16 @@ def test_a_refused_event_is_kept_shown_and_tried_again_and_holds_up_nothing(job,
     assert "probe" not in store_of(job).client.get_run(tracker.run_id).data.tags
 
 
-def test_an_event_of_another_version_of_the_program_is_kept(job, folder):
+def test_an_event_that_makes_no_sense_here_is_kept_and_holds_up_nothing(job, folder):
     with RunTracker(store_of(job), folder, describe(job, "one")) as tracker:
-        for text in ('{"kind": "of tomorrow", "x": 1}', '{"kind": "steps"}'):
+        texts = ('{"kind": "of tomorrow", "x": 1}', '{"kind": "steps"}', "[]", "{", b"\xff")
+        for text in texts:
             tracker._spool._db.execute("INSERT INTO events (event) VALUES (?)", (text,))
+        tracker.handle(DataDescribed(["no mapping"], []))
+        tracker.handle(steps(1))
     assert backlog(folder) == 0
-    assert len(refusals(folder)) == 2
+    assert len(refusals(folder)) == len(texts) + 1
+    assert logged_steps(job, tracker.run_id) == [1]
 
 
 @pytest.mark.parametrize("longest", [MAX_PARAM_VAL_LENGTH, MAX_TAG_VAL_LENGTH])
