@@ -190,10 +190,10 @@ def _require_workers(value: Any) -> Any:
     counts = value if isinstance(value, list | tuple) else (value,)
     if value is None:
         return None
-    if all(type(count) is int and count > 0 for count in counts):
+    if all(type(count) is int and count >= 0 for count in counts):
         if value in counts:
             return value
-        if len(counts) == 2 and counts[0] <= counts[1]:
+        if len(counts) == 2 and 0 < counts[0] <= counts[1]:
             return tuple(counts)
     raise ValueError(f"cluster.workers: got {value}: expected a number of processes or [min, max]")
 
@@ -211,7 +211,8 @@ class ClusterConfig(Section):
     workers: Annotated[int | tuple[int, int] | None, BeforeValidator(_require_workers)] = None
     """Number of training processes; by default one for each GPU of the cluster, or 2 on a cluster
     without GPUs. With `[min, max]` it follows the number of nodes during the training, and the
-    result is the same as with `max`."""
+    result is the same as with `max`. With 0 an evaluation or a benchmark needs no cluster: it runs
+    in the job's own process."""
     resize_seconds: Annotated[float, Field(gt=0)] = 60.0
     """Seconds between two checks for new nodes, with `workers: [min, max]`."""
     use_gpu: bool | None = None

@@ -79,7 +79,8 @@ def test_the_small_twin_of_a_sweep_tries_the_same(path):
     ("override", "message"),
     [
         ("cluster.wrokers=2", r"cluster\.wrokers: unknown key; did you mean 'workers'\?"),
-        ("cluster.workers=0", r"cluster\.workers: got 0"),
+        ("cluster.workers=-1", r"cluster\.workers: got -1"),
+        ("cluster.workers=[0, 2]", r"cluster\.workers: got \[0, 2\]"),
         ("cluster.workers=[2, 1]", r"cluster\.workers: got \[2, 1\]: expected a number .* or \["),
         ("cluster.workers=[true, 2]", r"cluster\.workers: got \[True, 2\]"),
         (

@@ -150,7 +150,7 @@ def test_a_model_is_evaluated_by_alias(outputs, tmp_path, monkeypatch, capsys):
         "models:/shapes@champion",
         f"storage.root={outputs}",
         "postprocess.score_threshold=1.0",
-        "cluster.workers=1",
+        "cluster.workers=0",
         "--official",
         "--per-class",
         "--out",

@@ -137,6 +137,11 @@ def allot(job: JobConfig) -> Workers:
         ClusterError: the cluster has fewer CPUs or GPUs than the job needs, and no autoscaler that
             can add them; Ray itself would wait for ever.
     """
+    if job.cluster.workers == 0:
+        raise ClusterError(
+            "cluster.workers: 0 is for evaluations and benchmarks, which then run in their own "
+            "process; a training needs at least 1"
+        )
     present = ray.cluster_resources()
     most, origin = most_resources(present)
     config = job.cluster

@@ -37,10 +37,10 @@ from gfl.evaluation.speed import (
 )
 from gfl.inference.predictor import Model
 from gfl.model.detector import Detector
-from gfl_platform.cluster import launch, resources
-from gfl_platform.cluster.event_queue import pumped
+from gfl_platform.cluster import resources
 from gfl_platform.cluster.events import ItemsDone, Watcher
 from gfl_platform.config import JobConfig
+from gfl_platform.evaluation.measure import run_measurement
 from gfl_platform.storage.files import read_json
 from gfl_platform.storage.storage import Storage
 from gfl_platform.tracking.client import Store
@@ -77,29 +77,24 @@ def benchmark(
         ValueError: the checkpoint, dataset or cluster cannot be used.
         JobFailedError: the worker stopped.
     """
-    resources.connect()
-    one_worker = job.cluster.model_copy(update={"workers": 1})
-    workers = resources.allot(job.model_copy(update={"cluster": one_worker}))
     storage = Storage(job.storage)
-    with storage.scratch_folder() as scratch, pumped(watch) as events:
-        settings = {
-            "config": dump_config(reproducible(job)),
-            "checkpoint": checkpoint and storage.shared(checkpoint),
-            "cache": storage.cache,
-            "variants": [Variant(), *(v for v in variants if v != Variant())],
-            "images": images,
-        }
-        result = launch.run_workers(
-            benchmark_worker, settings, workers, events, **storage.ray_options(scratch)
-        )
-    figures: Benchmark = result.return_value
+    settings = {
+        "config": dump_config(reproducible(job)),
+        "checkpoint": checkpoint and storage.shared(checkpoint),
+        "cache": storage.cache,
+        "variants": [Variant(), *(v for v in variants if v != Variant())],
+        "images": images,
+    }
+    if job.cluster.workers != 0:
+        job = job.model_copy(update={"cluster": job.cluster.model_copy(update={"workers": 1})})
+    figures: Benchmark = run_measurement(benchmark_worker, settings, job, storage, watch)
     return figures
 
 
 def benchmark_worker(settings: dict[str, Any]) -> Benchmark:
     """Measure all variants on the device of this worker."""
     config = parse_config(settings["config"], "job")
-    device = resources.worker_device()
+    device = settings["device"] or resources.worker_device()
     cache, checkpoint = settings["cache"], settings["checkpoint"]
     config = cache.localized(config)
     detector, about = (

@@ -22,10 +22,10 @@ from gfl.files import write_atomically
 from gfl.model.detector import place
 from gfl.structures import coco_records
 from gfl.train.engine import build_evaluation_loader
-from gfl_platform.cluster import launch, resources
-from gfl_platform.cluster.event_queue import pumped
+from gfl_platform.cluster import resources
 from gfl_platform.cluster.events import ItemsDone, Watcher
 from gfl_platform.config import JobConfig
+from gfl_platform.evaluation.measure import run_measurement
 from gfl_platform.storage.storage import Storage
 
 
@@ -54,7 +54,6 @@ def evaluate_checkpoint(
         ValueError: the checkpoint, dataset or cluster cannot be used.
         JobFailedError: a worker stopped.
     """
-    resources.connect()
     storage = Storage(job.storage)
     settings = {
         "config": dump_config(reproducible(job)),
@@ -63,12 +62,7 @@ def evaluate_checkpoint(
         "official": official,
         "results": results is not None,
     }
-    workers = resources.allot(job)
-    with storage.scratch_folder() as scratch, pumped(watch) as events:
-        result = launch.run_workers(
-            evaluate_worker, settings, workers, events, **storage.ray_options(scratch)
-        )
-    figures: dict[str, Any] = result.return_value
+    figures: dict[str, Any] = run_measurement(evaluate_worker, settings, job, storage, watch)
     ids = figures.pop("image_ids"), figures.pop("category_ids")
     if results:
         records = coco_records(figures["detections"], *ids)
@@ -79,7 +73,7 @@ def evaluate_checkpoint(
 def evaluate_worker(settings: dict[str, Any]) -> dict[str, Any]:
     """Evaluate in one process of the cluster; return the figures of all on rank 0."""
     config = parse_config(settings["config"], "job")
-    device = resources.worker_device()
+    device = settings["device"] or resources.worker_device()
     cache = settings["cache"]
     config = cache.localized(config)
     detector, about = load_checkpoint(cache.local(settings["checkpoint"]), config)

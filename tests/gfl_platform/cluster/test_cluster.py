@@ -175,6 +175,8 @@ def test_an_autoscaler_may_have_what_is_not_there_yet(tmp_path, monkeypatch):
         return resources.allot(load_job("configs/demo.yaml", overrides))
 
     assert allot("cluster.workers=[1, 8]") == resources.Workers(8, 1, False, 1)
+    with pytest.raises(resources.ClusterError, match="0 is for evaluations and benchmarks"):
+        allot("cluster.workers=0")
     with pytest.raises(
         resources.ClusterError, match="3 workers need 3 CPUs, but the cluster has 2;"
     ):

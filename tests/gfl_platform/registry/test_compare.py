@@ -10,7 +10,7 @@ from tests.support.tracking import store_of
 
 @pytest.mark.ray
 def test_two_versions_are_compared(trained, tmp_path):
-    job = derive(JobConfig, trained[0], ["cluster.workers=1"])
+    job = derive(JobConfig, trained[0], ["cluster.workers=0"])
     one, other = (models.find(store_of(job), "shapes", number) for number in "12")
     comparison = compare.compare(
         job, store_of(job), (one, other), tmp_path / "pairs.png", lambda _: None

@@ -16,6 +16,7 @@ from ray.exceptions import ActorDiedError
 from gfl.checkpoint.files import read_about
 from gfl.checkpoint.snapshot import load_checkpoint
 from gfl.config.loader import ConfigError, derive, load_config
+from gfl.errors import DataError
 from gfl.evaluation.coco_eval import evaluate_detections
 from gfl_platform.cluster import launch
 from gfl_platform.cluster.event_queue import pumped
@@ -139,8 +140,8 @@ def test_images_without_annotations_are_for_results_only(trained, tmp_path):
     del content["annotations"]
     listed = tmp_path / "image_info.json"
     listed.write_text(json.dumps(content))
-    job = derive(JobConfig, job, [f"data.val.annotations={listed}"])
-    with pytest.raises(launch.JobFailedError, match=r"info\.json: no annotations.*--results"):
+    job = derive(JobConfig, job, [f"data.val.annotations={listed}", "cluster.workers=0"])
+    with pytest.raises(DataError, match=r"info\.json: no annotations.*--results"):
         evaluate_checkpoint(result.checkpoint, job, [].append)
 
 
