@@ -190,7 +190,7 @@ def test_a_lost_answer_doubles_nothing(tiny_file, folder, tmp_path, monkeypatch,
         server.stop()
 
 
-@pytest.mark.parametrize("content", ["", "garbage", '{"run_id": '])
+@pytest.mark.parametrize("content", ["", '{"run_id": '], ids=["empty", "truncated"])
 def test_a_damaged_run_file_is_rebuilt(job, folder, caplog, content):
     with RunTracker(store_of(job), folder, describe(job, "one")) as tracker:
         tracker.handle(steps(1))
@@ -328,7 +328,9 @@ def test_a_run_is_opened_with_values_that_are_too_long(tiny_file, postgres, fold
     assert len(run.data.params["key"]) == MAX_PARAM_VAL_LENGTH
 
 
-@pytest.mark.parametrize("content", [b"", b"nonsense " * 1000, None])
+@pytest.mark.parametrize(
+    "content", [b"", b"nonsense " * 1000, None], ids=["empty", "garbage", "truncated"]
+)
 def test_a_damaged_spool_is_put_aside_and_the_run_goes_on(job, folder, caplog, content):
     with RunTracker(store_of(job), folder, describe(job, "one")) as tracker:
         tracker.handle(steps(1))
