@@ -42,17 +42,38 @@ def dry_training(job: Any, folder: Path, _workers: Any, events: Any) -> Any:
     return TrialOutcome("finished", figures=figures, epochs=job.schedule.epochs)
 
 
+def _memory(name: str) -> float:
+    """Return an entry of this process's status in MiB: `VmRSS` is now, `VmHWM` the most ever."""
+    entry = re.search(rf"{name}:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    assert entry
+    return int(entry[1]) / 1024
+
+
 def main() -> None:
-    """Run the sweep; print the states of its trials, and the most MiB that this process had."""
+    """Run the sweep; print the states of its trials, and the MiB that the trials cost the driver.
+
+    They are the most that this process had, beyond what it had when the first trial ended. All
+    libraries that the driver needs are loaded by then.
+    """
+    import optuna.importance  # noqa: F401
+    import scipy.stats  # noqa: F401
+    import sklearn.ensemble  # noqa: F401
+
+    from gfl_platform.cluster.events import TrialEnded
     from gfl_platform.config import load_job
+    from gfl_platform.sweeps.analysis import report  # noqa: F401
     from gfl_platform.sweeps.run import run_sweep
 
+    baseline: list[float] = []
+
+    def watch(trial: Any, event: Any) -> None:
+        if isinstance(event, TrialEnded) and not baseline:
+            baseline.append(_memory("VmRSS"))
+
     job = load_job(sys.argv[1], sys.argv[2:])
-    results = run_sweep(job, "dry", resume=False, watch=lambda *_: None, train=dry_training)
-    peak = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
-    assert peak
+    results = run_sweep(job, "dry", resume=False, watch=watch, train=dry_training)
     sys.stdout.write(f"{len(results.trials)} { ({t.state for t in results.trials}) }\n")
-    sys.stdout.write(f"{int(peak[1]) / 1024:.0f}\n")
+    sys.stdout.write(f"{_memory('VmHWM') - baseline[0]:.0f}\n")
 
 
 if __name__ == "__main__":

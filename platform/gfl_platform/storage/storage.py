@@ -18,7 +18,7 @@ from typing import Any, Literal
 from gfl.files import inside
 from gfl_platform.config import StorageConfig
 from gfl_platform.storage.cache import Cache
-from gfl_platform.storage.files import StorageError, read_json
+from gfl_platform.storage.files import StorageError, read_rebuildable
 from gfl_platform.storage.s3 import (
     PatientS3,
     download,
@@ -204,7 +204,7 @@ def _digest_of(path: Path) -> str:
 
 
 def _epochs(trial: Path) -> int:
-    return len(read_json(trial).get("curve", ()))
+    return len(read_rebuildable(trial).get("curve", ()))
 
 
 def _is_state(key: PurePath) -> bool:

@@ -33,7 +33,7 @@ from gfl_platform.config import JobConfig
 from gfl_platform.storage.s3 import S3Error
 from gfl_platform.sweeps.formatting import point_label
 from gfl_platform.sweeps.space import trial_job
-from gfl_platform.sweeps.trials import Planned, Trial, read_trial, write_trial
+from gfl_platform.sweeps.trials import Planned, Trial, read_trial, write_planned, write_trial
 from gfl_platform.tracking.client import Store
 from gfl_platform.tracking.metadata import describe, read_run_file
 from gfl_platform.tracking.run import RunTracker, settle
@@ -88,8 +88,8 @@ class Recorder:
 
     def plan(self, planned: Planned) -> None:
         """Record a trial before it starts: from then on its id is taken."""
-        trial = self.trials.setdefault(planned.id, Trial(**vars(planned)))
-        self._write(trial)
+        write_planned(self._folder / planned.id, planned)
+        self._write(self.trials.setdefault(planned.id, Trial(**vars(planned))))
 
     def handle(self, event: Event) -> None:
         """Record an event of a trial."""

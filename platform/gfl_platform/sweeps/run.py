@@ -1,7 +1,7 @@
 """A sweep from start to end: the search, the finalists' other seeds, the report."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from itertools import count
 from math import inf
@@ -220,7 +220,9 @@ def _search(sweep: _Sweep) -> None:
         remaining = [trial for trial in planned if not sweep.has_ended(trial)]
         searcher = ListedTrials(remaining, plan, budget.used_up)
     else:
-        searcher = DrawnTrials(job, known, plan, budget.used_up)
+        searcher = DrawnTrials(
+            job, known, free_names(sweep.folder, trial_name), plan, budget.used_up
+        )
     scheduler = (
         None
         if config.scheduler.name == "none"
@@ -233,8 +235,9 @@ def _train_finalists(sweep: _Sweep) -> None:
     """Train the best points, and the default, with all seeds."""
     planned = [trial for trial in _finalists(sweep) if not sweep.has_ended(trial)]
     if planned:
-        trials = ListedTrials(planned, sweep.recorder.plan)
-        _run(sweep, trials, None, BudgetStopper(BudgetConfig(), 0, 0.0, inf))
+        unlimited = BudgetStopper(BudgetConfig(), 0, 0.0, inf)
+        trials = ListedTrials(planned, sweep.recorder.plan, unlimited.used_up)
+        _run(sweep, trials, None, unlimited)
 
 
 def _finalists(sweep: _Sweep) -> list[Planned]:
@@ -254,12 +257,17 @@ def _finalists(sweep: _Sweep) -> list[Planned]:
         for trial in sweep.known
         if trial.stage == "finalists" or trial.state in ("finished", "nan")
     }
-    free = (name for name in map(finalist_name, count()) if name not in sweep.recorder.trials)
+    free = free_names(sweep.folder, finalist_name)
     return [
         Planned(known.get((identity(point), seed)) or next(free), point, seed, "finalists")
         for point in points
         for seed in range(job.seed, job.seed + config.seeds)
     ]
+
+
+def free_names(folder: Path, name_of: Callable[[int], str]) -> Iterator[str]:
+    """Return ids that no trial has in `folder`, not even one whose record is damaged."""
+    return (name for name in map(name_of, count()) if not (folder / name).exists())
 
 
 def _distinct(points: list[Point]) -> list[Point]:

@@ -7,8 +7,9 @@ is never read again: all that a sweep knows is in the records of its trials (`tr
 
 import logging
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain, islice
 from math import inf
 from typing import Any
 
@@ -28,7 +29,7 @@ from gfl.config.loader import ConfigError
 from gfl_platform.config import BudgetConfig, JobConfig, RangeConfig, SweepConfig
 from gfl_platform.sweeps.formatting import identity
 from gfl_platform.sweeps.space import default_point, sweep_of, trial_job
-from gfl_platform.sweeps.trials import ENDED, Planned, Point, Trial, direction, trial_name
+from gfl_platform.sweeps.trials import ENDED, Planned, Point, Trial, direction
 
 logger = logging.getLogger(__name__)
 
@@ -39,9 +40,7 @@ REFUSALS = 1000
 class Trials(Searcher):
     """Gives Ray Tune one trial after the other, until none or no budget is left."""
 
-    def __init__(
-        self, plan: Callable[[Planned], None], used_up: Callable[[], bool] = lambda: False
-    ) -> None:
+    def __init__(self, plan: Callable[[Planned], None], used_up: Callable[[], bool]) -> None:
         """Create a searcher.
 
         Args:
@@ -69,16 +68,16 @@ class ListedTrials(Trials):
 
     def __init__(
         self,
-        trials: Sequence[Planned],
+        trials: Iterable[Planned],
         plan: Callable[[Planned], None],
-        used_up: Callable[[], bool] = lambda: False,
+        used_up: Callable[[], bool],
     ) -> None:
         super().__init__(plan, used_up)
-        self._remaining = list(trials)
+        self._remaining = iter(trials)
 
     def next_trial(self, trial_id: str) -> Planned | None:
         """Return the first trial that remains."""
-        return self._remaining.pop(0) if self._remaining else None
+        return next(self._remaining, None)
 
     def on_trial_complete(
         self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False
@@ -98,14 +97,16 @@ class DrawnTrials(Trials):
         self,
         job: JobConfig,
         known: Sequence[Trial],
+        names: Iterator[str],
         plan: Callable[[Planned], None],
-        used_up: Callable[[], bool] = lambda: False,
+        used_up: Callable[[], bool],
     ) -> None:
         """Create a searcher that draws.
 
         Args:
             job: Configuration of the sweep.
             known: Trials of earlier sessions.
+            names: Ids for further trials.
             plan: Records a trial before any of its processes starts, so that its id is taken.
             used_up: Returns whether the budget is used up.
         """
@@ -120,13 +121,14 @@ class DrawnTrials(Trials):
             params = _params(self._sweep, point)
             if params.keys() == self._sweep.space.keys():  # else the default is outside the range
                 self._study.enqueue_trial(params)
-        new = range(len(known), self._sweep.budget.trials or 0)
-        self._names = [*(trial.id for trial in unfinished), *map(trial_name, new)]
+        new = islice(names, max(0, (self._sweep.budget.trials or 0) - len(known)))
+        self._names = chain([trial.id for trial in unfinished], new)
         self._running: dict[str, optuna.Trial] = {}
 
     def next_trial(self, trial_id: str) -> Planned | None:
         """Draw a point that the schema allows."""
-        if not self._names:
+        name = next(self._names, None)
+        if name is None:
             return None
         refusal: ConfigError | None = None
         for _ in range(REFUSALS):
@@ -141,7 +143,7 @@ class DrawnTrials(Trials):
                 self._study.tell(trial, state=TrialState.FAIL)
                 continue
             self._running[trial_id] = trial
-            return Planned(self._names.pop(0), point, self._job.seed, "search")
+            return Planned(name, point, self._job.seed, "search")
         logger.warning(
             "warning: of %d points drawn in a row none is allowed: %s", REFUSALS, refusal
         )

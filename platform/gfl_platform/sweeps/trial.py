@@ -14,7 +14,7 @@ from gfl_platform.cluster.events import TrialOutcome, TrialStarted
 from gfl_platform.cluster.launch import DivergedError, JobFailedError, one_line
 from gfl_platform.cluster.resources import Workers
 from gfl_platform.config import JobConfig
-from gfl_platform.storage.files import read_json
+from gfl_platform.storage.files import read_rebuildable
 from gfl_platform.storage.storage import Storage
 from gfl_platform.sweeps.space import trial_job
 from gfl_platform.tracking.client import Store
@@ -66,7 +66,7 @@ def run_trial(planned: dict[str, Any], settings: TrialSettings) -> None:
     job = trial_job(settings.job, planned["point"], planned["seed"])
     events = Events(settings.events.queue, planned["id"])
     events.tell(TrialStarted(planned))
-    record = read_json(folder / OUTCOME_FILE)
+    record = read_rebuildable(folder / OUTCOME_FILE)
     if record.get("state", "failed") == "failed":
         folder.mkdir(parents=True, exist_ok=True)
         record = asdict(_train(settings, job, folder, events))

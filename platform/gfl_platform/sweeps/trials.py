@@ -3,11 +3,12 @@
 sweeps/NAME/            the sweep's folder, under the storage's root
     sweep.yaml          its configuration
     run.json            its MLflow run
-    trials/ID/          a trial's folder: trial.json, run.json, its checkpoints
+    trials/ID/          a trial's folder: planned.json, trial.json, run.json, its checkpoints
     report/             report.html and pictures
 """
 
 import json
+import logging
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -18,14 +19,19 @@ import pandas as pd
 from gfl.evaluation.coco_eval import NO_GROUND_TRUTH
 from gfl.files import write_atomically
 from gfl_platform.config import JobConfig, SweepConfig
-from gfl_platform.storage.files import read_json
+from gfl_platform.storage.files import read_json, read_rebuildable
 from gfl_platform.sweeps.formatting import identity
+
+logger = logging.getLogger(__name__)
 
 ENDED = ("finished", "stopped early", "nan")
 """States that a resumed sweep leaves as they are. It continues all other trials if the budget
 allows, and tries `failed` ones again."""
 
 TRIAL_FILE = "trial.json"
+
+PLANNED_FILE = "planned.json"
+"""File in a trial's folder from which a damaged `TRIAL_FILE` is rebuilt."""
 
 EPOCHS_KEY = "schedule.epochs"
 
@@ -157,12 +163,31 @@ def write_trial(folder: Path, trial: Trial) -> None:
 
 
 def read_trial(folder: Path) -> Trial | None:
-    """Return the trial whose record is in a folder, or None if there is no record."""
-    record = read_json(folder / TRIAL_FILE)
-    if not record:
+    """Return the trial whose record is in a folder, or None if there is no record.
+
+    A damaged record is rebuilt, with a warning, as that of a trial to run. If the trial had
+    ended, it sends its outcome again instead of training (see `run_trial`).
+    """
+    path = folder / TRIAL_FILE
+    if not path.is_file():
         return None
-    record["curve"] = [(epoch, value) for epoch, value in record["curve"]]
-    return Trial(**record)
+    try:
+        record = read_json(path)
+        record["curve"] = [(epoch, value) for epoch, value in record["curve"]]
+        return Trial(**record)
+    except (ValueError, TypeError, KeyError) as error:
+        reason = f"{type(error).__name__}: {error}"
+        plan = read_rebuildable(folder / PLANNED_FILE)
+        if not plan:
+            logger.warning("warning: %s is damaged (%s); it counts as no trial", path, reason)
+            return None
+        logger.warning(
+            "warning: %s is damaged (%s); it is rebuilt from %s, without the trial's curve so far",
+            path,
+            reason,
+            PLANNED_FILE,
+        )
+        return Trial(**plan)
 
 
 @dataclass(frozen=True)
@@ -173,6 +198,11 @@ class Planned:
     point: Point
     seed: int
     stage: Stage
+
+
+def write_planned(folder: Path, planned: Planned) -> None:
+    """Write what `read_trial` needs if the trial's record is damaged later."""
+    write_atomically(folder / PLANNED_FILE, json.dumps(asdict(planned)) + "\n")
 
 
 def trial_name(number: int) -> str:

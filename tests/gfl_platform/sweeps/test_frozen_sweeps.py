@@ -4,6 +4,7 @@ import json
 import math
 import random
 from html.parser import HTMLParser
+from itertools import count
 
 import pytest
 
@@ -11,7 +12,7 @@ from gfl.config.loader import derive
 from gfl_platform.config import JobConfig
 from gfl_platform.sweeps.analysis.report import write_report
 from gfl_platform.sweeps.search import DrawnTrials
-from gfl_platform.sweeps.trials import SweepResults, Trial
+from gfl_platform.sweeps.trials import SweepResults, Trial, trial_name
 from jobs.console.tables import show_sweep
 from tests.support.goldens import compare_json, compare_text, plain_terminal, read_json, rounded
 
@@ -55,7 +56,7 @@ def show_and_report(name, sweep, records, folder):
 def draw_points(sweep, evaluate):
     """Return the points that a search draws one after the other, with their figures."""
     job = job_of(sweep)
-    search = DrawnTrials(job, [], lambda planned: None)
+    search = DrawnTrials(job, [], map(trial_name, count()), lambda planned: None, lambda: False)
     drawn = []
     for number in range(job.sweep.budget.trials):
         name = f"tune-{number}"
