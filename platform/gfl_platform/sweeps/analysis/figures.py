@@ -84,16 +84,19 @@ STYLE = {
 }
 
 
+LEGEND: dict[str, Any] = {
+    "loc": "lower left",
+    "bbox_to_anchor": (0, 1),
+    "frameon": False,
+    "borderaxespad": 0.2,
+    "handletextpad": 0.5,
+    "columnspacing": 1.2,
+}
+
+
 @dataclass(frozen=True)
 class Picture:
-    """A figure of the report.
-
-    Attributes:
-        name: Name of its file, without a suffix.
-        title: Heading above the figure.
-        caption: What is drawn.
-        figure: The figure itself.
-    """
+    """A figure of the report: its file's name without a suffix, its heading, what is drawn."""
 
     name: str
     title: str
@@ -135,17 +138,7 @@ def legend_above(axes: Axes, columns: int = 3) -> None:
     handles, labels = axes.get_legend_handles_labels()
     named = dict(zip(labels, handles, strict=True))
     if named:
-        axes.legend(
-            named.values(),
-            named.keys(),
-            loc="lower left",
-            bbox_to_anchor=(0, 1),
-            ncols=columns,
-            frameon=False,
-            borderaxespad=0.2,
-            handletextpad=0.5,
-            columnspacing=1.2,
-        )
+        axes.legend(named.values(), named.keys(), ncols=columns, **LEGEND)
 
 
 def _rotate_ticks(axes: Axes) -> None:
@@ -156,12 +149,7 @@ def _rotate_ticks(axes: Axes) -> None:
 
 @dataclass(frozen=True)
 class Scale:
-    """The axis of a key's values.
-
-    Attributes:
-        kind: Numbers lie linearly or by their logarithm; other values evenly, in their order.
-        values: All different values; numbers are sorted.
-    """
+    """The axis of a key's different values: sorted numbers, or other values side by side."""
 
     kind: Literal["linear", "log", "categorical"]
     values: list[Any]
@@ -190,7 +178,7 @@ class Scale:
         if self.kind == "log":
             axes.set_xscale("log")
         if len(self.values) <= FEW_TICKS and self._has_room():
-            axes.set_xticks(self.values, ticks, minor=False)
+            axes.set_xticks(self.values, ticks)
             axes.set_xticks([], minor=True)
         elif self.kind == "log":
             axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=FEW_TICKS))

@@ -109,41 +109,28 @@ BEST_SHOWN = 10
 
 
 def write_report(results: SweepResults, folder: Path) -> list[Path]:
-    """Write report.html, a PNG of each figure, results.json and trials.csv.
-
-    Each file is whole at any time; those of an earlier report are replaced.
-
-    Returns:
-        The files, report.html first.
-    """
+    """Write report.html, results.json, trials.csv and a PNG of each figure; return the files."""
     analysis = analyse(results)
     pictures = draw_all(analysis)
-    folder.mkdir(parents=True, exist_ok=True)
-    pngs = {_file_name(picture): _render(picture, "png") for picture in pictures}
-    sources = [
-        _smaller(png, _render(picture, "svg"))
-        for picture, png in zip(pictures, pngs.values(), strict=True)
-    ]
-    for name, png in pngs.items():
-        write_atomically(folder / name, png)
-    texts = {
+    pngs: dict[str, bytes] = {}
+    sources = []
+    for picture in pictures:
+        png = _render(picture, "png")
+        pngs[re.sub(r"[^A-Za-z0-9._-]+", "_", picture.name) + ".png"] = png
+        sources.append(_smaller(png, _render(picture, "svg")))
+    files: dict[str, str | bytes] = {
         "report.html": render_html(analysis, pictures, sources),
         "results.json": results_json(analysis),
         "trials.csv": trials_csv(results),
+        **pngs,
     }
-    for name, text in texts.items():
-        write_atomically(folder / name, text)
-    return [folder / name for name in (*texts, *pngs)]
+    for name, content in files.items():
+        write_atomically(folder / name, content)
+    return [folder / name for name in files]
 
 
 def render_html(analysis: Analysis, pictures: Sequence[Picture], sources: Sequence[str]) -> str:
-    """Return the page.
-
-    Args:
-        analysis: All statistics of the sweep.
-        pictures: The figures.
-        sources: The figures as URLs, in the same order.
-    """
+    """Return the page; `sources` are the figures as URLs, in their order."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
     environment = Environment(
@@ -154,8 +141,13 @@ def render_html(analysis: Analysis, pictures: Sequence[Picture], sources: Sequen
         lstrip_blocks=True,
     )
     environment.filters.update(label=label, point=point_label)
-    environment.globals.update(shown=shown, axis_name=axis_name, figure_of=figure_of)
-    environment.globals.update(unit_of_difference=unit_of_difference, seed_count=seed_count)
+    environment.globals.update(
+        shown=shown,
+        axis_name=axis_name,
+        figure_of=figure_of,
+        unit_of_difference=unit_of_difference,
+        seed_count=seed_count,
+    )
     # The trials' number of workers: BatchNorm that trains depends on how many share a batch.
     where = {"cluster.workers": analysis.results.job.cluster.workers or 1}
     metrics = dict.fromkeys((*analysis.results.sweep.objectives, "AP", "AP50", "AP75", "fps"))
@@ -175,10 +167,6 @@ def render_html(analysis: Analysis, pictures: Sequence[Picture], sources: Sequen
         cost_line=cost_line(analysis),
         has_fps=any("fps" in trial.figures for trial in analysis.results.trials),
     )
-
-
-def _file_name(picture: Picture) -> str:
-    return re.sub(r"[^A-Za-z0-9._-]+", "_", picture.name) + ".png"
 
 
 def _render(picture: Picture, kind: str) -> bytes:

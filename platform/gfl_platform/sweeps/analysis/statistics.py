@@ -36,9 +36,7 @@ class PointSummary:
     """The finished trials of one point.
 
     Attributes:
-        point: Values of the swept keys.
-        default: Whether the values are those of the configuration itself.
-        trials: All finished trials of the point.
+        default: Whether the point is that of the configuration itself.
         figures: Spread over the seeds by metric; a metric that no trial has is missing.
         lost: Number of the point's trials that diverged or failed and are in no figure.
     """
@@ -47,7 +45,7 @@ class PointSummary:
     default: bool
     trials: tuple[Trial, ...]
     figures: dict[str, Spread]
-    lost: int = 0
+    lost: int
 
     @property
     def seeds(self) -> tuple[int, ...]:
@@ -124,26 +122,21 @@ def pareto_front(points: Sequence[PointSummary]) -> list[PointSummary]:
     means = pd.DataFrame(pairs, columns=["AP", "fps"])
     front = []
     for row, mean in means.sort_values(["AP", "fps"], ascending=False).iterrows():
-        at_least_as_good = (means >= mean).all(axis="columns")
-        different = (means != mean).any(axis="columns")
-        if not (at_least_as_good & different).any():
+        better = (means >= mean).all(axis="columns") & (means != mean).any(axis="columns")
+        if not better.any():
             front.append(known[row])
     return front
 
 
 @dataclass(frozen=True)
 class Cost:
-    """What a sweep used.
+    """What a sweep used; `epochs` are those of the search.
 
     Attributes:
         states: Number of trials by how they ended.
         device_hours: Hours of all trials, times the devices that each held.
-        epochs: Epochs trained by the search.
         full_epochs: Epochs of the search if every trial had gone to its last one.
         saved: Share of `full_epochs` that the scheduler spared by stopping trials early.
-        finalist_trials: Number of trials of other seeds of the best points.
-        finalist_epochs: Epochs trained by these trials.
-        finalist_device_hours: Part of `device_hours` that these trials used.
     """
 
     states: dict[str, int]
@@ -178,13 +171,7 @@ def cost(results: SweepResults) -> Cost:
 
 @dataclass(frozen=True)
 class Identical:
-    """Trials of different points whose curves are the same bit for bit.
-
-    Attributes:
-        seed: Seed of all of these trials.
-        keys: Keys in which the points differ, and which had no effect.
-        trials: At least two trials.
-    """
+    """Trials of one seed whose curves are the same bit for bit, though their `keys` differ."""
 
     seed: int
     keys: tuple[str, ...]
@@ -200,12 +187,12 @@ def identical_trials(results: SweepResults) -> list[Identical]:
     for trial in results.trials:
         if trial.state == "finished" and any(value for _, value in trial.curve):
             groups[trial.seed, repr(trial.curve)].append(trial)
-    differing = {name: differing_keys([t.point for t in trials]) for name, trials in groups.items()}
-    return [
-        Identical(name[0], differing[name], tuple(trials))
-        for name, trials in groups.items()
-        if differing[name]
-    ]
+    identical = []
+    for (seed, _), trials in groups.items():
+        keys = differing_keys([trial.point for trial in trials])
+        if keys:
+            identical.append(Identical(seed, keys, tuple(trials)))
+    return identical
 
 
 def differing_keys(points: Sequence[Mapping[str, Any]]) -> tuple[str, ...]:
@@ -285,19 +272,14 @@ def _evaluate(
 
 @dataclass(frozen=True)
 class PublishedComparison:
-    """One row of the paper's table, and our point.
+    """One row of the paper's table, and our point; figures by metric as printed: AP 40.2.
 
-    Figures are as printed: AP 40.2. The paper's data and ours are not the same, so what compares
-    are the differences from the reference, the same row in both.
+    The paper's data and ours are not the same, so what compares are the differences from the
+    reference, the same row in both.
 
     Attributes:
-        point: Values of the swept keys that the row names.
-        reference: Whether the differences are taken from this row.
-        paper: The paper's figures by metric.
-        ours: Our means over the seeds; empty when no training of the point finished.
-        paper_difference: The paper's differences from the reference; 0 for the reference itself.
-        our_difference: Our differences from the reference, paired over seeds.
-        seeds: Number of pairs in `our_difference`.
+        ours: Means over the seeds; empty when no training of the point finished.
+        our_difference: Differences from the reference, paired over `seeds` seeds.
     """
 
     point: Point

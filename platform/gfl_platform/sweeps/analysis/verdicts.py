@@ -57,15 +57,12 @@ class Kind(StrEnum):
 
 @dataclass(frozen=True)
 class Comparison:
-    """A value, or a point, against the default.
+    """A value of a key, or a whole point, against the default.
 
     Attributes:
-        value: Value of the key, or a mapping of all keys to their values.
-        name: The value for a reader.
         differences: Value minus default by seed, averaged over the settings of the other keys that
             finished with both.
         interval: Interval of the mean difference; None when there are fewer than two seeds.
-        kind: What the interval says.
     """
 
     value: Any
@@ -82,12 +79,9 @@ class Comparison:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What a sweep says of a key's default.
+    """What a sweep says of the default of a key, or of all keys when whole points are compared.
 
     Attributes:
-        keys: One key, or all keys when whole points are compared.
-        default: The default for a reader.
-        kind: The verdict; `best` says that every other value is worse than the default.
         text: The verdict with the value, the difference and its interval.
         comparisons: Comparisons of all values that have a pair, the best first.
     """
