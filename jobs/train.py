@@ -25,6 +25,11 @@ def main() -> None:
     what.add_argument("config", nargs="?", help="YAML file, see configs/, or models:/NAME@ALIAS")
     what.add_argument("--like", metavar="RUN_ID", help="train again as this run did")
     cli.add_argument("--resume", action="store_true", help="continue the run run.name")
+    cli.add_argument(
+        "--accept-changes",
+        action="store_true",
+        help="with --resume: go on with other data, code, packages or workers",
+    )
     run(train, parse(cli))
 
 
@@ -35,6 +40,8 @@ def train(arguments: argparse.Namespace) -> None:
     from gfl_platform.storage.storage import Storage
     from gfl_platform.tracking.client import Store
 
+    if arguments.accept_changes:
+        arguments.overrides.append("run.accept_changes=true")
     source = arguments.config or f"runs:/{arguments.like}"
     digests: dict[str, str] = {}
     if source.startswith(("models:/", "runs:/")):

@@ -203,6 +203,9 @@ class RunConfig(Section):
 
     name: Name | None = None
     """Unique name of the run; by default the configuration file's name and the time."""
+    accept_changes: bool = False
+    """Whether a run is continued although its data, code, packages or workers are not what they
+    were, so that its numbers are not those of an uninterrupted one."""
 
 
 class ClusterConfig(Section):

@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from types import ModuleType
 
 import ray
 import torch.distributed as dist
@@ -140,7 +141,8 @@ def _odd_one(values: Sequence[object]) -> tuple[int, int] | None:
 
 def _facts(data: tuple[str, ...], problem: str) -> NodeFacts:
     where = f"{socket.gethostname()} ({ray.util.get_node_ip_address()})"
-    return NodeFacts(where, code_digest(), installed_versions(), data, problem, time.time())
+    code = code_digest(gfl, gfl_platform)
+    return NodeFacts(where, code, installed_versions(), data, problem, time.time())
 
 
 def installed_versions(lock: Path = LOCK) -> dict[str, str]:
@@ -163,10 +165,10 @@ def installed_versions(lock: Path = LOCK) -> dict[str, str]:
     return versions
 
 
-def code_digest() -> str:
-    """Return the SHA-256 of the sources of `gfl` and `gfl_platform` that run here."""
+def code_digest(*packages: ModuleType) -> str:
+    """Return the SHA-256 of the sources of `packages` that run here."""
     digest = hashlib.sha256()
-    for package in (gfl, gfl_platform):
+    for package in packages:
         folder = Path(str(package.__file__)).parent
         for path in sorted(folder.rglob("*.py")):
             digest.update(path.relative_to(folder).as_posix().encode() + path.read_bytes())

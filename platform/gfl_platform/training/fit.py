@@ -14,6 +14,7 @@ from gfl.config.schema import Config
 from gfl_platform.cluster import launch, resources
 from gfl_platform.cluster.event_queue import Events
 from gfl_platform.config import JobConfig
+from gfl_platform.provenance import git_state
 from gfl_platform.storage.s3 import S3Error, is_remote
 from gfl_platform.storage.storage import Storage
 from gfl_platform.training.ray_snapshot import mend_snapshot
@@ -78,6 +79,8 @@ def run(
             "report_every": job.tracking.every_steps,
             "checkpoint_every": job.storage.checkpoint_steps,
             "shards": workers.count,
+            "accept_changes": job.run.accept_changes,
+            "commit": git_state()[0],
             "cache": storage.cache,
         },
         workers,

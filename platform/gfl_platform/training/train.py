@@ -7,7 +7,7 @@ from pathlib import Path
 
 from mlflow.exceptions import MlflowException
 
-from gfl.config.loader import reproducible
+from gfl.config.loader import ConfigError, reproducible
 from gfl.data.samplers import shard_size
 from gfl.data.split import load_splits
 from gfl.train.optimizer import scaled_lr
@@ -39,6 +39,9 @@ from gfl_platform.training.fit import run
 from gfl_platform.training.sources import fetch_sources
 
 logger = logging.getLogger(__name__)
+
+LOCATIONS = ("data.train.", "data.val.", "data.shapes.folder", "loss.distillation.teacher")
+"""Beginnings of the keys that say where data lies, which a resumed run may change."""
 
 
 @dataclass(frozen=True)
@@ -79,6 +82,12 @@ def train(job: JobConfig, name: str, *, resume: bool, watch: Watcher) -> Trainin
     """
     started = time.perf_counter()
     config, storage = reproducible(job), Storage(job.storage)
+    if resume and config.optim.compile and not job.run.accept_changes:
+        raise ConfigError(
+            "optim.compile: compiled code depends on the sizes of the images before it, so a "
+            "resumed run has other digits than an uninterrupted one; go on all the same with "
+            "--accept-changes"
+        )
     store = Store(job.tracking, storage)
     if not resources.in_cluster():
         # Workers on this machine see the same files, so errors in the data are found here.
@@ -90,16 +99,16 @@ def train(job: JobConfig, name: str, *, resume: bool, watch: Watcher) -> Trainin
     sources = fetch_sources(job, store)
     logger.info("learning rate %g for %d images a step", scaled_lr(config), config.data.batch)
     folder = storage.open_run_folder(name, resume=resume)
-    require_same(folder / CONFIG_FILE, config, "run")
+    # What moved is another place in the configuration; the workers compare its content.
+    require_same(folder / CONFIG_FILE, config, "run", LOCATIONS)
+    origins = lineage(config, workers, sources)
     with (
         held(folder),
-        RunTracker(store, folder, describe(job, name)) as tracker,
+        RunTracker(store, folder, describe(job, name, origins)) as tracker,
         StatusFile(folder, workers.count, resources.node_count()) as status,
     ):
         storage.share_state(folder)
-        origins = TagsSet(lineage(config, workers, sources))
-        tracker.handle(origins)
-        watch(origins)
+        watch(TagsSet(origins))
         with pumped(event_handler(tracker, status, watch)) as events:
             result = run(job, sources, workers, folder, events)
         checkpoint = storage.cache.local(result.checkpoint)  # a copy if it is on S3

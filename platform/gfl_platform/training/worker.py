@@ -9,7 +9,7 @@ import socket
 import tempfile
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
@@ -20,7 +20,7 @@ import pyarrow.fs
 import ray.train
 from ray.train import Checkpoint, CheckpointUploadMode
 
-from gfl.checkpoint.files import require_whole
+from gfl.checkpoint.files import read_about, require_whole
 from gfl.checkpoint.snapshot import Snapshot
 from gfl.config.loader import config_hash, parse_config
 from gfl.config.schema import Config
@@ -39,6 +39,7 @@ from gfl_platform.cluster.events import (
     EpochEvaluated,
     Event,
     StepsDone,
+    TagsSet,
     WorkersStarted,
     from_json,
     to_json,
@@ -47,6 +48,12 @@ from gfl_platform.cluster.preflight import problem_of_any_worker, same_on_all_no
 from gfl_platform.storage.cache import Cache
 from gfl_platform.storage.files import StorageError, space_required
 from gfl_platform.storage.s3 import patiently
+from gfl_platform.training.conditions import (
+    CONDITIONS_FILE,
+    ChangedError,
+    find_changes,
+    find_conditions,
+)
 
 LEAVE_SECONDS = 90.0
 """Time to store the last checkpoint before a node goes: less than the notice of two minutes."""
@@ -71,8 +78,9 @@ class WorkerListener:
     to storage meanwhile; the next checkpoint waits until that is done.
     """
 
-    def __init__(self, events: Events) -> None:
+    def __init__(self, events: Events, conditions: Mapping[str, str]) -> None:
         self._events = events
+        self._files = {CONDITIONS_FILE: json.dumps(conditions, indent=1)}
         self._context = ray.train.get_context()
         self.is_first = self._context.get_world_rank() == 0
         self._since_checkpoint: list[Event] = []
@@ -169,7 +177,7 @@ class WorkerListener:
                 _require_shared(filesystem, run_folder)
                 with space_required(run_folder if is_local else tempfile.gettempdir()):
                     folder.mkdir(exist_ok=True)
-                    write = partial(snapshot.write, folder, {REPORTS_FILE: reports})
+                    write = partial(snapshot.write, folder, self._files | {REPORTS_FILE: reports})
                     patiently(write, OSError)
                 if not is_local:
                     patiently(lambda: _copy(folder, stored), OSError)
@@ -238,21 +246,31 @@ def train_worker(settings: dict[str, Any]) -> dict[str, Any]:
     device = resources.worker_device()
     splits = same_on_all_nodes(lambda: load_splits(cache.localized(config)))
     remove_abandoned()
-    listener = WorkerListener(events)
+    teacher = settings["teacher"] and cache.local(settings["teacher"])
+    shards, commit = settings["shards"], settings["commit"]
+    conditions = find_conditions(splits, shards, teacher, device.type, commit)
+    listener = WorkerListener(events, conditions)
     if listener.is_first:
-        count = worker_rank()[1]
-        events.tell(WorkersStarted(count, resources.node_count()))
-        events.tell(_describe(config, splits))
+        events.tell(WorkersStarted(worker_rank()[1], resources.node_count()))
     options = {
         "device": device,
         "failure_folder": Path(settings["folder"]) / "non_finite",
-        "teacher": settings["teacher"] and cache.local(settings["teacher"]),
+        "teacher": teacher,
         "report_every": settings["report_every"],
         "checkpoint_every": settings["checkpoint_every"],
-        "shards": settings["shards"],
+        "shards": shards,
         "should_stop": _node_is_drained,
     }
     restored = _latest_whole_checkpoint(cache, listener.on_damage)
+    changes = find_changes(restored[0], conditions) if restored else []
+    if changes and not settings["accept_changes"]:
+        raise ChangedError(Path(settings["folder"]).name, changes)
+    if listener.is_first:
+        facts, findings = _describe(config, splits)
+        events.tell(DataDescribed({} if changes else facts, findings))
+        if changes and restored:
+            tag = f"resumed.step-{read_about(restored[0]).step}"
+            events.tell(TagsSet({tag: "; ".join(changes)}))
     if restored is None:
         options["weights"] = settings["weights"] and cache.local(settings["weights"])
     else:
@@ -284,14 +302,16 @@ def _wait_until_stored() -> None:
     ray.train.get_all_reported_checkpoints(consistency_mode=committed, timeout_s=LEAVE_SECONDS)
 
 
-def _describe(config: Config, splits: tuple[Split, Split]) -> DataDescribed:
+def _describe(
+    config: Config, splits: tuple[Split, Split]
+) -> tuple[dict[str, str | int], list[str]]:
     """Return digests and sizes of the data, and what looks suspicious in it."""
     facts: dict[str, str | int] = {}
     for name, split in zip(("train", "val"), splits, strict=True):
         facts |= {f"{name}.digest": split.digest, f"{name}.images": len(split.records)}
     facts |= {f"train.dropped.{why}": count for why, count in splits[0].dropped.items()}
     findings = [str(finding) for finding in find_cheaply(config, *splits)]
-    return DataDescribed(facts, findings)
+    return facts, findings
 
 
 def _latest_whole_checkpoint(

@@ -72,18 +72,18 @@ def test_the_digest_of_the_code_is_of_its_files(tmp_path, monkeypatch):
         (folder / "inner").mkdir(parents=True)
         (folder / "inner" / "a.py").write_text("a = 1\n")
         monkeypatch.setattr(package, "__file__", str(folder / "__init__.py"))
-    first = code_digest()
+    first = code_digest(gfl, gfl_platform)
     assert len(first) == 64
     (tmp_path / "gfl" / "notes.txt").touch()
-    assert code_digest() == first
+    assert code_digest(gfl, gfl_platform) == first
     for package in ("gfl", "gfl_platform"):
         file = tmp_path / package / "inner" / "a.py"
         file.write_text("a = 2\n")
-        assert code_digest() != first
+        assert code_digest(gfl, gfl_platform) != first
         file.write_text("a = 1\n")
-        assert code_digest() == first
+        assert code_digest(gfl, gfl_platform) == first
         file.rename(file.with_name("b.py"))
-        assert code_digest() != first
+        assert code_digest(gfl, gfl_platform) != first
         file.with_name("b.py").rename(file)
 
 
