@@ -16,8 +16,14 @@ from gfl_platform.cluster.ray_private import death_of_process
 from gfl_platform.cluster.resources import Workers, shortage, start_timeout
 from gfl_platform.storage.s3 import S3UnavailableError
 
-FINAL_ERRORS = (ValueError, NonFiniteLossError)
-"""Errors that every further attempt would raise, too, `S3UnavailableError` excepted."""
+PROGRAM_ERRORS = (
+    TypeError, LookupError, ArithmeticError, AttributeError, AssertionError, ImportError,
+)  # fmt: skip
+"""Errors of a program on data that it does not expect. Their messages need the type."""
+
+FINAL_ERRORS = (ValueError, NonFiniteLossError, *PROGRAM_ERRORS)
+"""Errors that every further attempt would raise, too, `S3UnavailableError` excepted. A lost node or
+a lost connection raises none of them."""
 
 
 class JobFailedError(RuntimeError):
@@ -177,11 +183,15 @@ def root_cause(error: BaseException) -> BaseException:
 
 
 def one_line(error: BaseException) -> str:
-    """Return the message of an exception in one line: of a traceback as text, its last line."""
+    """Return the message of an exception in one line: of a traceback as text, its last line.
+
+    A program's error has its type in front, because its message may be a key alone.
+    """
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     if not lines:
         return type(error).__name__
     # torch's DataLoader puts the traceback into the message of the exception that it raises again,
     # Ray that of an actor which could not be made.
     with_traceback = lines[0].startswith(("Caught ", "The actor died because of an error raised"))
-    return lines[-1].partition(": ")[2] if with_traceback else lines[0]
+    line = lines[-1].partition(": ")[2] if with_traceback else lines[0]
+    return f"{type(error).__name__}: {line}" if isinstance(error, PROGRAM_ERRORS) else line

@@ -85,7 +85,7 @@ def _train(settings: TrialSettings, job: JobConfig, folder: Path, events: Events
         return TrialOutcome("failed", str(error))
     except Exception as error:  # a bug fails this trial, and Ray Tune does not repeat it
         logger.exception("trial failed")
-        return TrialOutcome("failed", f"{type(error).__name__}: {one_line(error)}")
+        return TrialOutcome("failed", one_line(error))
 
 
 def train_with_ray(job: JobConfig, folder: Path, workers: Workers, events: Events) -> TrialOutcome:

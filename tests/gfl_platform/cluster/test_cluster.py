@@ -1,7 +1,7 @@
 """Resources that a job needs of the cluster, and messages about workers that stop."""
 
+import re
 import socket
-from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -83,13 +83,29 @@ def test_a_node_that_is_drained_is_no_failure():
 
 
 @pytest.mark.parametrize(
-    ("error", "final"), [(S3Error("denied"), True), (S3UnavailableError("503"), False)]
+    ("error", "reason"),
+    [
+        (S3Error("denied"), "denied"),
+        (DataError("a.json: no box"), "a.json: no box"),
+        (KeyError("bbox"), "KeyError: 'bbox'"),
+        (TypeError("'<' not supported\nand so on"), "TypeError: '<' not supported"),
+        (OverflowError("id too large"), "OverflowError: id too large"),
+    ],
 )
-def test_a_service_that_fails_for_a_while_ends_no_training(error, final):
+def test_what_every_attempt_would_meet_is_tried_once(error, reason):
     log = EventLog()
-    with pytest.raises(JobFailedError) if final else nullcontext():
-        ControllerCallback(log, max_failures=1).after_exception(None, {0: error})
-    assert log.events[0].final == final
+    with pytest.raises(JobFailedError, match=f"^{re.escape(reason)}$"):
+        ControllerCallback(log, max_failures=3).after_exception(None, {0: error})
+    assert log.events == [WorkerFailed(0, reason, final=True)]
+
+
+@pytest.mark.parametrize(
+    "error", [S3UnavailableError("503"), RuntimeError("connection closed"), OSError("no route")]
+)
+def test_what_fails_for_a_while_is_tried_again(error):
+    log = EventLog()
+    ControllerCallback(log, max_failures=1).after_exception(None, {0: error})
+    assert log.events == [WorkerFailed(0, str(error), final=False)]
 
 
 def test_a_worker_that_stops_its_partners_is_one_loss():
