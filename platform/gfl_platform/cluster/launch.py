@@ -1,5 +1,6 @@
 """Running a training loop in the workers of a Ray cluster, with failures told in one line."""
 
+import copy
 import signal
 import threading
 from collections.abc import Callable, Mapping, Sequence
@@ -61,9 +62,16 @@ def run_workers(
         JobFailedError: a worker stopped, and another attempt was useless or one too many; it is a
             `DivergedError` if the reason was a NaN.
     """
+
+    def run_loop(settings: dict[str, Any]) -> Any:
+        try:
+            return loop(settings)
+        except Exception as error:
+            raise portable(error) from None
+
     node_losses = max_failures if workers.elastic else 0
     trainer = TorchTrainer(
-        loop,
+        run_loop,
         train_loop_config={**settings, "events": events},
         scaling_config=ScalingConfig(
             num_workers=(workers.least, workers.count) if workers.elastic else workers.count,
@@ -96,6 +104,19 @@ def run_workers(
     finally:
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGINT, on_interrupt)
+
+
+def portable(error: Exception) -> Exception:
+    """Return an error that another process can read, which not every class allows.
+
+    Ray could not tell what stopped a worker, and would start it again.
+    """
+    try:
+        copy.deepcopy(error)  # makes it anew as unpickling does
+    except Exception:
+        kind = ValueError if _is_final(error) else RuntimeError
+        return kind(f"{type(error).__name__}: {one_line(error)}")
+    return error
 
 
 class ControllerCallback(UserCallback):

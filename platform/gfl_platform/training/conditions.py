@@ -6,7 +6,7 @@ model without a word.
 """
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
 
@@ -26,13 +26,6 @@ PACKAGES = ("torch", "torchvision", "numpy", "pillow", "hotcoco")
 
 class ChangedError(ValueError):
     """A run that would not go on with the numbers of an uninterrupted one."""
-
-    def __init__(self, run: str, changes: Sequence[str]) -> None:
-        super().__init__(
-            f"run '{run}' would not go on with the same numbers ({'; '.join(changes)}); undo these "
-            "changes, start another run, or go on all the same with --accept-changes "
-            "(run.accept_changes=true)"
-        )
 
 
 def find_conditions(
@@ -62,13 +55,31 @@ def find_conditions(
     return {**conditions, "code of gfl": code_digest(gfl)[:12], COMMIT: commit[:12]}
 
 
-def find_changes(folder: Path, now: Mapping[str, str]) -> list[str]:
+def require_same_conditions(
+    checkpoint: Path, now: Mapping[str, str], run: str, *, accept_changes: bool
+) -> list[str]:
     """Return how the conditions of a checkpoint's training differ from those of now.
 
     A commit may change what makes no number. So it is told only beside another difference.
+
+    Args:
+        checkpoint: Folder of the checkpoint.
+        now: The conditions of now.
+        run: Name of the run.
+        accept_changes: Whether they may differ.
+
+    Raises:
+        ChangedError: they differ, and may not.
     """
-    before = read_json(folder / CONDITIONS_FILE)
+    before = read_json(checkpoint / CONDITIONS_FILE)
     names = [name for name in {**before, **now} if before.get(name) != now.get(name)]
     if names == [COMMIT]:
         return []
-    return [f"{name}: {before.get(name, 'none')} -> {now.get(name, 'none')}" for name in names]
+    changes = [f"{name}: {before.get(name, 'none')} -> {now.get(name, 'none')}" for name in names]
+    if changes and not accept_changes:
+        raise ChangedError(
+            f"run '{run}' would not go on with the same numbers ({'; '.join(changes)}); undo these "
+            "changes, start another run, or go on all the same with --accept-changes "
+            "(run.accept_changes=true)"
+        )
+    return changes

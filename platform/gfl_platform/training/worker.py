@@ -50,9 +50,8 @@ from gfl_platform.storage.files import StorageError, space_required
 from gfl_platform.storage.s3 import patiently
 from gfl_platform.training.conditions import (
     CONDITIONS_FILE,
-    ChangedError,
-    find_changes,
     find_conditions,
+    require_same_conditions,
 )
 
 LEAVE_SECONDS = 90.0
@@ -262,9 +261,10 @@ def train_worker(settings: dict[str, Any]) -> dict[str, Any]:
         "should_stop": _node_is_drained,
     }
     restored = _latest_whole_checkpoint(cache, listener.on_damage)
-    changes = find_changes(restored[0], conditions) if restored else []
-    if changes and not settings["accept_changes"]:
-        raise ChangedError(Path(settings["folder"]).name, changes)
+    changes = []
+    if restored:
+        name, accept = Path(settings["folder"]).name, settings["accept_changes"]
+        changes = require_same_conditions(restored[0], conditions, name, accept_changes=accept)
     if listener.is_first:
         facts, findings = _describe(config, splits)
         events.tell(DataDescribed({} if changes else facts, findings))

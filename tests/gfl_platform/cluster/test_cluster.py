@@ -1,5 +1,6 @@
 """Resources that a job needs of the cluster, and messages about workers that stop."""
 
+import copy
 import re
 import socket
 from pathlib import Path
@@ -16,7 +17,13 @@ from gfl.data.split import load_splits
 from gfl.errors import DataError, PreemptedError
 from gfl_platform.cluster import resources
 from gfl_platform.cluster.events import WorkerFailed
-from gfl_platform.cluster.launch import ControllerCallback, JobFailedError, one_line, root_cause
+from gfl_platform.cluster.launch import (
+    ControllerCallback,
+    JobFailedError,
+    one_line,
+    portable,
+    root_cause,
+)
 from gfl_platform.cluster.resources import of_autoscaler, shortage
 from gfl_platform.config import load_job
 from gfl_platform.storage.s3 import S3Error, S3UnavailableError
@@ -97,6 +104,21 @@ def test_what_every_attempt_would_meet_is_tried_once(error, reason):
     with pytest.raises(JobFailedError, match=f"^{re.escape(reason)}$"):
         ControllerCallback(log, max_failures=3).after_exception(None, {0: error})
     assert log.events == [WorkerFailed(0, reason, final=True)]
+
+
+class PairError(ValueError):
+    """An error that pickles, but cannot be read: its class takes two arguments."""
+
+    def __init__(self, one, other):
+        super().__init__(f"{one}, not {other}")
+
+
+def test_an_error_that_no_other_process_can_read_keeps_its_message():
+    error = copy.deepcopy(portable(PairError("a", "b")))
+    assert isinstance(error, ValueError)  # hence final
+    assert str(error) == "PairError: a, not b"
+    known = DataError("a.json: no box")
+    assert portable(known) is known
 
 
 @pytest.mark.parametrize(

@@ -13,11 +13,28 @@ from gfl.data.split import load_splits
 from gfl_platform.config import load_job
 from gfl_platform.tracking.metadata import require_same
 from gfl_platform.training import conditions, train
-from gfl_platform.training.conditions import CONDITIONS_FILE, find_changes, find_conditions
+from gfl_platform.training.conditions import (
+    CONDITIONS_FILE,
+    ChangedError,
+    find_conditions,
+    require_same_conditions,
+)
 
 
 def found(splits, shards=2, teacher=None, device="cpu", commit="1"):
     return find_conditions(splits, shards, teacher, device, commit)
+
+
+def find_changes(checkpoint, now):
+    """Return the changes, which the refusal names, too."""
+    changes = require_same_conditions(checkpoint, now, "first", accept_changes=True)
+    if changes:
+        with pytest.raises(ChangedError, match="run 'first' would not go on") as caught:
+            require_same_conditions(checkpoint, now, "first", accept_changes=False)
+        assert f"({'; '.join(changes)}); undo these changes" in str(caught.value)
+    else:
+        assert require_same_conditions(checkpoint, now, "first", accept_changes=False) == []
+    return changes
 
 
 @pytest.fixture
