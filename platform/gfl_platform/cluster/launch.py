@@ -4,6 +4,7 @@ import copy
 import signal
 import threading
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from math import inf
 from typing import Any
 
@@ -35,15 +36,29 @@ class DivergedError(JobFailedError):
     """A loss or gradient turned NaN or infinite."""
 
 
+@dataclass(frozen=True)
+class RunOptions:
+    """What happens to the workers of a job, and where their checkpoints lie.
+
+    Attributes:
+        ray: Options of Ray's `RunConfig`.
+        callbacks: Further callbacks of the training controller.
+        max_failures: Number of times that failed workers are started again.
+        resize_seconds: Seconds between two checks for nodes that an elastic job could use.
+    """
+
+    ray: Mapping[str, Any]
+    callbacks: Sequence[UserCallback] = ()
+    max_failures: int = 0
+    resize_seconds: float = inf
+
+
 def run_workers(
     loop: Callable[[dict[str, Any]], Any],
     settings: Mapping[str, Any],
     workers: Workers,
     events: Events,
-    callbacks: Sequence[UserCallback] = (),
-    max_failures: int = 0,
-    resize_seconds: float = inf,
-    **run_options: Any,
+    options: RunOptions,
 ) -> Any:
     """Run `loop(settings)` in every worker, all in one process group; return Ray's result.
 
@@ -53,10 +68,7 @@ def run_workers(
         settings: The argument of `loop`.
         workers: The processes and devices to run on.
         events: The way to the driver, for the workers and the training controller.
-        callbacks: Further callbacks of the training controller.
-        max_failures: Number of times that failed workers are started again.
-        resize_seconds: Seconds between two checks for nodes that an elastic job could use.
-        run_options: Options of Ray's `RunConfig`.
+        options: What happens to the workers, and where their checkpoints lie.
 
     Raises:
         JobFailedError: a worker stopped, and another attempt was useless or one too many; it is a
@@ -69,24 +81,24 @@ def run_workers(
         except Exception as error:
             raise portable(error) from None
 
-    node_losses = max_failures if workers.elastic else 0
+    node_losses = options.max_failures if workers.elastic else 0
     trainer = TorchTrainer(
         run_loop,
         train_loop_config={**settings, "events": events},
         scaling_config=ScalingConfig(
             num_workers=(workers.least, workers.count) if workers.elastic else workers.count,
-            elastic_resize_monitor_interval_s=resize_seconds,
+            elastic_resize_monitor_interval_s=options.resize_seconds,
             use_gpu=workers.use_gpu,
             resources_per_worker={"CPU": workers.cpus} | ({"GPU": 1} if workers.use_gpu else {}),
         ),
         run_config=RunConfig(
-            callbacks=[ControllerCallback(events, max_failures), *callbacks],
+            callbacks=[ControllerCallback(events, options.max_failures), *options.callbacks],
             failure_config=FailureConfig(
                 max_failures=-1,  # `ControllerCallback` counts
                 # A lost node can cost some starts, until Ray's picture of the cluster is new.
                 controller_failure_limit=3 * (1 + node_losses),
             ),
-            **run_options,
+            **options.ray,
         ),
     )
     if reason := shortage(workers):

@@ -54,7 +54,6 @@ def run_measurement(
     resources.connect()
     workers = resources.allot(job)
     with storage.scratch_folder() as scratch, pumped(watch) as events:
-        result = launch.run_workers(
-            loop, settings | {"device": None}, workers, events, **storage.ray_options(scratch)
-        )
+        options = launch.RunOptions(storage.ray_options(scratch))
+        result = launch.run_workers(loop, settings | {"device": None}, workers, events, options)
     return result.return_value

@@ -94,7 +94,7 @@ def train_with_ray(job: JobConfig, folder: Path, workers: Workers, events: Event
 
     sources = fetch_sources(job, Store(job.tracking, Storage(job.storage)))
     callbacks = [TuneReportCallback()] if workers.stoppable else []
-    result = fit.run(job, sources, workers, folder, events, callbacks)
+    result = fit.run(fit.Training(job, sources, workers, folder), events, callbacks)
     speed = {"fps": result.fps, "latency_ms": 1000 / result.fps}
     return TrialOutcome(
         "finished",

@@ -46,29 +46,42 @@ class FitResult:
     epochs: int
 
 
-def run(
-    job: JobConfig,
-    sources: dict[str, Path | None],
-    workers: resources.Workers,
-    folder: Path,
-    events: Events,
-    callbacks: Sequence[UserCallback] = (),
-) -> FitResult:
-    """Train, and continue from the latest checkpoint in `folder` if there is one.
+@dataclass(frozen=True)
+class Training:
+    """A training before it begins or continues.
 
-    Args:
-        job: Configuration of the training.
+    Attributes:
+        job: Its configuration.
         sources: Weights to start from, as `fetch_sources` returns them.
         workers: The processes and devices to train on.
         folder: Folder of the run.
+    """
+
+    job: JobConfig
+    sources: dict[str, Path | None]
+    workers: resources.Workers
+    folder: Path
+
+
+def run(training: Training, events: Events, callbacks: Sequence[UserCallback] = ()) -> FitResult:
+    """Train, and continue from the latest checkpoint in the run's folder if there is one.
+
+    Args:
+        training: The training.
         events: The way to the driver.
         callbacks: Further callbacks of Ray's training controller.
 
     Raises:
         JobFailedError: the training stopped.
     """
+    job, sources, workers, folder = (
+        training.job, training.sources, training.workers, training.folder
+    )  # fmt: skip
     config, storage = reproducible(job), Storage(job.storage)
     mend_snapshot(storage, folder / RAY_FOLDER)
+    kept_ones = CheckpointConfig(
+        num_to_keep=job.storage.keep_checkpoints, checkpoint_score_attribute="AP"
+    )
     result = launch.run_workers(
         train_worker,
         {
@@ -85,13 +98,11 @@ def run(
         },
         workers,
         events,
-        [HashCheck(config), *callbacks],
-        max_failures=job.cluster.max_failures,
-        resize_seconds=job.cluster.resize_seconds,
-        name=RAY_FOLDER,
-        **storage.ray_options(folder),
-        checkpoint_config=CheckpointConfig(
-            num_to_keep=job.storage.keep_checkpoints, checkpoint_score_attribute="AP"
+        launch.RunOptions(
+            {**storage.ray_options(folder), "name": RAY_FOLDER, "checkpoint_config": kept_ones},
+            [HashCheck(config), *callbacks],
+            job.cluster.max_failures,
+            job.cluster.resize_seconds,
         ),
     )
     kept = [result.checkpoint, *(checkpoint for checkpoint, _ in result.best_checkpoints)]

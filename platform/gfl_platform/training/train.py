@@ -35,7 +35,7 @@ from gfl_platform.tracking.client import Store
 from gfl_platform.tracking.metadata import CONFIG_FILE, describe, require_same
 from gfl_platform.tracking.run import RunTracker
 from gfl_platform.tracking.status import StatusFile
-from gfl_platform.training.fit import run
+from gfl_platform.training.fit import Training, run
 from gfl_platform.training.sources import fetch_sources
 
 logger = logging.getLogger(__name__)
@@ -110,7 +110,7 @@ def train(job: JobConfig, name: str, *, resume: bool, watch: Watcher) -> Trainin
         storage.share_state(folder)
         watch(TagsSet(origins))
         with pumped(event_handler(tracker, status, watch)) as events:
-            result = run(job, sources, workers, folder, events)
+            result = run(Training(job, sources, workers, folder), events)
         checkpoint = storage.cache.local(result.checkpoint)  # a copy if it is on S3
         tracker.handle(SpeedMeasured(result.fps, result.protocol))
         version = None

@@ -23,6 +23,7 @@ def test_the_latest_checkpoint_stays_with_the_best(tiny_file, tmp_path, monkeypa
     monkeypatch.setattr(launch, "run_workers", lambda *_, **__: result)
     job = load_job(tiny_file, [f"storage.root={tmp_path}"])
     sources = {"weights": None, "teacher": None}
-    trained = fit.run(job, sources, Workers(1, 1, False, 1), tmp_path / "run", None)
+    training = fit.Training(job, sources, Workers(1, 1, False, 1), tmp_path / "run")
+    trained = fit.run(training, None)
     assert trained == fit.FitResult(str(best), {"AP": 0.6}, 9.0, {"batch": 1}, 3)
     assert {path.name for path in best.parent.iterdir()} == {"another", best.name, latest.name}
