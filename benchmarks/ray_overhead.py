@@ -71,7 +71,7 @@ def plain_worker(out: Path) -> None:
     from gfl.config.loader import load_config
     from gfl.data.split import load_splits
     from gfl.evaluation.speed import measure_fps
-    from gfl.train.engine import CheckpointReport, EpochReport, StepReport, fit
+    from gfl.train.engine import CheckpointReport, EpochReport, FitOptions, StepReport, fit
 
     rates: list[float] = []
 
@@ -89,7 +89,7 @@ def plain_worker(out: Path) -> None:
     dist.init_process_group("gloo")
     config = load_config(CONFIG, OVERRIDES)
     splits, device = load_splits(config), torch.device("cpu")
-    trainer = fit(config, splits, Keeper(), device=device, failure_folder=out.parent)
+    trainer = fit(config, splits, Keeper(), FitOptions(device, out.parent))
     if dist.get_rank() == 0:
         measure_fps(trainer.model, splits[1], config, device)
         out.write_text(json.dumps(rates))

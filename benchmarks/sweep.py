@@ -44,7 +44,7 @@ def plain_loop(betas: Sequence[float], overrides: Sequence[str]) -> None:
     from gfl.config.schema import Config
     from gfl.data.split import load_splits
     from gfl.evaluation.speed import measure_fps
-    from gfl.train.engine import fit
+    from gfl.train.engine import FitOptions, fit
 
     torch.set_num_threads(1)
     for beta in betas:
@@ -53,7 +53,7 @@ def plain_loop(betas: Sequence[float], overrides: Sequence[str]) -> None:
         device = torch.device("cpu")
         with tempfile.TemporaryDirectory() as folder:
             keeper = Keeper(Path(folder))
-            trainer = fit(config, splits, keeper, device=device, failure_folder=Path(folder))
+            trainer = fit(config, splits, keeper, FitOptions(device, Path(folder)))
             measure_fps(trainer.model, splits[1], config, device)
 
 

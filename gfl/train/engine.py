@@ -1,6 +1,6 @@
 """Training from start to end: epochs, evaluations, checkpoints and reports.
 
-    trainer = fit(config, load_splits(config), callbacks, device=device, failure_folder=folder)
+    trainer = fit(config, load_splits(config), callbacks, FitOptions(device, folder))
 
 It continues from any checkpoint, and it is distributed where `torch.distributed` is initialised. It
 knows nothing of Ray or MLflow: its `Callbacks` receive the reports and save what they want to keep.
@@ -10,7 +10,7 @@ import logging
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Protocol
@@ -30,7 +30,7 @@ from gfl.errors import PreemptedError
 from gfl.evaluation.evaluator import evaluate
 from gfl.model.detector import Detector
 from gfl.train.metrics import StepMeter
-from gfl.train.trainer import Trainer
+from gfl.train.trainer import Start, Trainer
 
 logger = logging.getLogger(__name__)
 
@@ -96,20 +96,30 @@ class Callbacks(Protocol):
         """Called at the end of every epoch."""
 
 
+@dataclass(frozen=True)
+class FitOptions:
+    """How to train on this worker.
+
+    Attributes:
+        device: Device of this worker.
+        failure_folder: Folder for the batch that turns a loss into NaN.
+        start: What the training starts from.
+        report_every: Steps between reports. The host waits for the device only at a report.
+        checkpoint_every: Steps between checkpoints within an epoch; by default there are none.
+        should_stop: Called at every report; whether to stop with a checkpoint, because this worker
+            is preempted. If it returns True on any worker, all workers stop.
+    """
+
+    device: torch.device
+    failure_folder: Path
+    start: Start = field(default_factory=Start)
+    report_every: int = 10
+    checkpoint_every: int | None = None
+    should_stop: Callable[[], bool] | None = None
+
+
 def fit(
-    config: Config,
-    splits: tuple[Split, Split],
-    callbacks: Callbacks,
-    *,
-    device: torch.device,
-    failure_folder: Path,
-    weights: Path | None = None,
-    resume: Path | None = None,
-    teacher: Path | None = None,
-    report_every: int = 10,
-    checkpoint_every: int | None = None,
-    shards: int | None = None,
-    should_stop: Callable[[], bool] | None = None,
+    config: Config, splits: tuple[Split, Split], callbacks: Callbacks, options: FitOptions
 ) -> Trainer:
     """Train, and evaluate after every epoch.
 
@@ -117,32 +127,19 @@ def fit(
         config: The configuration of the training.
         splits: The images to train on, and those to evaluate on.
         callbacks: Receives the reports.
-        device: Device of this worker.
-        failure_folder: Folder for the batch that turns a loss into NaN.
-        weights: Local file of weights to start from.
-        resume: Folder of the checkpoint to continue from. The result is bit for bit that of an
-            uninterrupted training.
-        teacher: Folder of the checkpoint that `loss.distillation` learns from.
-        report_every: Steps between reports. The host waits for the device only at a report.
-        checkpoint_every: Steps between checkpoints within an epoch; by default there are none.
-        shards: Number of equal shards into which a global batch is cut, by default the number of
-            workers. Fewer workers than shards take several each, one after the other, and train
-            what as many workers as shards would, to rounding. This takes a third more time per
-            image, because losses are normalised over all shards, which takes another forward pass.
-            It excludes synchronised BatchNorm.
-        should_stop: Called at every report; whether to stop with a checkpoint, because this worker
-            is preempted. If it returns True on any worker, all workers stop.
+        options: How to train on this worker.
 
     Raises:
         PreemptedError: `should_stop` returned True before the last step.
         NonFiniteLossError: a loss or gradient turned NaN or infinite since the last report.
     """
     train, val = splits
-    trainer = Trainer(config, train, device, weights, resume, teacher, shards)
+    device, checkpoint_every = options.device, options.checkpoint_every
+    trainer = Trainer(config, train, device, options.start)
     processes = config.data.loader_workers
     loader = build_loader(trainer.dataset, trainer.batches, processes, pin=device.type == "cuda")
     evaluation = build_evaluation_loader(config, val, device)
-    window = _ReportWindow(trainer, report_every, should_stop)
+    window = _ReportWindow(trainer, options.report_every, options.should_stop)
     trainer.parallel.train()
     preempted = False
     batches = () if trainer.stops_early else window.meter.timed(loader)
@@ -153,7 +150,7 @@ def fit(
         if window.full or end_of_epoch or checkpoint_due:
             report, bad_step, preempted = window.close()
             if bad_step >= 0:
-                raise trainer.explain_bad_step(bad_step, failure_folder)
+                raise trainer.explain_bad_step(bad_step, options.failure_folder)
             callbacks.on_steps(report)
         if end_of_epoch:
             _broadcast_buffers(trainer.detector, trainer.model)

@@ -8,6 +8,7 @@ Shapes: L losses (`LossModule.names`).
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -34,6 +35,28 @@ from gfl.train.microbatch import (
     micro_batches,
 )
 from gfl.train.optimizer import Average, build_optimizer, build_scheduler, scaled_lr
+
+
+@dataclass(frozen=True)
+class Start:
+    """What a training starts from.
+
+    Attributes:
+        weights: Local file of weights, of the whole detector or its backbone.
+        resume: Folder of the checkpoint to continue from. The result is bit for bit that of an
+            uninterrupted training.
+        teacher: Folder of the checkpoint that `loss.distillation` learns from.
+        shards: Number of equal shards into which a global batch is cut, by default the number of
+            workers. Fewer workers than shards take several each, one after the other, and train
+            what as many workers as shards would, to rounding. This takes a third more time per
+            image, because losses are normalised over all shards, which takes another forward pass.
+            It excludes synchronised BatchNorm.
+    """
+
+    weights: Path | None = None
+    resume: Path | None = None
+    teacher: Path | None = None
+    shards: int | None = None
 
 
 class Trainer:
@@ -66,21 +89,15 @@ class Trainer:
         config: Config,
         train: Split,
         device: torch.device,
-        weights: Path | None = None,
-        resume: Path | None = None,
-        teacher: Path | None = None,
-        shards: int | None = None,
+        start: Start = Start(),
     ) -> None:
-        """Build a new training, or the one that the checkpoint `resume` continues.
+        """Build a new training, or the one that the checkpoint `start.resume` continues.
 
         Args:
             config: The configuration of the training.
             train: The images to train on.
             device: Device of this worker.
-            weights: Local file of weights to start from, of the whole detector or its backbone.
-            resume: Folder of the checkpoint to continue from.
-            teacher: Folder of the checkpoint that `loss.distillation` learns from.
-            shards: Number of shards of a global batch, as `fit` describes.
+            start: What it starts from.
         """
         torch.manual_seed(config.seed)
         # With nondeterministic kernels a resumed training would differ from an uninterrupted one.
@@ -91,13 +108,17 @@ class Trainer:
         self.rank, self.world = worker_rank()
         _require_device(config, device, self.world)
         self.detector = Detector(config)
+        resume = start.resume
         if resume:
             load_weights(self.detector, resume / WEIGHTS)
-        elif weights:
-            load_weights(self.detector, weights, reset_classifier=config.model.reset_classifier)
+        elif start.weights:
+            reset = config.model.reset_classifier
+            load_weights(self.detector, start.weights, reset_classifier=reset)
         place(self.detector, device)
         self.step = read_about(resume).step if resume else 0
-        self.batches = TrainBatches(train.records, config, self.rank, self.world, self.step, shards)
+        self.batches = TrainBatches(
+            train.records, config, self.rank, self.world, self.step, start.shards
+        )
         shard = shard_size(config, self.batches.total_shards)
         require_batch_statistics(config, train.records, shard)
         self.dataset = DetectionDataset(train, config, training=True)
@@ -112,8 +133,8 @@ class Trainer:
         self.best_ap, self.best_epoch = -1.0, 0
         if resume:
             self._restore(resume)
-        teacher_detector = None if teacher is None else place(load_checkpoint(teacher)[0], device)
-        self.loss_module = LossModule(self.detector, config, teacher_detector)
+        teacher = place(load_checkpoint(start.teacher)[0], device) if start.teacher else None
+        self.loss_module = LossModule(self.detector, config, teacher)
         self.parallel: nn.Module = self.loss_module
         if self.world > 1:
             devices = [device] if device.type == "cuda" else None

@@ -1,5 +1,7 @@
 """What must hold on a GPU as on a CPU: no host wait, the same figures, not one changed digit."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -15,8 +17,8 @@ from gfl.export.export import export
 from gfl.export.exportable import Form
 from gfl.inference.predictor import Model
 from gfl.model.detector import folded, place
-from gfl.train.engine import fit
-from gfl.train.trainer import Trainer
+from gfl.train.engine import FitOptions, fit
+from gfl.train.trainer import Start, Trainer
 from tests.support.detectors import attentive_detector
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -112,10 +114,10 @@ class Kept:
 
 def test_a_resumed_training_equals_an_uninterrupted_one_bit_for_bit(tiny, tmp_path):
     config = derive(type(tiny), tiny, ["schedule.epochs=2"])
-    splits, options = load_splits(config), {"device": GPU, "failure_folder": tmp_path / "bad"}
+    splits, options = load_splits(config), FitOptions(GPU, tmp_path / "bad")
     first, second = Kept(tmp_path / "one", epoch=1), Kept(tmp_path)
-    whole = fit(config, splits, first, **options)
-    resumed = fit(config, splits, second, resume=tmp_path / "one", **options)
+    whole = fit(config, splits, first, options)
+    resumed = fit(config, splits, second, replace(options, start=Start(resume=tmp_path / "one")))
     for key, value in whole.detector.state_dict().items():
         assert torch.equal(value, resumed.detector.state_dict()[key]), key
     assert first.ap[-1] == second.ap[-1]

@@ -29,7 +29,8 @@ from gfl.distributed import worker_rank
 from gfl.errors import PreemptedError
 from gfl.evaluation.speed import measure_fps
 from gfl.inspection.findings import find_cheaply
-from gfl.train.engine import CheckpointReport, EpochReport, StepReport, fit
+from gfl.train.engine import CheckpointReport, EpochReport, FitOptions, StepReport, fit
+from gfl.train.trainer import Start
 from gfl_platform.cluster import launch, resources
 from gfl_platform.cluster.event_queue import Events
 from gfl_platform.cluster.events import (
@@ -251,15 +252,6 @@ def train_worker(settings: dict[str, Any]) -> dict[str, Any]:
     listener = WorkerListener(events, conditions)
     if listener.is_first:
         events.tell(WorkersStarted(worker_rank()[1], resources.node_count()))
-    options = {
-        "device": device,
-        "failure_folder": Path(settings["folder"]) / "non_finite",
-        "teacher": teacher,
-        "report_every": settings["report_every"],
-        "checkpoint_every": settings["checkpoint_every"],
-        "shards": shards,
-        "should_stop": _node_is_drained,
-    }
     restored = _latest_whole_checkpoint(cache, listener.on_damage)
     changes = []
     if restored:
@@ -272,12 +264,21 @@ def train_worker(settings: dict[str, Any]) -> dict[str, Any]:
             tag = f"resumed.step-{read_about(restored[0]).step}"
             events.tell(TagsSet({tag: "; ".join(changes)}))
     if restored is None:
-        options["weights"] = settings["weights"] and cache.local(settings["weights"])
+        weights = settings["weights"] and cache.local(settings["weights"])
+        start = Start(weights, None, teacher, shards)
     else:
         listener.repeat(*restored)
-        options["resume"] = restored[0]
+        start = Start(None, restored[0], teacher, shards)
+    options = FitOptions(
+        device,
+        Path(settings["folder"]) / "non_finite",
+        start,
+        settings["report_every"],
+        settings["checkpoint_every"],
+        _node_is_drained,
+    )
     try:
-        trainer = fit(config, splits, listener, **options)
+        trainer = fit(config, splits, listener, options)
     except PreemptedError:
         _wait_until_stored()
         raise

@@ -14,7 +14,7 @@ from gfl.data.dataset import collate
 from gfl.data.split import load_splits
 from gfl.model.head import QualityPredictor, joint_logits
 from gfl.model.losses import localisation_distillation_loss, quality_focal_loss
-from gfl.train.trainer import Trainer
+from gfl.train.trainer import Start, Trainer
 
 CPU = torch.device("cpu")
 QUALITY = "model.quality_predictor={topk: 4, hidden: 64}"
@@ -149,7 +149,7 @@ def test_a_student_learns_its_teachers_distributions(tiny, teacher):
         tiny,
         [f"loss.distillation={{teacher: {teacher}}}", *alone, "optim.lr=0.03"],
     )
-    trainer = Trainer(config, load_splits(config)[0], CPU, teacher=teacher)
+    trainer = Trainer(config, load_splits(config)[0], CPU, Start(teacher=teacher))
     assert trainer.loss_module.names == ("qfl", "giou", "dfl", "ld")
     assert not any("teacher" in name for name in trainer.loss_module.state_dict())
     trainer.parallel.train()
@@ -164,4 +164,4 @@ def test_a_teacher_of_other_bins_is_refused(tiny, teacher):
         type(tiny), tiny, [f"loss.distillation={{teacher: {teacher}}}", "model.reg_max=12"]
     )
     with pytest.raises(ValueError, match=r"teacher: model\.reg_max is 8 in the teacher, but 12"):
-        Trainer(config, load_splits(config)[0], CPU, teacher=teacher)
+        Trainer(config, load_splits(config)[0], CPU, Start(teacher=teacher))

@@ -14,10 +14,10 @@ from gfl.data.dataset import collate
 from gfl.data.split import load_splits
 from gfl.errors import NonFiniteLossError, PreemptedError
 from gfl.model.criterion import loss_names
-from gfl.train.engine import fit
+from gfl.train.engine import FitOptions, fit
 from gfl.train.microbatch import first_non_finite, micro_batches
 from gfl.train.optimizer import build_optimizer, lr_factor, scaled_lr
-from gfl.train.trainer import Trainer
+from gfl.train.trainer import Start, Trainer
 from tests.support.processes import run_workers
 
 CPU = torch.device("cpu")
@@ -52,14 +52,10 @@ class Recorder:
             raise KeyboardInterrupt
 
 
-def train(config, recorder, **options):
-    options = {
-        "device": CPU,
-        "failure_folder": recorder.folder / "bad",
-        "report_every": 2,
-        **options,
-    }
-    return fit(config, load_splits(config), recorder, **options)
+def train(config, recorder, resume=None, **options):
+    how = {"start": Start(resume=resume), "report_every": 2, **options}
+    options = FitOptions(CPU, recorder.folder / "bad", **how)
+    return fit(config, load_splits(config), recorder, options)
 
 
 @pytest.fixture(scope="module")
@@ -184,7 +180,7 @@ def test_a_finished_training_resumes_to_nothing(tiny, whole, tmp_path):
 
 def steps(rank, config, count, shards=None):
     torch.set_num_threads(1)
-    trainer = Trainer(config, load_splits(config)[0], CPU, shards=shards)
+    trainer = Trainer(config, load_splits(config)[0], CPU, Start(shards=shards))
     trainer.parallel.train()
     rows = []
     for step in range(count):
@@ -250,7 +246,7 @@ def states_after_a_resumption(rank, config, shards, folder):
     split = load_splits(config)[0]
 
     def train_four_steps(resume=None):
-        trainer = Trainer(config, split, CPU, resume=resume, shards=shards)
+        trainer = Trainer(config, split, CPU, Start(resume=resume, shards=shards))
         trainer.parallel.train()
         for step in range(trainer.step, 4):
             keys = [trainer.batches.keys(step, shard) for shard in trainer.batches.shards]
@@ -349,7 +345,7 @@ def stop_at_nan_of_rank_1(rank, config, folder):
         for record in splits[0].records:
             record.boxes[:, 0] = float("nan")
     try:
-        fit(config, splits, recorder, device=CPU, failure_folder=folder / "bad", report_every=1)
+        fit(config, splits, recorder, FitOptions(CPU, folder / "bad", report_every=1))
     except NonFiniteLossError as error:
         return str(error)
 

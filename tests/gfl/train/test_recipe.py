@@ -1,5 +1,6 @@
 """The options of training: accumulation, precision, averages, clipping, stopping, compilation."""
 
+from dataclasses import replace
 from math import isfinite
 
 import pytest
@@ -10,10 +11,10 @@ from gfl.config.loader import ConfigError, derive
 from gfl.data.dataset import collate
 from gfl.data.split import load_splits
 from gfl.structures import pad_targets
-from gfl.train.engine import fit
+from gfl.train.engine import FitOptions, fit
 from gfl.train.microbatch import LossModule
 from gfl.train.optimizer import build_optimizer, lr_factor, scaled_lr
-from gfl.train.trainer import Trainer, _require_device
+from gfl.train.trainer import Start, Trainer, _require_device
 
 CPU = torch.device("cpu")
 MODELS = {
@@ -181,11 +182,11 @@ class Kept:
 def test_training_stops_when_ap_does_not_rise_even_after_a_resumption(tiny, tmp_path):
     still = derive(type(tiny), tiny, ["optim.lr=1e-12", "schedule.epochs=9", "schedule.patience=2"])
     splits = load_splits(still)
-    options = {"device": CPU, "failure_folder": tmp_path / "bad"}
+    options = FitOptions(CPU, tmp_path / "bad")
     listener = Kept(tmp_path / "two", epoch=2)
-    assert fit(still, splits, listener, **options).epochs_done == listener.epochs == 3
+    assert fit(still, splits, listener, options).epochs_done == listener.epochs == 3
     again = Kept(tmp_path / "never")
-    fit(still, splits, again, resume=tmp_path / "two", **options)
+    fit(still, splits, again, replace(options, start=Start(resume=tmp_path / "two")))
     assert again.epochs == 1
 
 

@@ -13,7 +13,7 @@ from mlflow import MlflowClient
 
 from gfl.checkpoint.files import read_about
 from gfl.data.split import load_splits
-from gfl.train.engine import fit
+from gfl.train.engine import FitOptions, fit
 from gfl_platform.config import load_job
 from tests.support import drivers
 from tests.support.processes import run_workers
@@ -77,8 +77,13 @@ def train_on_a_fixed_number(_rank, job, last, folder):
     torch.set_num_threads(1)
     curve = Curve(last)
     with contextlib.suppress(Enough):
-        fit(job, load_splits(job), curve, device=torch.device("cpu"), failure_folder=folder,
-            report_every=REPORT_STEPS, checkpoint_every=CHECKPOINT_STEPS)  # fmt: skip
+        options = FitOptions(
+            torch.device("cpu"),
+            folder,
+            report_every=REPORT_STEPS,
+            checkpoint_every=CHECKPOINT_STEPS,
+        )
+        fit(job, load_splits(job), curve, options)
     return curve.rows
 
 
