@@ -23,8 +23,9 @@ from gfl.checkpoint.files import (
 from gfl.checkpoint.snapshot import Snapshot, load_checkpoint, take_snapshot
 from gfl.model.detector import Detector
 from gfl_platform.storage.cache import Cache
-from gfl_platform.storage.files import StorageError
+from gfl_platform.storage.files import StorageError, read_json
 from gfl_platform.training import worker
+from gfl_platform.training.conditions import CONDITIONS_FILE
 from gfl_platform.training.worker import REPORTS_FILE, _latest_whole_checkpoint
 
 CACHE = Cache(Path("unused"), 0)
@@ -112,7 +113,7 @@ def test_a_checkpoint_is_written_where_it_stays(tiny, written, tmp_path, monkeyp
     context = SimpleNamespace(get_world_rank=lambda: 0, get_storage=lambda: place)
     monkeypatch.setattr(ray.train, "get_context", lambda: context)
     told = []
-    listener = worker.WorkerListener(SimpleNamespace(tell=told.append))
+    listener = worker.WorkerListener(SimpleNamespace(tell=told.append), {"device": "cpu"})
     detector, about = load_checkpoint(written)
     snapshot = take_snapshot(detector, tiny, about, {"optimizer": {}})
     store = listener._store(snapshot, "[]", 4, 0.5)
@@ -120,6 +121,7 @@ def test_a_checkpoint_is_written_where_it_stays(tiny, written, tmp_path, monkeyp
     given = Checkpoint(tmp_path / "unstored")
     stored = store(given, "checkpoint_1")
     require_whole(Path(stored.path))
+    assert read_json(Path(stored.path) / CONDITIONS_FILE) == {"device": "cpu"}
     assert Path(stored.path) == tmp_path / "checkpoint_1"
     assert not any((tmp_path / "unstored").iterdir())
     (told_of,) = told
