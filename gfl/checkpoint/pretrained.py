@@ -97,8 +97,8 @@ def _require_same_model(
         return
     if only_classes:
         raise ValueError(
-            f"{name}: {differing[0]}: set model.num_classes={weights.num_classes}, or give the "
-            "model a new classifier with model.reset_classifier=true (reset_classifier=True)"
+            f"{name}: {differing[0]}: set model.num_classes={weights.num_classes}, or train a new "
+            "classifier with model.reset_classifier=true (reset_classifier=True)"
         )
     raise ValueError(
         f"{name}: weights of another model: {'; '.join(differing)}; change these keys, or use "

@@ -99,8 +99,8 @@ def load_checkpoint(folder: Path, config: Config | None = None) -> tuple[Detecto
         )
     if not len(about.classes) == len(about.category_ids) == trained.model.num_classes:
         raise ValueError(
-            f"{folder / ABOUT}: names {len(about.classes)} classes, but the model has "
-            f"{trained.model.num_classes}; restore the file"
+            f"{folder / ABOUT}: has {len(about.classes)} classes and {len(about.category_ids)} "
+            f"category ids, but the model has {trained.model.num_classes} classes; restore the file"
         )
     detector = Detector(config or trained)
     load_weights(detector, folder / WEIGHTS)

@@ -306,8 +306,8 @@ class Config(Section):
         backbone = self.model.backbone
         if self.optim.compile and backbone.checkpoint_gradients and not backbone.norm_eval:
             raise ValueError(
-                "optim.compile: blocks whose BatchNorm trains cannot be computed again in a "
-                "compiled step; set model.backbone.checkpoint_gradients=false or norm_eval=true"
+                "optim.compile=true: does not work with checkpoint_gradients=true while BatchNorm "
+                "trains; set model.backbone.checkpoint_gradients=false or norm_eval=true"
             )
         most = max(self.evaluation.max_detections)
         if most > max(100, self.postprocess.detections_per_image):

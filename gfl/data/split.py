@@ -185,9 +185,12 @@ def require_same_classes(
     """
     for label, (name, other_name) in enumerate(zip_longest(classes, others)):
         if name != other_name:
+            here, there = (
+                "missing" if text is None else f"'{text}'" for text in (other_name, name)
+            )
             raise DataError(
-                f"{other}: class {label} is '{other_name}', but '{name}' in {one}; give both the "
-                "same categories in the order of their ids"
+                f"{other}: class {label} is {here}, but {there} in {one}; list the same categories "
+                "in the same order of ids"
             )
 
 

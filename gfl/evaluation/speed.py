@@ -10,6 +10,7 @@ import platform
 import resource
 import statistics
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
@@ -144,7 +145,7 @@ def _cpu_name() -> str:
 
 
 def _power(device: torch.device) -> str:
-    """Return the limit of the clocks: a GPU's power limit, or a CPU's governor."""
+    """Return what limits the clock rate: a GPU's power limit, or a CPU's frequency governor."""
     if device.type == "cuda":
         return _nvidia_smi("power.limit", device)
     governor = Path("/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor")
@@ -216,7 +217,13 @@ def peak_memory(device: torch.device) -> Iterator[dict[str, int]]:
     with suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")
     yield peak
-    peak["bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    peak["bytes"] = peak_resident_bytes()
+
+
+def peak_resident_bytes() -> int:
+    """Return the largest memory that this process has occupied, in bytes."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else 1024 * peak
 
 
 @contextmanager

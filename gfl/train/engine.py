@@ -169,7 +169,7 @@ def fit(
             callbacks.on_checkpoint(CheckpointReport(*progress, snapshot))
             window.restart()
         if preempted and trainer.step < trainer.batches.total_steps:
-            raise PreemptedError(f"stopped after step {trainer.step}, where a checkpoint is")
+            raise PreemptedError(f"preempted after step {trainer.step}, whose checkpoint is stored")
     return trainer
 
 

@@ -5,9 +5,7 @@ the host waits for the device anyway. Measuring never makes the host wait.
 """
 
 import math
-import resource
 import statistics
-import sys
 import time
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -17,6 +15,7 @@ import torch.distributed as dist
 
 from gfl.data.dataset import Batch
 from gfl.distributed import world_size
+from gfl.evaluation.speed import peak_resident_bytes
 
 STEP_TIMES = ("step_ms_p50", "step_ms_p90", "step_ms_p99")
 """Percentiles of the time of a step, in milliseconds."""
@@ -82,9 +81,8 @@ class StepMeter:
         times = torch.tensor([self._ms(*pair) for pair in pairs], dtype=torch.double)
         percentiles = torch.quantile(times, torch.tensor([0.5, 0.9, 0.99], dtype=torch.double))
         waited = self._waited / (time.perf_counter() - self._started)
-        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        memory *= 1 if sys.platform == "darwin" else 1024
-        return [*percentiles.tolist(), waited, memory / 2**30, *self._gpu_use()]
+        memory = peak_resident_bytes() / 2**30
+        return [*percentiles.tolist(), waited, memory, *self._gpu_use()]
 
     def _gpu_use(self) -> tuple[float, float]:
         """Return the busy share of the GPU's time and the peak of its memory in GiB."""

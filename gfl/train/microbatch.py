@@ -235,10 +235,10 @@ def first_non_finite(module: LossModule, micro_batch: MicroBatch) -> str | None:
     for name, loss in zip(module.names, losses, strict=True):
         if not _finite(loss):
             culprits.append(f"loss {name}")
+    detector.zero_grad()
+    losses.sum().backward()  # on every worker: SyncBatchNorm waits for all of them
     if culprits:
         return culprits[0]
-    detector.zero_grad()
-    losses.sum().backward()
     gradients = {name: p.grad for name, p in detector.named_parameters() if p.grad is not None}
     # Backpropagation runs from the head to the stem.
     for name, gradient in reversed(gradients.items()):

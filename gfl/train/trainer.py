@@ -196,10 +196,10 @@ class Trainer:
     def _backward(self, shards: Sequence[Batch]) -> Tensor:
         """Add the gradients of `shards` to those of the parameters, and return their losses (L,).
 
-        The loss of a shard is the mean of those of its micro-batches, each normalised by its own
-        positives. Losses and gradients are weighted such that their mean over workers is their mean
-        over all shards. Workers average gradients once, in the backward pass of the last
-        micro-batch.
+        The loss of a shard is the mean of those of its micro-batches, each normalised together with
+        its counterparts of the other shards. Losses and gradients are weighted such that their mean
+        over workers is their mean over all shards. Workers average gradients once, in the backward
+        pass of the last micro-batch.
         """
         total = torch.zeros(len(self.loss_module.names), device=self.device)
         shard_weight = self.world / self.batches.total_shards

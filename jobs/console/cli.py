@@ -18,7 +18,14 @@ from rich.table import Table
 
 from gfl_platform.redaction import redact
 
-OVERRIDE = re.compile(r"[a-z_]\w*(\.\w+)*=")
+SECTIONS = (
+    "model", "loss", "assigner", "postprocess", "data", "optim", "schedule", "evaluation", "seed",
+    "run", "cluster", "storage", "tracking", "registry", "sweep",
+)  # fmt: skip
+"""Keys of the configuration without a dot."""
+
+OVERRIDE = re.compile(rf"([a-z_]\w*(\.\w+)+|{'|'.join(SECTIONS)})=")
+"""Beginning of an argument that changes the configuration."""
 
 # A pipe has no terminal that could scroll, so its lines are wide.
 console = Console(width=None if sys.stdout.isatty() else 160)

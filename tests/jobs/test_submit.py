@@ -220,7 +220,7 @@ def test_a_run_has_one_job_which_closes_it_at_ctrl_c(head, clone, place):
         assert process.poll() is None, printed[-3000:]
     status, refused = jobs_submit(head, clone, *words, "--resume")
     assert status == 1
-    assert "run 'endless' is in the hands of process" in refused
+    assert "run 'endless' is used by process" in refused
     process.send_signal(signal.SIGINT)
     status, rest = finish(process)
     assert status == 130, rest

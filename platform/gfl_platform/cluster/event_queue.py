@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import ray
-from ray.exceptions import RayActorError
+from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from gfl_platform.cluster.events import Event, OfTrial, Watcher
@@ -64,7 +64,7 @@ def pumped(handle: Watcher) -> Iterator[Events]:
     def drain() -> None:
         try:
             arrived = ray.get(events.queue.drain.remote())
-        except RayActorError as error:  # which ends no training, and hides no error of it
+        except RayError as error:  # which ends no training, and hides no error of it
             logger.warning("no more is heard of the job's processes: %s", str(error).split("\n")[0])
             done.set()
             return

@@ -172,15 +172,13 @@ class ControllerCallback(UserCallback):
         # Workers whose partner died stop, too: one loss, explained by the worker that caused it.
         rank = min(worker_exceptions, key=lambda rank: (_precedence(worker_exceptions[rank]), rank))
         cause = root_cause(worker_exceptions[rank])
-        final = _is_final(cause)
+        final = _is_final(cause) or self._failures_left == 0
         reason = one_line(cause)
         self._events.tell(WorkerFailed(rank, reason, final))
         if final:
             diverged = isinstance(cause, NonFiniteLossError)
             raise DivergedError(reason) if diverged else JobFailedError(reason)
         self._failures_left -= 1
-        if self._failures_left < 0:
-            raise JobFailedError(reason)
 
 
 def _is_final(cause: BaseException) -> bool:

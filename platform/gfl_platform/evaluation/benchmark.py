@@ -181,7 +181,7 @@ def keep(store: Store, run_id: str, figures: Benchmark, picture: Path) -> str:
     client = store.client
     with tempfile.TemporaryDirectory(prefix="gfl-benchmark-") as scratch:
         comparison = _compare(figures, _last(store, run_id, Path(scratch)))
-        moment = time.strftime("%Y%m%d-%H%M%S", time.localtime(figures.time_s))
+        moment = time.strftime("%Y%m%d-%H%M%S", time.gmtime(figures.time_s))
         file = Path(scratch) / f"{moment}-{figures.standard.hash}.json"
         file.write_text(json.dumps(as_json(figures), indent=1) + "\n")
         client.log_artifact(run_id, str(file), FOLDER)
@@ -224,8 +224,8 @@ def run_of_benchmarks(job: JobConfig, store: Store, model: str) -> str:
     tags = {"kind": "benchmark", "model": model}
     opened = describe(job, "benchmark", tags)
     with (
-        tempfile.TemporaryDirectory(prefix="gfl-benchmark-") as folder,
-        RunTracker(store, Path(folder), opened) as tracker,
+        store.storage.scratch_folder() as folder,
+        RunTracker(store, folder, opened) as tracker,
     ):
         return tracker.require_run()
 

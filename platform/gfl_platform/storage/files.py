@@ -62,7 +62,7 @@ def held(folder: Path) -> Iterator[None]:
         except OSError as error:
             file.seek(0)
             raise StorageError(
-                f"run '{folder.name}' is in the hands of {file.read().strip()}; stop that job "
+                f"run '{folder.name}' is used by {file.read().strip()}; stop that job "
                 "first, or choose another run.name"
             ) from error
         file.truncate(0)
@@ -89,7 +89,7 @@ def space_required(where: str) -> Iterator[None]:
             "No space left" in str(error)
         ):
             raise StorageError(
-                f"{where}: no space left on the device for a checkpoint; the one before is whole: "
-                "free some space, but no checkpoint of this run, and go on with --resume"
+                f"{where}: no space left on the device for a checkpoint; the one before is whole. "
+                "Free some space without deleting checkpoints of this run, then use --resume"
             ) from error
         raise

@@ -137,9 +137,11 @@ def _check_settings(sweep: SweepConfig) -> None:
     elif sweep.budget.trials is None:
         raise ConfigError(f"sweep.budget.trials: how many points shall {sweep.search.name} draw?")
     if None not in lists and math.prod(len(values or ()) for values in lists) == 1:
-        raise ConfigError("sweep.space: one point is no sweep; give more values, or use jobs.train")
+        raise ConfigError(
+            "sweep.space has one point only; list more values, or train it with jobs.train"
+        )
     if not sweep.objectives:
-        raise ConfigError("sweep.objectives: what shall be best? give [AP], or [AP, fps]")
+        raise ConfigError("sweep.objectives: empty; name at least one metric, such as [AP]")
     if sweep.scheduler.name != "none" and sweep.objectives[0] in AT_THE_END:
         raise ConfigError(
             f"sweep.objectives: {sweep.scheduler.name} stops trials by the first objective, but "

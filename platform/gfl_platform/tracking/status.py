@@ -90,7 +90,7 @@ class StatusFile:
                 facts["best_ap"] = max(facts["best_ap"] or -1.0, facts["ap"])
             case CheckpointStored(metrics=metrics):
                 facts["checkpoint_seconds"] = metrics["checkpoint_seconds"]
-            case WorkerFailed(rank=rank, reason=reason):
+            case WorkerFailed(rank=rank, reason=reason, final=False):
                 facts["restarts"] += 1
                 facts["state"] = f"restarting after worker {rank}: {reason}"
                 self._lost_at = time.time()

@@ -154,7 +154,7 @@ def stop_at_the_third_report(rank, config, folder):
 def test_all_workers_stop_with_a_checkpoint_if_one_is_preempted(tiny, tmp_path):
     config = derive(type(tiny), tiny, ["data.repeat=3"])
     first, second = run_workers(2, stop_at_the_third_report, config, tmp_path)
-    assert first == second == ("stopped after step 6, where a checkpoint is", ["step-6"])
+    assert first == second == ("preempted after step 6, whose checkpoint is stored", ["step-6"])
 
 
 def test_a_snapshot_is_of_its_moment(tiny, tmp_path):

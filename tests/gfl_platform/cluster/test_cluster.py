@@ -85,8 +85,10 @@ def test_a_node_that_is_drained_is_no_failure():
         callback.after_report(None, [{}], None)
     assert [event.reason for event in log.events] == ["its node is drained"] * 2
     callback.after_exception(None, {0: RuntimeError("first")})
+    assert not log.events[-1].final
     with pytest.raises(JobFailedError, match="second"):
         callback.after_exception(None, {0: RuntimeError("second")})
+    assert log.events[-1].final  # the job does not go on from its last checkpoint
 
 
 @pytest.mark.parametrize(

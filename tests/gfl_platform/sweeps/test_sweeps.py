@@ -63,7 +63,7 @@ def job_of(*overrides):
           "budget: {trials: 3}}"], r"loss\.qfl\.beta: got -1"),
         (["sweep={space: {model.reg_max: {uniform: [4, 8.5]}}, search: {name: tpe}, "
           "budget: {trials: 3}}"], r"model\.reg_max takes integers: use int_uniform"),
-        (["sweep={space: {loss.qfl.beta: {grid: [2]}}}"], r"one point is no sweep"),
+        (["sweep={space: {loss.qfl.beta: {grid: [2]}}}"], r"sweep\.space has one point only"),
         (["sweep={space: {loss.qfl.beta: {grid: [2, 2]}}}"], r"a value is repeated"),
         ([DRAWN], r"loss\.qfl\.beta is no list of values, so there is no grid"),
         ([DRAWN, "sweep.search.name=tpe"], r"budget\.trials: how many points shall tpe draw\?"),
@@ -79,7 +79,7 @@ def job_of(*overrides):
         ([GRID, "sweep.published={source: x, rows: [{at: {optim.lr: 1}, figures: {AP: 1}}]}"],
          r"sweep\.published: optim\.lr is not in sweep\.space"),
         (["sweep={space: {data.short_side: {grid: [128, 256]}}}"], r"exceeds data\.long_side"),
-        ([GRID, "sweep.objectives=[]"], r"what shall be best\?"),
+        ([GRID, "sweep.objectives=[]"], r"sweep\.objectives: empty; name at least one"),
         ([], r"no sweep: section; see configs/sweeps/"),
     ],
 )  # fmt: skip

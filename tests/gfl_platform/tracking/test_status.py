@@ -68,6 +68,13 @@ def test_a_run_that_goes_on_counts_its_restarts(tmp_path):
     assert facts["lost_seconds"] > 0
 
 
+def test_a_failure_that_ends_the_job_is_no_restart(tmp_path):
+    with StatusFile(tmp_path, 1, 1) as status:
+        status.handle(STEPS)
+        status.handle(replace(LOST, final=True))
+        assert status.outages()["restarts"] == 0
+
+
 def test_reports_that_are_repeated_are_no_steps(tmp_path):
     with StatusFile(tmp_path, 1, 1) as status:
         status.handle(LOST)
@@ -90,7 +97,7 @@ def test_a_silent_driver_is_asked_for(tmp_path, monkeypatch):
 
 def test_two_jobs_cannot_train_one_run(tmp_path):
     with held(tmp_path):  # noqa: SIM117
-        with pytest.raises(StorageError, match=r"in the hands of process \d+ on"), held(tmp_path):
+        with pytest.raises(StorageError, match=r"is used by process \d+ on"), held(tmp_path):
             pass
     with held(tmp_path):
         pass
