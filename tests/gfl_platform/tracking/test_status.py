@@ -72,7 +72,7 @@ def test_a_failure_that_ends_the_job_is_no_restart(tmp_path):
     with StatusFile(tmp_path, 1, 1) as status:
         status.handle(STEPS)
         status.handle(replace(LOST, final=True))
-        assert status.outages()["restarts"] == 0
+        assert status.outages["restarts"] == 0
 
 
 def test_reports_that_are_repeated_are_no_steps(tmp_path):
