@@ -12,11 +12,7 @@ from gfl.config.loader import derive, reproducible
 from gfl_platform.cluster import resources
 from gfl_platform.cluster.event_queue import pumped
 from gfl_platform.cluster.events import Event, FolderWritten
-from gfl_platform.cluster.resources import (
-    START_TIMEOUT,
-    Workers,
-    most_resources,
-)
+from gfl_platform.cluster.resources import START_TIMEOUT, Workers, most_resources
 from gfl_platform.config import BudgetConfig, JobConfig, SweepConfig
 from gfl_platform.registry import models
 from gfl_platform.storage.files import held
@@ -143,7 +139,8 @@ def run_sweep(
     store = Store(job.tracking, storage)
     folder, workers = _prepare(job, store, name, resume=resume)
     with held(folder), RunTracker(store, folder, describe(job, name)) as tracker:
-        parent, devices = tracker.require_run(), _devices(workers)
+        parent = tracker.require_run()
+        devices = workers.count * (1 if workers.use_gpu else workers.cpus)
         recorder = Recorder(job, store, name, folder / "trials", parent, devices, watch)
         sweep = _Sweep(job, storage, folder / "trials", workers, recorder, train)
         storage.share_state(folder)
@@ -169,9 +166,12 @@ def _prepare(job: JobConfig, store: Store, name: str, *, resume: bool) -> tuple[
     if resume:
         require_same(folder / CONFIG_FILE, recipe, "sweep", MAY_CHANGE)
     resources.connect()
-    workers = replace(resources.allot(first), stoppable=_stops_trials(sweep_of(job)))
+    sweep = sweep_of(job)
+    is_limited = sweep.budget.epochs is not None or sweep.budget.hours is not None
+    stoppable = is_limited or sweep.scheduler.name != "none"
+    workers = replace(resources.allot(first), stoppable=stoppable)
     if not resources.in_cluster():  # workers read the same files, so a mistake is found at once
-        check_data(first, workers.count, sweep_of(job).objectives)
+        check_data(first, workers.count, sweep.objectives)
     store.require_answer()
     store.known_experiment()
     fetch_sources(first, store)
@@ -184,18 +184,6 @@ def _prepare(job: JobConfig, store: Store, name: str, *, resume: bool) -> tuple[
 def comparable(job: JobConfig) -> JobConfig:
     """Return `job` without where it runs and its names, which a resumed sweep may change."""
     return derive(JobConfig, reproducible(job), []).model_copy(update={"sweep": job.sweep})
-
-
-def _devices(workers: Workers) -> int:
-    """Return the number of GPUs that a trial holds, or of CPUs if it takes no GPU."""
-    return workers.count * (1 if workers.use_gpu else workers.cpus)
-
-
-def _stops_trials(config: SweepConfig) -> bool:
-    """Return whether trials may be stopped before their last epoch."""
-    budget = config.budget
-    is_limited = budget.epochs is not None or budget.hours is not None
-    return is_limited or config.scheduler.name != "none"
 
 
 def _search(sweep: _Sweep) -> None:
@@ -212,10 +200,11 @@ def _search(sweep: _Sweep) -> None:
     if config.search.name == "grid":
         points = grid_points(config)
         seeds = 1 if config.finalists else config.seeds
-        order = [(point, job.seed + seed) for seed in range(seeds) for point in points]
+        names = map(trial_name, count())
         planned = [
-            Planned(trial_name(number), point, seed, "search")
-            for number, (point, seed) in enumerate(order)
+            Planned(next(names), point, job.seed + seed, "search")
+            for seed in range(seeds)
+            for point in points
         ]
         remaining = [trial for trial in planned if not sweep.has_ended(trial)]
         searcher = ListedTrials(remaining, plan, budget.used_up)
@@ -223,11 +212,8 @@ def _search(sweep: _Sweep) -> None:
         searcher = DrawnTrials(
             job, known, free_names(sweep.folder, trial_name), plan, budget.used_up
         )
-    scheduler = (
-        None
-        if config.scheduler.name == "none"
-        else EarlyStopping(config, job.schedule.epochs, known)
-    )
+    stops_early = config.scheduler.name != "none"
+    scheduler = EarlyStopping(config, job.schedule.epochs, known) if stops_early else None
     _run(sweep, searcher, scheduler, budget)
 
 

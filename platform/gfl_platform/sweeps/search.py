@@ -245,7 +245,7 @@ class EarlyStopping(FIFOScheduler):
         Args:
             sweep: The section `sweep:`.
             epochs: Epochs of a whole training; a trial that has them is never stopped.
-            known: Trials of earlier sessions, whose curves the scheduler compares with.
+            known: Trials of earlier sessions, whose curves count in comparisons.
         """
         super().__init__()
         self._epochs = epochs

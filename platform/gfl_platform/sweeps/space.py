@@ -22,12 +22,12 @@ ORIGIN = "sweep.space"
 
 
 def check_data(job: JobConfig, workers: int, objectives: tuple[str, ...]) -> None:
-    """Refuse data that cannot be used, or that cannot have the objectives.
+    """Refuse data that cannot be used, or that cannot have the objectives: APl, say.
 
     Args:
         job: Configuration of a trial.
         workers: Number of workers of a trial.
-        objectives: Objectives of the sweep. Data without large objects, say, have no APl.
+        objectives: Objectives of the sweep.
 
     Raises:
         ValueError: the message says what is wrong, where, and what to do.
@@ -167,10 +167,9 @@ def _check_range(job: JobConfig, key: str, values: RangeConfig) -> None:
     """Refuse a key that the configuration lacks, or values that the key cannot have."""
     if key.split(".")[0] in JOB_SECTIONS:
         raise ConfigError(f"{ORIGIN}: {key} says how a job runs, and changes no result; remove it")
-    if values.values is not None and len({json.dumps(v) for v in values.values}) < len(
-        values.values
-    ):
-        raise ConfigError(f"{ORIGIN}: {key}: a value is repeated in {json.dumps(values.values)}")
+    listed = values.values or ()
+    if len({json.dumps(value) for value in listed}) < len(listed):
+        raise ConfigError(f"{ORIGIN}: {key}: a value is repeated in {json.dumps(listed)}")
     plain = job.model_copy(update={"sweep": None})
     for value in values.values or values.bounds or ():
         try:
@@ -178,15 +177,9 @@ def _check_range(job: JobConfig, key: str, values: RangeConfig) -> None:
         except ConfigError as error:
             if "valid integer" in str(error) and values.bounds:
                 raise ConfigError(f"{ORIGIN}: {key} takes integers: use int_uniform") from error
-            if values.bounds:  # a list may hold a value that needs another key's value
+            # A list may hold a value that is allowed together with another key's value only.
+            if values.bounds or f"{key}:" in str(error) or "unknown key" in str(error):
                 raise
-            _refuse_alone(error, key)
-
-
-def _refuse_alone(error: ConfigError, key: str) -> None:
-    """Raise `error` if it is about `key` alone, not about its combination with other keys."""
-    if f"{key}:" in str(error) or "unknown key" in str(error):
-        raise error
 
 
 def _contains(values: RangeConfig, default: Any) -> bool:

@@ -222,7 +222,7 @@ def draw_parameter(results: SweepResults, key: str, metric: str) -> Picture | No
         return None
     default = results.defaults.get(key)
     values = [trial.point.get(key) for trial in trials]
-    is_near = not is_number(default) or _is_near(default, values)
+    is_near = _is_near(default, values)
     scale = scale_of(results.sweep.space[key], [*values, default] if is_near else values)
     figures = pd.DataFrame(
         {
@@ -253,7 +253,7 @@ def draw_parameter(results: SweepResults, key: str, metric: str) -> Picture | No
 
 def _is_near(default: Any, values: Sequence[Any]) -> bool:
     """Return whether a default is no farther off than would squeeze all else to one side."""
-    if not all(map(is_number, values)):
+    if not all(map(is_number, [default, *values])):
         return True
     low, high = min(values), max(values)
     if low > 0 and default > 0:
@@ -265,17 +265,15 @@ def _scatter(axes: Axes, scale: Scale, values: Sequence[Any], figures: pd.DataFr
     """Draw each figure at its value; trials of one value stand side by side by seed and start."""
     repeats = figures.groupby(["value", "seed"]).cumcount()
     jitters = (0.004 * (repeats % 5 - 2)).where(repeats > 0, 0.0)
-    seeds = sorted(figures["seed"].unique())
-    for number, seed in enumerate(seeds):
-        shift = (number - (len(seeds) - 1) / 2) * 0.012
-        rows = figures.index[figures["seed"] == seed]
+    groups = figures.groupby("seed")["figure"]
+    for number, (seed, of_seed) in enumerate(groups):
+        shift = (number - (len(groups) - 1) / 2) * 0.012
         look = min(number, SEEDS_SHOWN - 1)
-        is_shared = len(seeds) > SEEDS_SHOWN and look == SEEDS_SHOWN - 1
+        is_shared = len(groups) > SEEDS_SHOWN and look == SEEDS_SHOWN - 1
         axes.plot(
-            [scale.beside(values[row], shift + jitters[row]) for row in rows],
-            figures["figure"][rows],
-            linestyle="none",
-            marker=MARKERS[look],
+            [scale.beside(values[row], shift + jitters[row]) for row in of_seed.index],
+            of_seed,
+            MARKERS[look],
             color=COLOURS[look],
             alpha=0.65,
             markersize=6,
@@ -379,17 +377,15 @@ def draw_curves(analysis: Analysis) -> Picture | None:
     trials = [trial for trial in analysis.results.trials if trial.curve]
     if not trials:
         return None
-    best, default = analysis.best_trial, identity(analysis.results.defaults)
-    others = [trial for trial in trials if trial is not best]
+    default = identity(analysis.results.defaults)
+    by_role: dict[str | None, list[Trial]] = {None: [], "default": [], "best": []}
+    for trial in trials:
+        role = "default" if identity(trial.point) == default else None
+        by_role["best" if trial is analysis.best_trial else role].append(trial)
     figure, axes = canvas()
-    for trial in others:
-        if identity(trial.point) != default:
-            _draw_curve(axes, trial)
-    for trial in others:
-        if identity(trial.point) == default:
-            _draw_curve(axes, trial, "default")
-    if best and best.curve:
-        _draw_curve(axes, best, "best")
+    for role, members in by_role.items():
+        for trial in members:
+            _draw_curve(axes, trial, role)
     watched = analysis.results.watched
     axes.set(xlabel="epoch", ylabel=f"{watched}, %")
     axes.set_xlim(left=0)
@@ -414,14 +410,8 @@ CURVES: dict[str, dict[str, Any]] = {
 """Looks of learning curves by what the trial is."""
 
 
-def _draw_curve(axes: Axes, trial: Trial, role: str | None = None) -> None:
-    """Draw a learning curve.
-
-    Args:
-        axes: Where to draw.
-        trial: The trial.
-        role: `best` or `default`. A trial that failed is drawn as such all the same.
-    """
+def _draw_curve(axes: Axes, trial: Trial, role: str | None) -> None:
+    """Draw a learning curve; a trial that failed is drawn as such, whatever its role."""
     kinds = {"failed": "failed or NaN", "nan": "failed or NaN", "running": "running"}
     kind = kinds.get(trial.state, "stopped")
     if trial.state == "finished":
@@ -467,13 +457,11 @@ def draw_front(analysis: Analysis) -> Picture | None:
     known = [point for point in analysis.points if {"AP", "fps"} <= point.figures.keys()]
     beaten = [point for point in known if all(point is not other for other in analysis.front)]
     default = [point for point in known if point.default]
-    looks: list[tuple[list[PointSummary], dict[str, Any]]] = [
-        (beaten, {"marker": "o", "color": GREY, "label": "beaten in both"}),
-        (default, {"marker": "*", "color": BLACK, "label": "default", "markersize": 16}),
-    ]
-    for points, look in looks:
-        if points:
-            axes.plot(*_speeds_and_aps(points), linestyle="none", zorder=4, **look)
+    if beaten:
+        axes.plot(*_speeds_and_aps(beaten), "o", color=GREY, zorder=4, label="beaten in both")
+    if default:
+        speeds_and_aps = _speeds_and_aps(default)
+        axes.plot(*speeds_and_aps, "*", color=BLACK, markersize=16, zorder=4, label="default")
     speeds, aps = _speeds_and_aps(analysis.front)
     axes.plot(
         speeds, aps, "D-", drawstyle="steps-pre", color=ORANGE, zorder=3, label="Pareto front"
@@ -506,17 +494,12 @@ def draw_published(analysis: Analysis) -> Picture | None:
     figure, axes = canvas()
     places = _place_rows(axes, analysis)
     sides = [
-        ("paper", "--", BLUE, [row.paper_difference for row in rows]),
-        ("ours", "-", ORANGE, [row.our_difference for row in rows]),
+        ("paper", "o--", BLUE, [row.paper_difference.get(metric) for row in rows]),
+        ("ours", "s-", ORANGE, [row.our_difference.get(metric) for row in rows]),
     ]
-    for marker, (name, linestyle, colour, differences) in zip(MARKERS, sides, strict=False):
-        pairs = sorted(
-            (place, difference[metric])
-            for place, difference in zip(places, differences, strict=True)
-            if metric in difference
-        )
-        xs, ys = zip(*pairs, strict=True)
-        axes.plot(xs, ys, linestyle=linestyle, marker=marker, color=colour, label=name)
+    for name, look, colour, differences in sides:
+        known = pd.Series(differences, places, dtype=float).dropna().sort_index(kind="stable")
+        axes.plot(known.index, known, look, color=colour, label=name)
     axes.axhline(0, color=BLACK, linewidth=0.8)
     reference = next(point_label(row.point) for row in rows if row.reference)
     axes.set_ylabel(f"difference, {unit_of_difference(metric)}")
@@ -537,10 +520,10 @@ def _place_rows(axes: Axes, analysis: Analysis) -> list[float]:
         scale = scale_of(space[keys[0]], values)
         scale.apply(axes)
         axes.set_xlabel(keys[0])
-        return [scale.position(value) for value in values]
+        return [float(scale.position(value)) for value in values]
     names = short_names(keys)
     ticks = [
         "\n".join(f"{names[key]} {tick(value)}" for key, value in row.point.items()) for row in rows
     ]
     axes.set_xticks(range(len(rows)), ticks)
-    return [float(number) for number, _ in enumerate(rows)]
+    return [float(number) for number in range(len(rows))]
