@@ -75,20 +75,21 @@ def benchmark(arguments: argparse.Namespace) -> None:
     untrained = source.endswith((".yaml", ".yml"))
     where = load_job(source, given) if untrained else job_of(given)
     store = Store(where.tracking, Storage(where.storage))
+    store.require_ready()
     with store.storage.scratch_folder() as scratch, Progress() as progress:
         model = models.resolve(store, source)  # an alias may move during the measurement
         checkpoint = None if untrained else models.fetch_checkpoint(store, model, scratch)
         job = derive(JobConfig, read_config(checkpoint), given) if checkpoint else where
         images = arguments.images or IMAGES
         figures = benchmark.benchmark(job, checkpoint, variants, images, progress.show)
+    if arguments.out:
+        write_atomically(arguments.out, json.dumps(benchmark.as_json(figures), indent=1) + "\n")
+    show_benchmark(source, figures)
     run_id = models.run_of(store, model) or benchmark.run_of_benchmarks(job, store, source)
     with tempfile.TemporaryDirectory(prefix="gfl-benchmark-") as folder:
         picture = Path(folder) / "latency.png"
         draw_latencies(figures, picture)
         comparison = benchmark.keep(store, run_id, figures, picture)
-    if arguments.out:
-        write_atomically(arguments.out, json.dumps(benchmark.as_json(figures), indent=1) + "\n")
-    show_benchmark(source, figures)
     if untrained:
         comparison += "; untrained weights detect little, so post-processing is faster than later"
     console.print(comparison, soft_wrap=True)

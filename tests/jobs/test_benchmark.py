@@ -14,7 +14,7 @@ from gfl.checkpoint.snapshot import take_snapshot
 from gfl.config.loader import derive
 from gfl.evaluation.protocol import STATE, YARDSTICK, Benchmark, Timing, Variant
 from gfl.model.detector import Detector
-from gfl_platform.config import JobConfig
+from gfl_platform.config import JobConfig, load_job
 from gfl_platform.evaluation import benchmark as benchmark_room
 from gfl_platform.registry import models
 from tests.support.tracking import store_of
@@ -106,6 +106,19 @@ def test_an_alias_that_moves_meanwhile_changes_nothing(tmp_path, monkeypatch):
         ("fetch_checkpoint", "models:/m/1"),
         ("run_of", "models:/m/1"),
     ]
+
+
+def test_a_deleted_experiment_is_said_before_anything_is_measured(tmp_path, monkeypatch, capsys):
+    from jobs import benchmark
+
+    root = f"storage.root={tmp_path}"
+    store = store_of(load_job("configs/demo.yaml", [root]))
+    store.client.delete_experiment(store.find_experiment())
+    monkeypatch.setattr(sys, "argv", ["benchmark", "configs/demo.yaml", root])
+    monkeypatch.setattr(benchmark_room, "benchmark", lambda *_: pytest.fail("it was measured"))
+    with pytest.raises(SystemExit):
+        benchmark.main()
+    assert "the experiment 'gfl' is deleted in sqlite" in capsys.readouterr().err
 
 
 @pytest.mark.slow
