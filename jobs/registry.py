@@ -1,21 +1,19 @@
 """Show registered models and decide the champion: `python -m jobs.registry COMMAND`."""
 
 import argparse
+import re
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rich.table import Table
 
-from jobs.console.cli import console, show_table
+from jobs.console.cli import console, parse, parser, run, show_table
 
 if TYPE_CHECKING:
     from gfl_platform.config import JobConfig
     from gfl_platform.registry.history import Decision
     from gfl_platform.tracking.client import Store
-import re
-from pathlib import Path
-
-from jobs.console.cli import parse, parser, run
 
 UNITS = (("d", 86400), ("h", 3600), ("min", 60), ("s", 1))
 
@@ -60,9 +58,8 @@ def promote(job: "JobConfig", store: "Store", arguments: argparse.Namespace) -> 
         decision = gate.promote(job, store, version.name, version.version, progress.show)
     show_decision(version.name, decision)
     if decision.action == "refused":
-        raise ValueError(
-            f"{version.name} version {version.version}: refused by the gate, see above"
-        )
+        name = f"{version.name} version {version.version}"
+        raise ValueError(f"{name}: refused by the gate, see above")
 
 
 def rollback(job: "JobConfig", store: "Store", arguments: argparse.Namespace) -> None:
@@ -161,18 +158,10 @@ SECTIONS = ("storage", "tracking", "cluster", "registry")
 
 COMMANDS = {
     "show": (show, "show the model card of a version", ["version"]),
-    "promote": (
-        promote,
-        "make a version champion if it passes the gate",
-        ["version"],
-    ),
+    "promote": (promote, "make a version champion if it passes the gate", ["version"]),
     "rollback": (rollback, "make the previous champion champion again", []),
     "history": (history, "list all decisions with their reasons", []),
-    "compare": (
-        compare,
-        "compare two versions: settings, AP, pictures",
-        ["version", "other"],
-    ),
+    "compare": (compare, "compare two versions: settings, AP, pictures", ["version", "other"]),
     "alias": (alias, "point another alias at a version", ["version", "alias"]),
 }
 
@@ -195,9 +184,8 @@ def main() -> None:
             subcommand.add_argument("--out", type=Path, default=Path("outputs/comparison.png"))
     for place in (cli, *below.choices.values()):
         about = "YAML file with the gate and the cluster settings"
-        default = (
-            None if place is cli else argparse.SUPPRESS
-        )  # a default here would overwrite the value given before
+        # A default of the subcommand would overwrite a value given before its name.
+        default = None if place is cli else argparse.SUPPRESS
         place.add_argument("--config", type=Path, default=default, help=about)
     run(registry, parse(cli))
 

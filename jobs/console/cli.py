@@ -27,8 +27,9 @@ SECTIONS = (
 OVERRIDE = re.compile(rf"([a-z_]\w*(\.\w+)+|{'|'.join(SECTIONS)})=")
 """Beginning of an argument that changes the configuration."""
 
-# A pipe has no terminal that could scroll, so its lines are wide.
-console = Console(width=None if sys.stdout.isatty() else 160)
+# A pipe has no terminal that could scroll, so its lines are wide. What is printed comes from names,
+# paths and messages of others: brackets in it are no markup, and colons no emoji.
+console = Console(width=None if sys.stdout.isatty() else 160, markup=False, emoji=False)
 
 
 def parser(description: str, example: str) -> argparse.ArgumentParser:

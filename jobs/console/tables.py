@@ -7,7 +7,6 @@ import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from rich.table import Table
-from rich.text import Text
 
 from gfl.config.schema import ModelConfig
 from gfl.evaluation.protocol import Benchmark
@@ -118,10 +117,13 @@ def show_inspection(inspection: Inspection, model: ModelConfig) -> None:
         console.print("nothing is wrong")
 
 
-def _show(title: str, names: list[str], rows: Iterable[tuple[str, ...]]) -> None:
-    table = Table(*names, title=title, title_justify="left")
+def _show(title: str, names: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+    """Print a table; what is too long for its column goes on in the next line."""
+    table = Table(title=title, title_justify="left")
+    for name in names:
+        table.add_column(name, overflow="fold")
     for row in rows:
-        table.add_row(*map(Text, row))  # a name in brackets is no markup
+        table.add_row(*row)
     console.print(table)
 
 
@@ -188,33 +190,24 @@ def show_sweep(results: SweepResults) -> None:
             if any(metric in point.figures for point in analysis.points)
         ]
         names = ["point", *map(axis_name, metrics), "seeds"]
-        _show_folded("best points, mean ± sd over seeds", names, _points(analysis, metrics))
-    _show_folded("verdicts, paired over seeds", ["key", "default", "verdict"], _verdicts(analysis))
+        _show("best points, mean ± sd over seeds", names, _points(analysis, metrics))
+    _show("verdicts, paired over seeds", ["key", "default", "verdict"], _verdicts(analysis))
     if analysis.published:
         names = ["point", "", "paper", "ours", "paper, diff.", "ours, diff.", "seeds"]
-        _show_folded("the paper's figures and ours", names, _published(analysis))
+        _show("the paper's figures and ours", names, _published(analysis))
     failures = [t for t in analysis.unfinished if t.state in ("failed", "nan")]
     if failures:
         rows = [(point_label(t.point), f"{t.seed}", t.cause or t.state) for t in failures]
         hidden = len(rows) - FAILURES_SHOWN
         more = [(f"... {hidden} more", "", "")] if hidden > 0 else []
-        _show_folded("failures", ["point", "seed", "cause"], [*rows[:FAILURES_SHOWN], *more])
+        _show("failures", ["point", "seed", "cause"], [*rows[:FAILURES_SHOWN], *more])
     states = ", ".join(f"{count} {state}" for state, count in analysis.cost.states.items())
     for line in (
         *warnings_of(analysis),
         f"{len(results.trials)} trials: {states}",
         cost_line(analysis),
     ):
-        console.print(Text(line))
-
-
-def _show_folded(title: str, names: list[str], rows: Iterable[tuple[str, ...]]) -> None:
-    table = Table(title=title, title_justify="left")
-    for name in names:
-        table.add_column(Text(name), overflow="fold")
-    for row in rows:
-        table.add_row(*map(Text, row))  # a name in brackets is no markup
-    console.print(table)
+        console.print(line, highlight=False)
 
 
 def _points(analysis: Analysis, metrics: Sequence[str]) -> Iterable[tuple[str, ...]]:
