@@ -21,7 +21,7 @@ $(INSTALLED): pyproject.toml requirements-torch.txt requirements-dev.lock
 
 # `make lock` writes every version with its hashes anew, `make lock UPGRADE=--upgrade` the newest.
 COMPILE := $(BIN)/pip-compile --quiet --generate-hashes --strip-extras --allow-unsafe --no-header --no-annotate \
-	--constraint requirements-torch.txt --unsafe-package torch --unsafe-package torchvision $(UPGRADE)
+	--constraint requirements-torch.txt --unsafe-package torch --unsafe-package torchvision --unsafe-package gfl-platform $(UPGRADE)
 
 lock: $(INSTALLED)
 	$(COMPILE) --output-file requirements.lock pyproject.toml
