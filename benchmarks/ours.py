@@ -4,12 +4,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import gfl
 from benchmarks.cases import CLASSES, EDGE_BINS, Case, images, logits, objects
 from gfl.config.schema import Config
+from gfl.data.annotations import OBJECT, Annotations
 from gfl.data.dataset import Batch
 from gfl.data.split import ImageRecord, Split
 from gfl.model.detector import Detector, folded, place
@@ -47,7 +49,7 @@ def _train(case: Case, config: Config, device: torch.device) -> Callable[[], Any
         {},
         Path("none"),
         "",
-        {},
+        Annotations([], [], np.empty((0, 2), np.int64), [], np.empty(0, OBJECT), ""),
     )
     trainer = Trainer(config, split, device)
     trainer.parallel.train()

@@ -1,8 +1,4 @@
-"""Annotation formats: COCO JSON, Pascal VOC XML and YOLO txt, each read as COCO's dictionary.
-
-Each reader returns the dictionary and a SHA-256 of the annotations. The rest of the package knows
-COCO's dictionary alone.
-"""
+"""Annotation formats: COCO JSON, Pascal VOC XML and YOLO txt, each read as `Annotations`."""
 
 import difflib
 import hashlib
@@ -10,18 +6,20 @@ import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from math import isfinite
 from pathlib import Path, PurePath, PureWindowsPath
 from typing import Any, NamedTuple, Never
 from xml.etree import ElementTree
 from xml.etree.ElementTree import Element
 
+import numpy as np
 import yaml
 
 from gfl.config.loader import load_yaml
 from gfl.config.schema import SplitConfig
+from gfl.data.annotations import IGNORED, OBJECT, Annotations, shared
 from gfl.data.images import FileNames, composed, image_size, list_images
 from gfl.errors import DataError
+from gfl.structures import Id
 
 CLASSES_FILE = "classes.txt"
 """File beside YOLO annotations that lists the class names, one a line."""
@@ -29,9 +27,14 @@ CLASSES_FILE = "classes.txt"
 ROUNDING = 1e-3
 """How far a YOLO coordinate may lie beyond [0, 1]: writers round."""
 
-
 SHOWN_FAULTS = 10
 """Number of faults that one message names."""
+
+LARGE_FILE = 10_000_000
+"""Size in bytes from which the processes of a node share what they read of a COCO file."""
+
+FARTHEST = 2.0**31
+"""Largest coordinate or side in px: what COCO and VOC files hold beyond is a mistake."""
 
 
 class Faults:
@@ -66,7 +69,13 @@ class Faults:
 
 def is_ignored(annotation: Mapping[str, Any]) -> bool:
     """Return whether a box is left out of training and of AP: it says so, or it is of a crowd."""
-    return bool(annotation.get("iscrowd") or annotation.get("ignore"))
+    return _why_ignored(annotation) != ""
+
+
+def _why_ignored(annotation: Mapping[str, Any]) -> str:
+    flags = ("difficult", "iscrowd", "ignore")
+    reasons = zip(flags, IGNORED[1:], strict=True)
+    return next((reason for flag, reason in reasons if annotation.get(flag)), "")
 
 
 def object_area(annotation: Mapping[str, Any]) -> float:
@@ -89,15 +98,19 @@ def _is_text(value: object) -> bool:
 
 
 def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and isfinite(value)
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        return False
+    return abs(value) < FARTHEST**2
 
 
 def _is_box(value: object) -> bool:
-    return isinstance(value, list) and len(value) == 4 and all(map(_is_number, value))
+    if not (isinstance(value, list) and len(value) == 4 and all(map(_is_number, value))):
+        return False
+    return max(map(abs, value)) < FARTHEST and min(value[2:]) >= 0
 
 
 def _is_side(value: object) -> bool:
-    return value is None or (_is_whole(value) and 0 <= value < 2**31)  # type: ignore[operator]
+    return value is None or (_is_whole(value) and 0 <= value < FARTHEST)  # type: ignore[operator]
 
 
 def _is_flag(value: object) -> bool:
@@ -125,10 +138,11 @@ FIELDS = {
         _Field("id", True, _is_id, ID),
         _Field("image_id", True, _is_id, ID),
         _Field("category_id", True, _is_id, ID),
-        _Field("bbox", True, _is_box, "expected [x, y, width, height] in px"),
+        _Field("bbox", True, _is_box, "expected [x, y, width, height] in px, sides from 0"),
         _Field("area", False, lambda v: v is None or _is_number(v), "expected a number of px"),
         _Field("iscrowd", False, _is_flag, "expected 0 or 1"),
         _Field("ignore", False, _is_flag, "expected 0 or 1"),
+        _Field("difficult", False, _is_flag, "expected 0 or 1"),
     ),
     "categories": (
         _Field("id", True, _is_id, ID),
@@ -141,21 +155,32 @@ SINGULAR = {"images": "image", "annotations": "annotation", "categories": "categ
 """Name of one entry of each section."""
 
 
-def read_coco(path: Path) -> tuple[dict[str, Any], str]:
-    """Return the content of a COCO JSON file and its SHA-256.
+def read_coco(path: Path, cache: Path) -> Annotations:
+    """Return the content of a COCO JSON file.
+
+    Args:
+        path: The file.
+        cache: Folder in which the processes of a node share what is in large files.
 
     Raises:
         DataError: The file is missing or is not COCO JSON.
     """
     try:
-        raw = path.read_bytes()
+        with path.open("rb") as content:
+            digest, size = hashlib.file_digest(content, "sha256").hexdigest(), content.tell()
     except OSError as error:
         raise DataError(
             f"{path}: annotations cannot be read ({error.strerror}); set data.train.annotations "
             "and data.val.annotations to COCO JSON files, or data.format"
         ) from error
+    if size < LARGE_FILE:
+        return _parse_coco(path, digest)
+    return shared(digest, cache, lambda: _parse_coco(path, digest))
+
+
+def _parse_coco(path: Path, digest: str) -> Annotations:
     try:
-        content = json.loads(raw)
+        content = json.loads(path.read_bytes(), object_hook=_without_polygons)
     except (ValueError, RecursionError) as error:
         raise DataError(
             f"{path}: not JSON ({error}); expected a COCO file, or another data.format"
@@ -177,7 +202,69 @@ def read_coco(path: Path) -> tuple[dict[str, Any], str]:
     faults.report()
     for section in FIELDS:
         _require_own_ids(f"{path}: {section}", [entry["id"] for entry in content[section]])
-    return content, hashlib.sha256(raw).hexdigest()
+    return annotations_of(content, path, digest)
+
+
+def _without_polygons(entry: dict[str, Any]) -> dict[str, Any]:
+    """Forget what is most of COCO's files, and is used by no detector of boxes."""
+    entry.pop("segmentation", None)
+    return entry
+
+
+def annotations_of(content: Mapping[str, Any], path: Path, digest: str) -> Annotations:
+    """Return COCO's dictionary, whose fields are as `FIELDS` says, as `Annotations`.
+
+    Args:
+        content: The dictionary.
+        path: Its file, for messages.
+        digest: SHA-256 of the file.
+
+    Raises:
+        DataError: An annotation has an image or a category that is not listed.
+    """
+    images = content["images"]
+    categories = sorted((category["id"], category["name"]) for category in content["categories"])
+    image_of = {image["id"]: number for number, image in enumerate(images)}
+    category_of = {identity: number for number, (identity, _) in enumerate(categories)}
+    faults, objects = Faults(), []
+    for annotation in content["annotations"]:
+        what = f"{path}: annotation {annotation['id']}"
+        image, category = annotation["image_id"], annotation["category_id"]
+        if image not in image_of:
+            advice = _other_type(image, image_of) or "list it or remove the annotation"
+            faults.add(f"{what} belongs to image {image!r}, which is not listed; {advice}")
+        elif category not in category_of:
+            advice = _other_type(category, category_of) or "correct the id or add the category"
+            known = f"the categories are {list(category_of)[:20]}"
+            faults.add(f"{what} has category {category!r}, but {known}; {advice}")
+        else:
+            place = image_of[image], category_of[category]
+            ignored = IGNORED.index(_why_ignored(annotation))
+            objects.append((*place, annotation["bbox"], object_area(annotation), ignored))
+    faults.report()
+    return Annotations(
+        image_ids=[image["id"] for image in images],
+        file_names=[image["file_name"] for image in images],
+        sizes=np.array([(i.get("height") or 0, i.get("width") or 0) for i in images]),
+        categories=categories,
+        objects=_by_image(objects),
+        digest=digest,
+    )
+
+
+def _by_image(objects: Sequence[tuple[Any, ...]]) -> np.ndarray[Any, np.dtype[Any]]:
+    """Return the fields of `OBJECT` as an array, ordered by image."""
+    array = np.array(objects, dtype=OBJECT)
+    return array[np.argsort(array["image"], kind="stable")]
+
+
+def _other_type(identity: Id, known: Iterable[Id]) -> str:
+    """Return advice if `identity` is known as a number, or as a text; empty if it is not."""
+    for other in known:
+        if str(other) == str(identity):
+            kinds = ("a text", "a number") if isinstance(identity, str) else ("a number", "a text")
+            return f"{identity!r} is {kinds[0]}, the listed id {kinds[1]}; write both the same way"
+    return ""
 
 
 def _require_fields(path: Path, section: str, entry: object) -> None:
@@ -244,31 +331,28 @@ def digest(files: Mapping[Path, bytes]) -> str:
     return total.hexdigest()
 
 
-def coco_dictionary(images: Iterable[AnnotatedImage], classes: Sequence[str]) -> dict[str, Any]:
-    """Return `images` as COCO's dictionary, with ids that count from 1.
+def _annotations(
+    images: Sequence[AnnotatedImage], classes: Sequence[str], digest: str
+) -> Annotations:
+    """Return `images` with ids that count from 1, and areas of boxes.
 
-    Difficult objects become crowds, which training leaves out and evaluation ignores: neither they
-    nor detections of them count, as in VOC's own evaluation (VOCevaldet.m of its devkit). The one
-    difference is that COCO measures the overlap with a crowd relative to the detection alone.
+    Difficult objects are ignored like crowds: neither they nor detections of them count, as in
+    VOC's own evaluation (VOCevaldet.m of its devkit). The one difference is that COCO measures the
+    overlap with a crowd relative to the detection alone.
     """
-    records: list[dict[str, Any]] = []
-    annotations: list[dict[str, Any]] = []
-    for image_id, (file_name, (height, width), objects) in enumerate(images, start=1):
-        records.append({"id": image_id, "file_name": file_name, "height": height, "width": width})
-        for label, bbox, difficult in objects:
-            annotations.append(
-                {
-                    "id": len(annotations) + 1,
-                    "image_id": image_id,
-                    "category_id": label + 1,
-                    "bbox": bbox,
-                    "area": bbox[2] * bbox[3],
-                    "iscrowd": int(difficult),
-                    "difficult": int(difficult),
-                }
-            )
-    categories = [{"id": number, "name": name} for number, name in enumerate(classes, start=1)]
-    return {"images": records, "annotations": annotations, "categories": categories}
+    objects = [
+        (number, label, bbox, bbox[2] * bbox[3], int(difficult))
+        for number, image in enumerate(images)
+        for label, bbox, difficult in image.objects
+    ]
+    return Annotations(
+        image_ids=list(range(1, len(images) + 1)),
+        file_names=[image.file_name for image in images],
+        sizes=np.array([image.size for image in images]),
+        categories=list(enumerate(classes, start=1)),
+        objects=np.array(objects, dtype=OBJECT),
+        digest=digest,
+    )
 
 
 class _VocObject(NamedTuple):
@@ -288,8 +372,8 @@ class _VocFile(NamedTuple):
     objects: list[_VocObject]
 
 
-def read_voc(split: SplitConfig, classes: Sequence[str] | None) -> tuple[dict[str, Any], str]:
-    """Return VOC annotations as COCO's dictionary, and the SHA-256 of all files.
+def read_voc(split: SplitConfig, classes: Sequence[str] | None) -> Annotations:
+    """Return VOC annotations.
 
     Args:
         split: The folders of images and of XML files.
@@ -321,7 +405,7 @@ def read_voc(split: SplitConfig, classes: Sequence[str] | None) -> tuple[dict[st
         AnnotatedImage(file.image, file.size, _label(file, classes, faults)) for file in parsed
     ]
     faults.report()
-    return coco_dictionary(annotated, classes), digest(files)
+    return _annotations(annotated, classes, digest(files))
 
 
 def _read_voc_file(
@@ -413,7 +497,7 @@ def _number(element: Element, tag: str, what: str) -> float:
         number = float(text)
     except ValueError:
         number = float("nan")
-    if not isfinite(number):
+    if not abs(number) < FARTHEST:
         raise DataError(f"{what}: <{tag}> is {text!r}; expected a number of px; correct it")
     return number
 
@@ -459,8 +543,8 @@ def find_classes(folder: Path) -> list[str] | None:
     return names
 
 
-def read_yolo(split: SplitConfig, classes: Sequence[str] | None) -> tuple[dict[str, Any], str]:
-    """Return YOLO annotations as COCO's dictionary, and the SHA-256 of all files.
+def read_yolo(split: SplitConfig, classes: Sequence[str] | None) -> Annotations:
+    """Return YOLO annotations.
 
     Args:
         split: The folders of images and of text files.
@@ -499,7 +583,7 @@ def read_yolo(split: SplitConfig, classes: Sequence[str] | None) -> tuple[dict[s
         missing = f"its image '{name}' is missing in {split.images}"
         faults.add(f"{labels[name]}: {missing}; {names.hint(name)}")
     faults.report()
-    return coco_dictionary(images, classes), digest(files)
+    return _annotations(images, classes, digest(files))
 
 
 def _yolo_object(line: str, size: tuple[int, int], classes: Sequence[str], what: str) -> Object:

@@ -1,8 +1,10 @@
 """A set of annotated images: read, checked and reduced to what training needs.
 
-Every format becomes COCO's dictionary first. The checks find problems that would otherwise fail
-hours later or spoil a training silently: missing files, classes that do not fit the model, boxes
-that no detector can learn.
+The checks find problems that would otherwise fail hours later or spoil a training silently: missing
+files, classes that do not fit the model, boxes that no detector can learn. Images and boxes are
+arrays: a million Python objects would cost every process of a node a gigabyte.
+
+Shapes: I images, A objects, G objects of an image, C classes.
 """
 
 import hashlib
@@ -10,24 +12,18 @@ import logging
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache, cached_property
+from functools import cached_property
 from itertools import zip_longest
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal, overload
 
 import numpy as np
 import numpy.typing as npt
 
 from gfl.config.schema import Config, DataConfig, SplitConfig
-from gfl.data.formats import (
-    Faults,
-    find_classes,
-    is_ignored,
-    read_coco,
-    read_voc,
-    read_yolo,
-)
-from gfl.data.images import FileNames, image_file, image_size
+from gfl.data.annotations import IGNORED, Annotations
+from gfl.data.formats import Faults, find_classes, read_coco, read_voc, read_yolo
+from gfl.data.images import ImageFolder, image_size
 from gfl.data.synthetic import render_shapes
 from gfl.errors import DataError
 from gfl.structures import Id
@@ -39,6 +35,13 @@ RAREST = 8
 
 SMALLEST_SIDE = 32
 """Smallest side in px of an image that training uses (the reference's value)."""
+
+CACHE = "~/.cache/gfl"
+"""Folder in which the processes of a node share large annotation files, without `data.cache`."""
+
+SMALL, OUTSIDE = "boxes under 1 px wide or high", "boxes outside of their image"
+LEFT_OUT = (*IGNORED, SMALL, OUTSIDE)
+"""Reasons for which boxes are left out; those that training adds come last."""
 
 
 @dataclass(frozen=True)
@@ -60,6 +63,54 @@ class ImageRecord:
     labels: npt.NDArray[np.int64]
 
 
+class Records(Sequence[ImageRecord]):
+    """Images that are made from arrays when they are asked for."""
+
+    def __init__(
+        self,
+        image_ids: list[Id],
+        paths: list[str],
+        sizes: npt.NDArray[np.int64],
+        objects: tuple[npt.NDArray[np.int64], npt.NDArray[np.float32], npt.NDArray[np.int64]],
+    ) -> None:
+        """Keep the arrays.
+
+        Args:
+            image_ids: Id of every image, (I,).
+            paths: File of every image, (I,).
+            sizes: (height, width) of every image in px, (I, 2).
+            objects: Position of every object's image, in order, (A,); boxes, `xyxy` in px,
+                (A, 4); labels, (A,).
+        """
+        self.image_ids = image_ids
+        self._paths, self._sizes = paths, sizes
+        images, self._boxes, self._labels = objects
+        counts = np.bincount(images, minlength=len(image_ids))
+        self._ends = np.concatenate([[0], np.cumsum(counts)])
+
+    def __len__(self) -> int:
+        return len(self.image_ids)
+
+    @overload
+    def __getitem__(self, index: int) -> ImageRecord: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[ImageRecord]: ...
+
+    def __getitem__(self, index: int | slice) -> ImageRecord | list[ImageRecord]:
+        if isinstance(index, slice):
+            return [self[image] for image in range(len(self))[index]]
+        image = range(len(self))[index]  # counts negative ones from the end, and refuses others
+        objects = slice(self._ends[image], self._ends[image + 1])
+        height, width = self._sizes[image].tolist()
+        return ImageRecord(
+            self.image_ids[image],
+            Path(self._paths[image]),
+            (height, width),
+            self._boxes[objects],
+            self._labels[objects],
+        )
+
+
 @dataclass(frozen=True)
 class Split:
     """A checked set of images.
@@ -71,19 +122,18 @@ class Split:
         dropped: Number of boxes and images that do not take part, by reason.
         annotations: The COCO JSON file, or the folder of annotation files.
         digest: SHA-256 of the annotations.
-        truth: Ground truth that average precision is measured against: a COCO JSON file, or the
-            content of one where the annotations have another format.
+        truth: Ground truth that average precision is measured against.
     """
 
-    records: list[ImageRecord]
+    records: Sequence[ImageRecord]
     classes: list[str]
     category_ids: list[Id]
     dropped: dict[str, int]
     annotations: Path
     digest: str
-    truth: Path | dict[str, Any]
+    truth: Annotations
 
-    @property
+    @cached_property
     def image_ids(self) -> list[Id]:
         """Id of every image, in the order of the records."""
         return [record.image_id for record in self.records]
@@ -122,14 +172,14 @@ def read_split(
         DataError: The set cannot be used.
     """
     section = data.train if which == "train" else data.val
-    path, folder = Path(section.annotations), Path(section.images)
-    content, digest = _read(data, section, classes)
-    names, label_of = _classes(path, content, num_classes, data.classes or classes)
+    path, training = Path(section.annotations), which == "train"
+    truth = _read(data, section, classes)
+    positions = _classes(path, truth, num_classes, data.classes or classes)
+    category_ids = [truth.categories[position][0] for position in positions]
+    names = [truth.categories[position][1] for position in positions]
     if data.classes is not None:
         require_same_classes("data.classes", data.classes, str(path), names)
-    by_image = _group(path, content, label_of)
-    training = which == "train"
-    records, dropped = _records(content["images"], by_image, label_of, folder, training=training)
+    records, dropped = _records(truth, positions, section.images, training=training)
     if not records or (training and not any(len(record.labels) for record in records)):
         what = "box to train on" if training else "image to evaluate"
         raise DataError(
@@ -138,8 +188,7 @@ def read_split(
         )
     if dropped:
         logger.info("%s: %d images; %s", path, len(records), _left_out_text(dropped))
-    truth = path if data.format == "coco" else content
-    return Split(records, names, list(label_of), dropped, path, digest, truth)
+    return Split(records, names, category_ids, dropped, path, truth.digest, truth)
 
 
 def digest_images(split: Split) -> str:
@@ -151,17 +200,15 @@ def digest_images(split: Split) -> str:
     return total.hexdigest()
 
 
-def _read(
-    data: DataConfig, section: SplitConfig, classes: Sequence[str] | None
-) -> tuple[dict[str, Any], str]:
-    """Return the annotations as COCO's dictionary, and their SHA-256."""
+def _read(data: DataConfig, section: SplitConfig, classes: Sequence[str] | None) -> Annotations:
     if not Path(section.images).is_dir():
         raise DataError(
             f"{section.images}: no such folder of images; set data.train.images and data.val.images"
         )
     match data.format:
         case "coco":
-            return read_coco(Path(section.annotations))
+            cache = Path(data.cache or CACHE).expanduser() / "annotations"
+            return read_coco(Path(section.annotations), cache)
         case "voc":
             return read_voc(section, data.classes or classes)
         case "yolo":
@@ -195,150 +242,110 @@ def require_same_classes(
 
 
 def _classes(
-    path: Path, content: Mapping[str, Any], num_classes: int, known: Sequence[str] | None
-) -> tuple[list[str], dict[Id, int]]:
-    """Return the class names in the order of labels, and the label of every category id.
+    path: Path, truth: Annotations, num_classes: int, known: Sequence[str] | None
+) -> list[int]:
+    """Return the position of every class among the categories, in the order of labels.
 
     A category without boxes whose name is not among `known` is left out where there are too many:
     exports of Roboflow have one that is named like the project.
     """
-    categories = sorted(content["categories"], key=lambda category: category["id"])
-    boxes = Counter(annotation["category_id"] for annotation in content["annotations"])
-    if len(categories) > num_classes and known is not None:
-        unknown = [c["name"] for c in categories if not boxes[c["id"]] and c["name"] not in known]
-        if len(categories) - len(unknown) == num_classes:
-            categories = [c for c in categories if boxes[c["id"]] or c["name"] in known]
-            logger.info("%s: categories without boxes are left out: %s", path, ", ".join(unknown))
-    if len(categories) != num_classes:
-        rarest = sorted(categories, key=lambda category: boxes[category["id"]])[:RAREST]
-        listed = ", ".join(f"{c['name']!r} {boxes[c['id']]}" for c in rarest)
-        which = "those with the fewest" if len(categories) > RAREST else "their number"
+    names = [name for _, name in truth.categories]
+    boxes = np.bincount(truth.objects["category"], minlength=len(names)).tolist()
+    positions = list(range(len(names)))
+    if len(names) > num_classes and known is not None:
+        unknown = [n for n in positions if not boxes[n] and names[n] not in known]
+        if len(names) - len(unknown) == num_classes:
+            positions = [n for n in positions if n not in unknown]
+            listed = ", ".join(names[n] for n in unknown)
+            logger.info("%s: categories without boxes are left out: %s", path, listed)
+    if len(positions) != num_classes:
+        rarest = sorted(positions, key=boxes.__getitem__)[:RAREST]
+        listed = ", ".join(f"{names[n]!r} {boxes[n]}" for n in rarest)
+        which = "those with the fewest" if len(positions) > RAREST else "their number"
         raise DataError(
-            f"{path}: has {len(categories)} categories, but model.num_classes is {num_classes}; "
+            f"{path}: has {len(positions)} categories, but model.num_classes is {num_classes}; "
             f"correct a misspelt name or remove a category without boxes ({which} of boxes: "
-            f"{listed}), or set model.num_classes={len(categories)}"
+            f"{listed}), or set model.num_classes={len(positions)}"
         )
-    names = [category["name"] for category in categories]
-    for name, uses in Counter(names).most_common(1):
+    for name, uses in Counter(names[n] for n in positions).most_common(1):
         if uses > 1:
             raise DataError(f"{path}: {uses} categories are called {name!r}; rename or merge them")
-    return names, {category["id"]: label for label, category in enumerate(categories)}
-
-
-def _group(
-    path: Path, content: Mapping[str, Any], label_of: Mapping[Id, int]
-) -> dict[Id, list[dict[str, Any]]]:
-    """Return the annotations of every image, by image id."""
-    by_image: dict[Id, list[dict[str, Any]]] = {image["id"]: [] for image in content["images"]}
-    faults = Faults()
-    for annotation in content["annotations"]:
-        what = f"{path}: annotation {annotation['id']}"
-        image, category = annotation["image_id"], annotation["category_id"]
-        if image not in by_image:
-            advice = _other_type(image, by_image) or "list it or remove the annotation"
-            faults.add(f"{what} belongs to image {image!r}, which is not listed; {advice}")
-        elif category not in label_of:
-            advice = _other_type(category, label_of) or "correct the id or add the category"
-            known = f"the categories are {sorted(label_of)[:20]}"
-            faults.add(f"{what} has category {category!r}, but {known}; {advice}")
-        else:
-            by_image[image].append(annotation)
-    faults.report()
-    return by_image
-
-
-def _other_type(identity: Id, known: Mapping[Id, object]) -> str:
-    """Return advice if `identity` is known as a number, or as a text; empty if it is not."""
-    for other in known:
-        if str(other) == str(identity):
-            kinds = ("a text", "a number") if isinstance(identity, str) else ("a number", "a text")
-            return f"{identity!r} is {kinds[0]}, the listed id {kinds[1]}; write both the same way"
-    return ""
+    return positions
 
 
 def _records(
-    images: list[dict[str, Any]],
-    by_image: Mapping[Id, list[dict[str, Any]]],
-    label_of: Mapping[Id, int],
-    folder: Path,
-    *,
-    training: bool,
-) -> tuple[list[ImageRecord], dict[str, int]]:
+    truth: Annotations, positions: list[int], folder: str, *, training: bool
+) -> tuple[Records, dict[str, int]]:
     """Return the images that take part, and the number of images and boxes left out, by reason."""
+    paths, sizes = _files(truth, folder)
+    objects = truth.objects
+    images = objects["image"].astype(np.int64)
+    keep = np.ones(len(paths), bool)
     dropped: Counter[str] = Counter()
-    records = []
-    faults, listed = Faults(), cache(FileNames)
-    for image in images:
-        annotations = by_image[image["id"]]
-        with faults.collected():
-            path = image_file(folder, image["file_name"], listed)
-            height, width = _size(image, path)
-            unfit = _unfit(annotations, height, width) if training else None
-            if unfit is not None:
-                dropped[unfit] += 1
-                continue
-            reasons = [_left_out(a, height, width, training=training) for a in annotations]
-            dropped.update(reason for reason in reasons if reason)
-            kept = [a for a, reason in zip(annotations, reasons, strict=True) if reason is None]
-            records.append(
-                ImageRecord(
-                    image_id=image["id"],
-                    path=path,
-                    size=(height, width),
-                    boxes=_xyxy([annotation["bbox"] for annotation in kept]),
-                    labels=np.array([label_of[a["category_id"]] for a in kept], dtype=np.int64),
-                )
-            )
+    if training:
+        empty = np.bincount(images, minlength=len(paths)) == 0
+        small = ~empty & (sizes.min(axis=1) < SMALLEST_SIDE)
+        dropped["images without annotations"] = int(empty.sum())
+        dropped[f"images with a side under {SMALLEST_SIDE} px"] = int(small.sum())
+        keep = ~(empty | small)
+    reasons = _left_out(objects, sizes[images], training=training)
+    counts = np.bincount(reasons[keep[images]], minlength=len(LEFT_OUT)).tolist()
+    dropped.update(dict(zip(LEFT_OUT[1:], counts[1:], strict=True)))
+    kept = keep[images] & (reasons == 0)
+    place, label_of = np.cumsum(keep) - 1, np.zeros(len(truth.categories), np.int64)
+    label_of[positions] = np.arange(len(positions))
+    boxes = objects["bbox"][kept].astype(np.float32)
+    boxes[:, 2:] += boxes[:, :2]
+    chosen = np.flatnonzero(keep).tolist()
+    records = Records(
+        [truth.image_ids[image] for image in chosen],
+        [paths[image] for image in chosen],
+        sizes[keep],
+        (place[images[kept]], boxes, label_of[objects["category"][kept]]),
+    )
+    return records, {reason: count for reason, count in dropped.items() if count}
+
+
+def _files(truth: Annotations, folder: str) -> tuple[list[str], npt.NDArray[np.int64]]:
+    """Return the file of every image, and its size, which is read where none is annotated."""
+    faults, files, paths, sizes = Faults(), ImageFolder(folder), [], truth.sizes.copy()
+    for image, name in enumerate(truth.file_names):
+        try:
+            paths.append(files.find(name))
+            if not sizes[image].all():
+                sizes[image] = image_size(Path(paths[-1]))
+        except DataError as error:
+            faults.add(str(error))
     faults.report()
-    return records, dict(dropped)
-
-
-def _size(image: Mapping[str, Any], path: Path) -> tuple[int, int]:
-    """Return the annotated (height, width); the image's own where a tool wrote none or zeros."""
-    height, width = image.get("height"), image.get("width")
-    return (height, width) if height and width else image_size(path)
-
-
-def _unfit(annotations: list[dict[str, Any]], height: int, width: int) -> str | None:
-    """Return why training leaves an image out; None if it does not."""
-    if not annotations:
-        return "images without annotations"
-    if min(height, width) < SMALLEST_SIDE:
-        return f"images with a side under {SMALLEST_SIDE} px"
-    return None
+    return paths, sizes
 
 
 def _left_out(
-    annotation: Mapping[str, Any], height: int, width: int, *, training: bool
-) -> str | None:
-    """Return why a box is left out (the reference's rules); None if it is not.
+    objects: npt.NDArray[np.void], sizes: npt.NDArray[np.int64], *, training: bool
+) -> npt.NDArray[np.uint8]:
+    """Return why every object is left out (the reference's rules), as an index of `LEFT_OUT`.
 
     An evaluation ignores crowds and the like, as COCO does; every other box counts, even one that
     training leaves out.
+
+    Args:
+        objects: The objects, (A,).
+        sizes: (height, width) of every object's image in px, (A, 2).
+        training: Whether the set is trained on.
     """
-    if annotation.get("difficult"):
-        return "difficult boxes"
-    if is_ignored(annotation):
-        return "crowd boxes" if annotation.get("iscrowd") else "boxes with ignore: 1"
-    x, y, w, h = annotation["bbox"]
-    visible_width = min(x + w, width) - max(x, 0)
-    visible_height = min(y + h, height) - max(y, 0)
-    if training and (w < 1 or h < 1):
-        return "boxes under 1 px wide or high"
-    if training and (visible_width <= 0 or visible_height <= 0):
-        return "boxes outside of their image"
-    return None
+    reasons = objects["ignored"].copy()
+    if training:
+        low, sides = objects["bbox"][:, :2], objects["bbox"][:, 2:]
+        visible = np.minimum(low + sides, sizes[:, ::-1]) - np.maximum(low, 0)
+        small, outside = (sides < 1).any(axis=1), (visible <= 0).any(axis=1)
+        reasons[(reasons == 0) & small] = LEFT_OUT.index(SMALL)
+        reasons[(reasons == 0) & outside] = LEFT_OUT.index(OUTSIDE)
+    return reasons
 
 
 def _left_out_text(dropped: Mapping[str, int]) -> str:
     reasons = ", ".join(f"{count} {reason}" for reason, count in sorted(dropped.items()))
     return f"left out: {reasons}" if reasons else "no annotations"
-
-
-def _xyxy(xywh: list[list[float]]) -> npt.NDArray[np.float32]:
-    boxes = np.array(xywh, dtype=np.float32).reshape(-1, 4)
-    boxes[:, 2:] += boxes[:, :2]
-    return boxes
 
 
 def load_splits(config: Config) -> tuple[Split, Split]:

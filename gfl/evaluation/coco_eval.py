@@ -112,19 +112,28 @@ def _match(evaluator: Any, image_ids: Sequence[int], limits: Sequence[int]) -> N
 
 def _numbered(split: Split) -> dict[str, Any]:
     """Return the ground truth of `split` with numbers of images and labels in place of ids."""
-    content = _content(split.truth)
+    truth = split.truth
     number_of = dict(zip(split.image_ids, split.numbers, strict=True))
     label_of = {category: label for label, category in enumerate(split.category_ids)}
-    changed = (
-        entry
-        | {"image_id": number_of[entry["image_id"]], "category_id": label_of[entry["category_id"]]}
-        for entry in content.get("annotations", ())
-        if entry["image_id"] in number_of
-    )
+    numbers = [number_of.get(identity) for identity in truth.image_ids]
+    labels = [label_of.get(identity) for identity, _ in truth.categories]
+    columns = (truth.objects[name].tolist() for name in ("image", "category", "bbox", "area"))
     return {
         "images": [{"id": number} for number in split.numbers],
         "categories": [{"id": n, "name": name} for n, name in enumerate(split.classes)],
-        "annotations": list(changed),
+        "annotations": [
+            {
+                "image_id": numbers[image],
+                "category_id": labels[category],
+                "bbox": box,
+                "area": area,
+                "iscrowd": int(ignored > 0),
+            }
+            for image, category, box, area, ignored in zip(
+                *columns, truth.objects["ignored"].tolist(), strict=True
+            )
+            if numbers[image] is not None
+        ],
     }
 
 

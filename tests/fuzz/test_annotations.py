@@ -22,7 +22,8 @@ LONG = settings(
 
 SCALARS = (
     st.none() | st.booleans() | st.integers(-(2**70), 2**70) | st.floats() | st.text(max_size=8)
-    | st.sampled_from(["1", "a.png", "../a.png", "/a.png", "", ".", "..", "a\x00.png", "\ud800"])
+    | st.sampled_from(["1", "a.png", "../a.png", "/a.png", "", ".", "..", "a\x00.png", "\ud800",
+                       "a\x00/a.png", "\ud800/a.png", "..\\a.png", 10**400, -(10**400)])
 )  # fmt: skip
 JSON = st.recursive(
     SCALARS,

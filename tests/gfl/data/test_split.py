@@ -62,9 +62,9 @@ def test_what_cannot_be_learned_is_dropped_and_counted(coco, caplog):
 
 def test_an_evaluation_leaves_out_what_average_precision_ignores(coco):
     annotations = [box(1, 1, 9, 9), box(5, 5, 9, 9, iscrowd=1), box(9, 9, 9, 9, ignore=1),
-                   box(1, 1, 0.5, 9)]  # fmt: skip
+                   box(1, 1, 0.5, 9), box(40, 20, 9, 9, difficult=1)]  # fmt: skip
     split = read(coco(annotations=annotations), training=False)
-    assert split.dropped == {"crowd boxes": 1, "boxes with ignore: 1": 1}
+    assert split.dropped == {"crowd boxes": 1, "boxes with ignore: 1": 1, "difficult boxes": 1}
     (record,) = split.records
     assert len(record.boxes) == 2
     rows = np.array([[0, 1, 1, 9, 9, 0.9, 0], [0, 9, 9, 9, 9, 0.8, 0], [0, 1, 1, 0.5, 9, 0.7, 0]])
@@ -134,6 +134,10 @@ def test_ids_of_any_kind_survive_evaluation_and_results(coco, ids):
         (("annotations", "category_id", "1"), r"category '1', .* is a text, the listed id a num"),
         (("annotations", "bbox", [1, 2, "3", 4]), r"annotation 1: bbox: got \[1, 2, '3', 4\]"),
         (("annotations", "bbox", [1, 2, float("nan"), 4]), r"annotation 1: bbox: got \[1, 2, nan"),
+        (("annotations", "bbox", [60, 60, -50, -50]), r"bbox: got \[60, 60, -50, -50\]; expected"),
+        (("annotations", "bbox", [0, 0, 1, 10**400]), r"annotation 1: bbox: got \[0, 0, 1, 1000"),
+        (("annotations", "bbox", [0, 0, 1e300, 9]), r"annotation 1: bbox: got \[0, 0, 1e\+300"),
+        (("annotations", "difficult", "no"), r"annotation 1: difficult: got 'no'; expected 0 or 1"),
         (("annotations", "area", "9"), r"annotation 1: area: got '9'; expected a number of px"),
         (("annotations", "iscrowd", "no"), r"annotation 1: iscrowd: got 'no'; expected 0 or 1"),
         (("annotations", "ignore", 2), r"annotation 1: ignore: got 2; expected 0 or 1"),

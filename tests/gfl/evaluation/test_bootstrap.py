@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from gfl.config.schema import Config
+from gfl.data.formats import annotations_of
 from gfl.data.split import ImageRecord, Split
 from gfl.evaluation import bootstrap, coco_eval
 from gfl.evaluation.bootstrap import measure_gain
@@ -14,8 +15,8 @@ from gfl.evaluation.coco_eval import evaluate_split
 
 def split_of(annotations, images):
     """Return a split of the classes a and b from (image, class, box, iscrowd)."""
-    truth = {
-        "images": [{"id": n} for n in range(1, images + 1)],
+    content = {
+        "images": [{"id": n, "file_name": f"{n}.jpg"} for n in range(1, images + 1)],
         "categories": [{"id": 3, "name": "a"}, {"id": 7, "name": "b"}],
         "annotations": [
             {"id": n, "image_id": i, "category_id": c, "bbox": list(box), "iscrowd": crowd,
@@ -29,6 +30,7 @@ def split_of(annotations, images):
         )
         for n in range(1, images + 1)
     ]
+    truth = annotations_of(content, Path("none"), "")
     return Split(records=records, classes=["a", "b"], category_ids=[3, 7], truth=truth,
                  annotations=Path("none"), digest="", dropped={})  # fmt: skip
 
@@ -76,8 +78,11 @@ def test_an_image_that_is_drawn_twice_counts_twice(scene):
         weights = np.bincount(drawn, minlength=13)[1:].astype(float)
         annotations, copies = [], []
         for new, image in enumerate(drawn, start=1):
-            of_image = [a for a in split.truth["annotations"] if a["image_id"] == image]
-            annotations += [(new, a["category_id"], a["bbox"], a["iscrowd"]) for a in of_image]
+            objects = split.truth.objects
+            annotations += [
+                (new, (3, 7)[a["category"]], a["bbox"].tolist(), int(a["ignored"] > 0))
+                for a in objects[objects["image"] == image - 1]
+            ]
             part = rows[rows[:, 0] == image - 1].copy()
             part[:, 0] = new - 1
             copies.append(part)
