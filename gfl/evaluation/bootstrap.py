@@ -25,6 +25,12 @@ RECALLS = np.linspace(0, 1, 101)
 DRAWS_AT_ONCE = 50
 """Draws that are computed together."""
 
+CONFIDENCE = 0.95
+"""Confidence of the interval of a difference."""
+
+SEED = 0
+"""Seed of the draws: the same detections have the same interval."""
+
 
 @dataclass(frozen=True)
 class Gain:
@@ -65,8 +71,6 @@ def measure_gain(
     config: Config,
     *,
     draws: int = 1000,
-    confidence: float = 0.95,
-    seed: int = 0,
 ) -> Gain:
     """Return the difference of the AP of two detectors, with its interval.
 
@@ -75,9 +79,7 @@ def measure_gain(
         rows: Detections of the one detector, (N, 7), as `gfl.structures.Rows` describes.
         baseline: Detections of the other detector, whose AP is subtracted.
         config: The configuration, whose section `evaluation` counts.
-        draws: Number of draws.
-        confidence: Confidence of the interval, which lies between percentiles of the draws.
-        seed: Seed of the draws.
+        draws: Number of draws; the interval lies between percentiles of them.
     """
     order = {number: place for place, number in enumerate(split.numbers)}
     both = [
@@ -89,14 +91,14 @@ def measure_gain(
         for label in sorted(measured[0])
         if np.isfinite(measured[0][label][0])
     }
-    generator = np.random.default_rng(seed)
+    generator = np.random.default_rng(SEED)
     differences: list[Floats] = []
     for start in range(0, draws, DRAWS_AT_ONCE):
         count = min(DRAWS_AT_ONCE, draws - start)
         weights = generator.multinomial(len(order), np.full(len(order), 1 / len(order)), count)
         drawn = [_mean_ap(_ap_by_class(classes, weights.astype(float))) for classes in both]
         differences.append(drawn[0] - drawn[1])
-    tail = 50 * (1 - confidence)
+    tail = 50 * (1 - CONFIDENCE)
     low, high = np.nanpercentile(np.concatenate(differences), [tail, 100 - tail])
     ap = float((_mean_ap(measured[0]) - _mean_ap(measured[1]))[0])
     return Gain(ap, float(low), float(high), by_class)

@@ -69,24 +69,20 @@ def in_cluster() -> bool:
     return bool(os.environ.get("RAY_ADDRESS"))
 
 
-def connect(*, verbose: bool = False) -> None:
+def connect() -> None:
     """Connect to the cluster this process belongs to, or start one on this machine.
-
-    Args:
-        verbose: Whether Ray's own log is shown.
 
     Raises:
         ClusterError: the cluster does not answer.
     """
     if ray.is_initialized():
         return
-    level = logging.INFO if verbose else logging.ERROR
-    logging.getLogger("ray").setLevel(level)
+    logging.getLogger("ray").setLevel(logging.ERROR)
     # Epochs end with a report, which waits for the controller's next look: every 2 s by default.
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
     # Ray will stop hiding GPUs from processes that ask for none; so do we, without its warning.
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    options: dict[str, Any] = {"logging_level": level, "log_to_driver": verbose}
+    options: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False}
     if not in_cluster():
         # No node of a single machine is drained, so there is nothing to watch for.
         os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
