@@ -21,7 +21,9 @@ def main() -> None:
     cli.add_argument(
         "--int8", action="store_true", help="also write an int8 ONNX file, and measure its AP"
     )
-    cli.add_argument("--images", type=Path, help="folder for the checks (default: data.val)")
+    cli.add_argument(
+        "--images", type=Path, help="image or folder to check on (default: data.val)"
+    )
     cli.add_argument("--check", type=int, default=16, help="images to check on (default 16)")
     cli.add_argument("--out", type=Path, default=Path("outputs/export"), metavar="FOLDER")
     run(export, parse(cli))
@@ -30,13 +32,14 @@ def main() -> None:
 def export(arguments: argparse.Namespace) -> None:
     """Export a model, compare each file with it, and show the differences."""
     import gfl
-    from gfl.checkpoint.files import read_config
+    from gfl.checkpoint.files import read_about, read_config
     from gfl.config.loader import derive
-    from gfl.data.images import list_images
-    from gfl.data.split import load_splits
+    from gfl.data.split import read_split
+    from gfl.data.synthetic import render_shapes
     from gfl.export.export import export as export_checked
     from gfl.export.export import quantize
     from gfl.export.exportable import Form
+    from gfl.inference.predictor import image_files
     from gfl_platform.cluster.events import ItemsDone
     from gfl_platform.config import JobConfig, job_of
     from gfl_platform.registry import model_card, models
@@ -55,10 +58,15 @@ def export(arguments: argparse.Namespace) -> None:
         checkpoint = models.fetch_checkpoint(store, resolved, scratch)
         job = derive(JobConfig, read_config(checkpoint), arguments.overrides)
         model = gfl.load(checkpoint, job, device="cpu")
-    images = list_images(arguments.images) if arguments.images else []
+        classes = read_about(checkpoint).classes
+    images = image_files([arguments.images]) if arguments.images else []
     if arguments.int8 or not images:
-        train, val = load_splits(Storage(job.storage).cache.localized(job))
+        local = Storage(job.storage).cache.localized(job)
+        render_shapes(local)
+        val = read_split(local.data, "val", job.model.num_classes, classes)
         images = images or [record.path for record in val.records]
+    if arguments.int8:  # before minutes are spent on the other files
+        train = read_split(local.data, "train", job.model.num_classes, classes)
     images = images[: arguments.check]
     form = Form(not arguments.no_nms, arguments.distributions)
     protocol = model_card.protocol_of(store, resolved)
