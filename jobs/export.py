@@ -21,9 +21,7 @@ def main() -> None:
     cli.add_argument(
         "--int8", action="store_true", help="also write an int8 ONNX file, and measure its AP"
     )
-    cli.add_argument(
-        "--images", type=Path, help="image or folder to check on (default: data.val)"
-    )
+    cli.add_argument("--images", type=Path, help="image or folder to check on (default: data.val)")
     cli.add_argument("--check", type=int, default=16, help="images to check on (default 16)")
     cli.add_argument("--out", type=Path, default=Path("outputs/export"), metavar="FOLDER")
     run(export, parse(cli))

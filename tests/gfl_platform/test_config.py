@@ -282,3 +282,15 @@ def test_weights_that_do_not_fit_are_refused_before_training(job, tmp_path, monk
 def test_no_file_of_ours_shadows_the_standard_library():
     assert not (ROOT / "platform" / "__init__.py").exists()
     assert not (ROOT / "tests" / "platform").exists()
+
+
+def test_what_moved_with_the_root_is_found_there(job, tmp_path):
+    storage, old = store_of(job).storage, tmp_path / "old disk" / "outputs"
+    now = storage.root / "artifacts" / "1" / "config.yaml"
+    now.parent.mkdir(parents=True)
+    now.touch()
+    place = old / "artifacts" / "1" / "config.yaml"
+    assert storage.moved(str(place)) == storage.moved(place.as_uri()) == now
+    assert storage.moved(str(old / "m-1" / "artifacts")) is None  # not root / "artifacts"
+    for other in ("s3://bucket/artifacts/1", "models:/artifacts/1", "", str(now)):
+        assert storage.moved(other) is None

@@ -187,6 +187,8 @@ def _apply(client: "MlflowClient", model: str, decision: Decision) -> None:
     after that, so that the latest decision holds in the end.
     """
     while True:
+        for version in decision.aliases.values():  # before an alias moves: a version may be deleted
+            _retry(model, partial(client.get_model_version, model, str(version)))
         for alias, version in reversed(decision.aliases.items()):  # `champion` comes last
             _retry(model, partial(client.set_registered_model_alias, model, alias, str(version)))
         _write(client, model, replace(decision, applied=True))
@@ -205,15 +207,21 @@ def _write(client: "MlflowClient", model: str, decision: Decision) -> None:
     _retry(model, partial(client.set_model_version_tag, model, str(decision.version), key, value))
 
 
-def _retry(model: str, write: Callable[[], None]) -> None:
+def _retry(model: str, write: Callable[[], object]) -> None:
     """Write, and again if another process writes at the same moment, which databases refuse."""
     from mlflow.exceptions import MlflowException
 
     delays = iter(RETRY_DELAYS_S)
     while True:
         try:
-            return write()
+            write()
+            return
         except MlflowException as error:
+            if error.error_code == "RESOURCE_DOES_NOT_EXIST":
+                raise HistoryError(
+                    f"{model}: the version is not there any more, so nothing is decided "
+                    f"({reason_of(error)}); promote another version"
+                ) from error
             delay = next(delays, None)
             if delay is None:
                 raise HistoryError(

@@ -137,13 +137,12 @@ def recall(store: Store, version: Version, key: str) -> Measurement | None:
 
     A damaged file counts as none, so that the version is measured again.
     """
-    client = store.client
     from mlflow.exceptions import MlflowException
 
     name = f"{FOLDER}/{version.name}-{version.version}-{key}.npz"
     with tempfile.TemporaryDirectory(prefix="gfl-measured-") as scratch:
         try:
-            path = client.download_artifacts(version.run_id, name, scratch)
+            path = store.artifact(version.run_id, name, Path(scratch))
             with np.load(path, allow_pickle=False) as kept:
                 # A file with other columns has another name for its rows.
                 return Measurement(**json.loads(str(kept["figures"])), rows=kept["numbered_rows"])

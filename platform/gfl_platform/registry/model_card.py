@@ -154,11 +154,11 @@ def protocol_of(store: Store, model: str) -> dict[str, Any]:
 
 def _artifact(store: Store, run_id: str, name: str) -> str:
     """Return the text of a run's artifact, empty if there is no such artifact."""
-    client: Any = store.client
+    store.require_answer()
     from mlflow.exceptions import MlflowException
 
     with tempfile.TemporaryDirectory(prefix="gfl-card-") as scratch:
         try:
-            return Path(client.download_artifacts(run_id, name, scratch)).read_text()
+            return store.artifact(run_id, name, Path(scratch)).read_text()
         except (MlflowException, OSError):
             return ""

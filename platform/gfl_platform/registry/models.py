@@ -211,12 +211,16 @@ def fetch_version(store: Store, version: Version, scratch: Path, part: str = "")
     from mlflow.exceptions import MlflowException
 
     uri = f"models:/{version.name}/{version.version}/{part}".rstrip("/")
+    location = store.client.get_model_version_download_uri(version.name, str(version.version))
+    if folder := store.storage.moved(location):
+        uri = str(folder / part)
     try:
         return Path(mlflow.artifacts.download_artifacts(artifact_uri=uri, dst_path=str(scratch)))
     except (MlflowException, OSError) as error:
         raise RegistryError(
             f"{version.name} version {version.version}: its artifacts cannot be read "
-            f"({reason_of(error)}); register it again"
+            f"({reason_of(error)}); they were kept at {location}: bring them back, or set "
+            "storage.root to the folder with which they were moved"
         ) from error
 
 
@@ -233,14 +237,20 @@ def _checkpoint_of_run(store: Store, run_id: str) -> Path:
     models = on_all_pages(
         lambda page: client.search_logged_models(experiments, of_run, page_token=page)
     )
-    checkpoints = [
+    kept = [
         (metric.value, model.tags["uri"])
         for model in models
         for metric in model.metrics or []
-        if metric.key == "AP" and is_there(model.tags.get("uri", ""))
+        if metric.key == "AP" and "uri" in model.tags
     ]
+    places = [(ap, str(store.storage.moved(uri) or uri)) for ap, uri in kept]
+    checkpoints = [(ap, uri) for ap, uri in places if is_there(uri)]
     if not checkpoints:
-        raise RegistryError(f"runs:/{run_id}: no checkpoint of this run is there any more")
+        where = f"; the best was kept at {max(kept)[1]}" if kept else ""
+        raise RegistryError(
+            f"runs:/{run_id}: no checkpoint of this run is there{where}; if the folder was moved, "
+            "set storage.root to where it is"
+        )
     return store.storage.cache.local(max(checkpoints)[1])
 
 

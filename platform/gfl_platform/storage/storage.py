@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path, PurePath
 from typing import Any, Literal
+from urllib.parse import unquote, urlsplit
 
 from gfl.files import inside
 from gfl_platform.config import StorageConfig
@@ -64,6 +65,22 @@ class Storage:
     def is_remote(self) -> bool:
         """Whether runs lie on S3."""
         return is_remote(self.location)
+
+    def moved(self, location: str) -> Path | None:
+        """Return where a file or folder is now, if `root` was renamed or copied since it was kept.
+
+        Args:
+            location: The path, or `file:` URI, at which it was kept. None is returned for any other
+                location, and if something is still there.
+        """
+        address = urlsplit(location)
+        path = Path(unquote(address.path))
+        if address.scheme not in ("", "file") or path.exists():
+            return None
+        # One name alone, such as `artifacts`, may be that of another folder.
+        tails = (path.parts[start:] for start in range(1, len(path.parts) - 1))
+        candidates = (self.root.joinpath(*tail) for tail in tails)
+        return next((candidate for candidate in candidates if candidate.exists()), None)
 
     def location_of(self, path: Path) -> str:
         """Return the location at which all nodes see `path`, which is below `root`."""

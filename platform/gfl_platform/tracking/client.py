@@ -12,6 +12,7 @@ import os
 import re
 import shlex
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gfl_platform.config import TrackingConfig
@@ -79,6 +80,17 @@ class Store:
         assert self._client
         _make_current(self.uri)
         return self._client
+
+    def artifact(self, run_id: str, name: str, scratch: Path) -> Path:
+        """Return a file of a run, fetched to `scratch` unless the store has moved with its files.
+
+        Raises:
+            MlflowException, OSError: there is no such file.
+        """
+        client = self.client
+        if folder := self.storage.moved(client.get_run(run_id).info.artifact_uri):
+            return folder / name
+        return Path(client.download_artifacts(run_id, name, str(scratch)))
 
     def require_answer(self) -> None:
         """Check that the store answers.

@@ -302,6 +302,44 @@ def test_a_promotion_is_weighed_against_what_became_champion_meanwhile(job, name
 
 
 @pytest.mark.usefixtures("versions")
+def test_a_version_deleted_during_its_promotion_moves_no_alias(job, name, client, monkeypatch):
+    promote(job, name, 1)
+    promote(job, name, 2)
+    before = {"champion": 2, "previous": 1}
+
+    def delete(number):
+        client.delete_model_version(name, str(number))
+
+    MadeUpExaminer.meanwhile = lambda: delete(3)
+    with pytest.raises(history.HistoryError, match=f"{name}: the version is not there any more"):
+        promote(job, name, 3)
+    assert history.settle(client, name).aliases == before
+    write = history._write
+
+    def write_and_delete(client, model, decision):
+        write(client, model, decision)
+        if not decision.applied:
+            delete(decision.version)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(history, "_write", write_and_delete)
+        with pytest.raises(history.HistoryError, match="the version is not there any more"):
+            promote(job, name, 4)
+    assert history.settle(client, name).aliases == before
+    assert gate.rollback(store_of(job), name, "worse").version == 1
+    assert promote(job, name, 2).action == "promoted"
+
+
+@pytest.mark.usefixtures("versions")
+def test_a_champion_deleted_during_a_promotion_is_not_compared_with(job, name, client):
+    promote(job, name, 1)
+    MadeUpExaminer.meanwhile = lambda: client.delete_model_version(name, "1")
+    decision = promote(job, name, 2)
+    assert (decision.action, decision.reasons[-1]) == ("promoted", "Compared with None.")
+    assert history.settle(client, name).aliases == {"champion": 2}
+
+
+@pytest.mark.usefixtures("versions")
 def test_without_a_previous_champion_nothing_is_rolled_back(job, name, client):
     for _ in range(2):
         with pytest.raises(models.RegistryError, match="no champion before this one"):

@@ -221,6 +221,16 @@ def test_the_longest_decision_fits_into_a_tag(client):
 
 def test_a_database_that_takes_no_decision_is_an_error(client, monkeypatch):
     monkeypatch.setattr(history, "RETRY_DELAYS_S", (0.0,))
-    with pytest.raises(HistoryError, match=r"m: the decision cannot be kept \(.*9.*; try again"):
+
+    from mlflow.exceptions import MlflowException
+
+    def fail(*_):
+        raise MlflowException("the disk is full")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(client, "set_model_version_tag", fail)
+        with pytest.raises(HistoryError, match=r"m: the decision cannot be kept \(the disk is"):
+            record(client, "m", promotion(1))
+    with pytest.raises(HistoryError, match=r"m: the version is not there any more.*9"):
         record(client, "m", promotion(9))
     assert settle(client, "m").decisions == []
