@@ -117,6 +117,10 @@ def test_an_interrupted_training_resumes_to_the_same_weights_in_the_same_run(out
     assert process.returncode == 130, error
     assert "--resume continues" in error
     before = json.loads((folder / "run.json").read_text())["run_id"]
+    status, out, error = run(*arguments, "--resume", "cluster.workers=1")
+    assert status == 1, error
+    assert "(workers (shards): 2 -> 1); undo these changes" in error
+    assert "going on from the last checkpoint" not in out  # one try, whatever max_failures is
     status, out, error = run(*arguments, "--resume")
     assert status == 0, error
     assert before in out

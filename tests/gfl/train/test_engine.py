@@ -354,6 +354,8 @@ def test_a_nan_on_one_worker_stops_all_with_the_same_words(tiny, tmp_path):
     first, second = run_workers(2, stop_at_nan_of_rank_1, tiny, tmp_path)
     assert first == second
     assert "first in input boxes" in first
+    saved = {path.name for path in (tmp_path / "bad").iterdir()}
+    assert saved == {"config.yaml", "batch-rank0.pt", "batch-rank1.pt"}
 
 
 def test_learning_rate_scales_with_the_batch_and_follows_its_schedule(tiny):

@@ -569,10 +569,10 @@ def test_a_promoted_version_loads_only_with_the_checkpoint_that_was_measured(
 
 
 @pytest.mark.ray
-@pytest.mark.usefixtures("ray_cluster")
-def test_versions_are_promoted_and_rolled_back_on_a_cluster(trained):
+def test_versions_are_promoted_and_rolled_back_after_a_training(trained):
+    """The training's own gate has measured the first version on the cluster."""
     job, result, _ = trained
-    job, client = derive(JobConfig, job, ["cluster.workers=1"]), store_of(job).client
+    job, client = derive(JobConfig, job, ["cluster.workers=0"]), store_of(job).client
     first = history.settle(client, "shapes").decisions[0]
     assert (first.action, first.version, first.aliases) == ("promoted", 1, {"champion": 1})
     assert first.figures["candidate"]["AP"] == pytest.approx(result.metrics["AP"], abs=1e-9)
