@@ -63,6 +63,7 @@ def run(job: Callable[[argparse.Namespace], None], arguments: argparse.Namespace
     handler = RichHandler(console=console, show_path=False, show_time=False, show_level=False)
     handler.addFilter(_without_secrets)
     logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[handler])
+    logging.getLogger("matplotlib").setLevel(logging.ERROR)  # it warns of a HOME without its cache
     for package in ("gfl", "gfl_platform", "jobs"):
         logging.getLogger(package).setLevel(level)
     try:
