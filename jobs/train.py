@@ -41,6 +41,8 @@ def train(arguments: argparse.Namespace) -> None:
     from gfl_platform.tracking.client import Store
 
     if arguments.accept_changes:
+        if not arguments.resume:
+            raise ValueError("--accept-changes: a new run has no changes; it goes with --resume")
         arguments.overrides.append("run.accept_changes=true")
     source = arguments.config or f"runs:/{arguments.like}"
     digests: dict[str, str] = {}

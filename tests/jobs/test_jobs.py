@@ -41,6 +41,7 @@ def run(*arguments):
             ("jobs.train", "configs/coco128.yaml"),
             "data/coco128/images: no such folder of images",
         ),
+        (("jobs.train", "configs/demo.yaml", "--accept-changes"), "it goes with --resume"),
         (("jobs.train", "configs/demo.yaml", "--resume"), "say which run with run.name=NAME"),
         (("jobs.sweep", "configs/demo.yaml"), "no sweep: section; see configs/sweeps/"),
         (("jobs.sweep", "configs/sweeps/beta_bins_demo.yaml", "--resume"), "say which sweep"),
