@@ -64,11 +64,17 @@ def require_same(path: Path, config: ConfigT, kind: str, may_change: Sequence[st
         may_change: Beginnings of the keys that may differ.
 
     Raises:
-        ConfigError: the configurations differ; the message names every such key.
+        ConfigError: the configurations differ, and the message names every such key, or the
+            file is damaged.
     """
     if not path.exists():
         write_atomically(path, dump_config(config))
         return
+    if not path.read_bytes().strip(b"\0 \n"):
+        raise ConfigError(
+            f"{path} is empty, but held the configuration of this {kind}: delete it, and this "
+            f"command's configuration is taken for that of the {kind}"
+        )
     before = flatten(load_schema(type(config), path).model_dump(mode="json"))
     now = flatten(config.model_dump(mode="json"))
     changes = [

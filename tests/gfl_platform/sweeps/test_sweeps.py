@@ -36,6 +36,7 @@ from gfl_platform.sweeps.trials import (
     write_planned,
     write_trial,
 )
+from gfl_platform.tracking.metadata import require_same
 from gfl_platform.tracking.spool import backlog
 from gfl_platform.training import fit
 from gfl_platform.training.worker import WorkerListener
@@ -299,6 +300,17 @@ def test_a_record_that_cannot_be_rebuilt_ends_no_sweep_and_its_id_is_not_given_a
     searcher = DrawnTrials(job, [], names, recorder.plan, lambda: False)
     assert [searcher.suggest(f"{n}")["id"] for n in range(2)] == ["001", "002"]
     assert read_trial(folder / "001") == recorder.trials["001"]
+
+
+@pytest.mark.parametrize("damaged", [b"", b"\0\0\0"])
+def test_an_emptied_configuration_is_not_called_another_one_and_the_advice_works(damaged, tmp_path):
+    job, path = comparable(job_of(GRID)), tmp_path / CONFIG_FILE
+    path.write_bytes(damaged)
+    with pytest.raises(ConfigError, match=r"sweep\.yaml is empty, but held .* delete it"):
+        require_same(path, job, "sweep")
+    path.unlink()
+    require_same(path, job, "sweep")
+    require_same(path, job, "sweep")
 
 
 @pytest.fixture(scope="module")
