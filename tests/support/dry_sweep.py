@@ -12,7 +12,7 @@ from ray import cloudpickle
 cloudpickle.register_pickle_by_value(sys.modules[__name__])  # where trials run this is no module
 
 
-def dry_training(job: Any, folder: Path, _workers: Any, events: Any) -> Any:
+def dry_training(job: Any, folder: Any, _workers: Any, events: Any) -> Any:
     """Stand in for a training: AP is a formula of beta, reg_max, seed and epoch.
 
     Beta 0.5 diverges and beta 3 is refused. What is done is kept in `folder`, as by checkpoints.
@@ -27,7 +27,7 @@ def dry_training(job: Any, folder: Path, _workers: Any, events: Any) -> Any:
         raise DivergedError("step 3: NaN or infinity")
     if beta == 3:
         raise ValueError("3 is no good")
-    done = folder / "epochs"
+    done = folder.path / "epochs"
     for epoch in range(1, job.schedule.epochs + 1):
         ap = (1 - 0.1 * abs(beta - 2) - 0.01 * abs(bins - 8)) * epoch / (epoch + 1)
         ap += 0.001 * job.seed
@@ -36,7 +36,7 @@ def dry_training(job: Any, folder: Path, _workers: Any, events: Any) -> Any:
             continue
         time.sleep(float(os.environ.get("DRY_EPOCH_S", "0.05")))
         done.write_text(str(epoch))
-        events.tell(EpochEvaluated(10 * epoch, epoch, metrics, str(folder / "ray")))
+        events.tell(EpochEvaluated(10 * epoch, epoch, metrics, str(folder.path / "ray")))
         tune.report({**metrics, "epoch": epoch})
     figures = {**metrics, "fps": 10.0 + bins, "latency_ms": 1000 / (10 + bins)}
     return TrialOutcome("finished", figures=figures, epochs=job.schedule.epochs)

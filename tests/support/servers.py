@@ -1,5 +1,6 @@
 """Real servers on loopback for the tests: MLflow, S3, PostgreSQL. They can be killed."""
 
+import contextlib
 import http.client
 import http.server
 import json
@@ -30,12 +31,15 @@ from werkzeug.serving import run_simple
 import logging
 
 application = DomainDispatcherApplication(create_backend_app)
-busy = Path(sys.argv[2])
+busy, careless = Path(sys.argv[2]), Path(sys.argv[2] + "-careless")
 
 def front(environ, start_response):
     if busy.exists():
         start_response("503 Slow Down", [("Content-Type", "application/xml")])
         return [b"<Error><Code>SlowDown</Code><Message>busy</Message></Error>"]
+    if careless.exists():
+        environ.pop("HTTP_IF_MATCH", None)
+        environ.pop("HTTP_IF_NONE_MATCH", None)
     return application(environ, start_response)
 
 logging.getLogger("werkzeug").setLevel(logging.ERROR)
@@ -190,7 +194,7 @@ class ModelServer(Server):
 
 
 class S3(Server):
-    """An S3 API that answers 503 while it is `busy`."""
+    """An S3 API that answers 503 while it is `busy`, and may be `careless` about conditions."""
 
     health = "moto-api/"
 
@@ -207,6 +211,14 @@ class S3(Server):
             self._busy.touch()
         else:
             self._busy.unlink()
+
+    @contextlib.contextmanager
+    def careless(self):
+        """Ignore the conditions of writes, as some servers do."""
+        marker = self.folder / "busy-careless"
+        marker.touch()
+        yield
+        marker.unlink()
 
 
 class PostgreSQL:

@@ -54,16 +54,23 @@ def held(folder: Path) -> Iterator[None]:
     The operating system releases the lock when the process dies.
 
     Raises:
-        StorageError: another job holds the lock; the message names its process and machine.
+        StorageError: another job holds the lock, whose process and machine the message names, or
+            the file system has no locks.
     """
     with (folder / LOCK_FILE).open("a+") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
+        except BlockingIOError as error:
             file.seek(0)
             raise StorageError(
                 f"run '{folder.name}' is used by {file.read().strip()}; stop that job "
                 "first, or choose another run.name"
+            ) from error
+        except OSError as error:
+            raise StorageError(
+                f"{folder}: this file system has no locks ({error.strerror}), which keep two jobs "
+                "from one run; mount it with locks (Lustre: -o flock, NFS: without nolock), or set "
+                "storage.root to another folder or to s3://BUCKET/PREFIX"
             ) from error
         file.truncate(0)
         file.write(f"process {os.getpid()} on {socket.gethostname()}")

@@ -39,6 +39,10 @@ class S3Error(ValueError):
     """A location on S3 cannot be used."""
 
 
+class S3ConditionError(S3Error):
+    """A server of S3 does not know conditional writes."""
+
+
 class S3UnavailableError(S3Error):
     """S3, or the network on the way to it, fails at the moment; a later attempt may succeed."""
 
@@ -195,6 +199,73 @@ def upload(source: Path, location: str) -> None:
         for file in files:
             name = key if source.is_file() else f"{key}/{file.relative_to(source).as_posix()}"
             client().upload_file(str(file), bucket, name)
+
+
+def put_if(location: str, content: str, version: str | None) -> str | None:
+    """Write an object if it is still the one of `version`; return the new version's ETag.
+
+    Args:
+        location: The object.
+        content: Its new content.
+        version: ETag of the version to replace; None if there must not be one.
+
+    Returns:
+        None if the condition does not hold, or another write is under way.
+
+    Raises:
+        S3ConditionError: the server does not know conditions.
+        S3Error: the bucket cannot be written.
+    """
+    from botocore.exceptions import ClientError
+
+    bucket, key = split_location(location)
+    condition = {"IfNoneMatch": "*"} if version is None else {"IfMatch": version}
+    with explained(location):
+        try:
+            answer = client().put_object(Bucket=bucket, Key=key, Body=content.encode(), **condition)
+        except ClientError as error:
+            code = error.response["Error"]["Code"]
+            status = error.response["ResponseMetadata"]["HTTPStatusCode"]
+            if code == "NotImplemented":
+                raise S3ConditionError(f"{location}: no conditional writes here") from error
+            if code == "NoSuchKey" or status in (409, 412):
+                return None
+            raise
+    return str(answer["ETag"])
+
+
+def read_versioned(location: str) -> tuple[str, str]:
+    """Return the content of an object and its ETag; both are empty if there is none."""
+    from botocore.exceptions import ClientError
+
+    bucket, key = split_location(location)
+    with explained(location):
+        try:
+            answer = client().get_object(Bucket=bucket, Key=key)
+        except ClientError as error:
+            if error.response["ResponseMetadata"]["HTTPStatusCode"] == 404:
+                return "", ""
+            raise
+        return answer["Body"].read().decode(errors="replace"), str(answer["ETag"])
+
+
+def copy_folder(source: str, target: str, last: str) -> None:
+    """Copy the objects below `source` within S3, the one named `last` after all others.
+
+    Objects that somebody deletes meanwhile are left out.
+    """
+    bucket, key = split_location(target)
+    source_bucket, source_key = split_location(source)
+    for name in sorted(list_objects(source), key=lambda name: name == last):
+        origin = {"Bucket": source_bucket, "Key": f"{source_key}/{name}"}
+        try:
+            with explained(f"{source}/{name}"):
+                client().copy(origin, bucket, f"{key}/{name}")
+        except S3UnavailableError:
+            raise
+        except S3Error:
+            if list_objects(f"{source}/{name}"):
+                raise
 
 
 def download(location: str, path: Path) -> None:

@@ -12,6 +12,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePath
 from typing import Any, Literal
 from urllib.parse import unquote, urlsplit
@@ -19,7 +20,8 @@ from urllib.parse import unquote, urlsplit
 from gfl.files import inside
 from gfl_platform.config import StorageConfig
 from gfl_platform.storage.cache import Cache
-from gfl_platform.storage.files import StorageError, read_rebuildable
+from gfl_platform.storage.files import StorageError, held, read_rebuildable
+from gfl_platform.storage.lease import checkpoints_folder, leased
 from gfl_platform.storage.s3 import (
     PatientS3,
     download,
@@ -40,6 +42,30 @@ Kind = Literal["runs", "sweeps"]
 def is_there(location: str) -> bool:
     """Return whether a folder exists, on this node or on S3."""
     return bool(list_objects(location)) if is_remote(location) else Path(location).is_dir()
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """The folder of a run, a sweep or a trial that this job works on, and no other job.
+
+    Attributes:
+        storage: The storage that it belongs to.
+        path: The folder on this node.
+        term: Term of its lease; 1 for a folder that all nodes see.
+    """
+
+    storage: "Storage"
+    path: Path
+    term: int = 1
+
+    @property
+    def checkpoints(self) -> Path:
+        """Folder of the checkpoints of this term, and of Ray's notes about them."""
+        return self.path / checkpoints_folder(self.term)
+
+    def below(self, name: str) -> "RunFolder":
+        """Return the folder `name` in this one, such as that of a trial."""
+        return replace(self, path=self.path / name)
 
 
 class Storage:
@@ -175,6 +201,26 @@ class Storage:
         except FileExistsError as error:  # Two jobs start the run at the same moment: one fails.
             raise StorageError(f"{folder}: another job has just begun it") from error
         return folder
+
+    @contextmanager
+    def held(self, path: Path, *, resume: bool) -> Iterator[RunFolder]:
+        """Keep all other jobs away from a run or sweep: by a lock, and by a lease on S3.
+
+        Args:
+            path: Its folder, as `open_run_folder` returns it.
+            resume: Whether the run exists already.
+
+        Raises:
+            StorageError: another job holds it, or has begun it meanwhile.
+        """
+        with held(path):
+            if not self.is_remote:
+                yield RunFolder(self, path)
+                return
+            with leased(self.location_of(path)) as term:
+                self._fetch_state(path, resume=resume)
+                self.share_state(path)
+                yield RunFolder(self, path, term)
 
     def _fetch_state(self, folder: Path, *, resume: bool) -> None:
         """Download the state of a run that was begun on another machine.

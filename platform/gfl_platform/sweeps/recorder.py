@@ -30,6 +30,7 @@ from gfl_platform.cluster.events import (
     WorkersStarted,
 )
 from gfl_platform.config import JobConfig
+from gfl_platform.storage.lease import term_of
 from gfl_platform.storage.s3 import S3Error
 from gfl_platform.sweeps.formatting import point_label
 from gfl_platform.sweeps.space import trial_job
@@ -38,7 +39,6 @@ from gfl_platform.tracking.client import Store
 from gfl_platform.tracking.metadata import describe, read_run_file
 from gfl_platform.tracking.run import RunTracker, settle
 from gfl_platform.tracking.spool import is_settled
-from gfl_platform.training.fit import RAY_FOLDER
 
 logger = logging.getLogger(__name__)
 
@@ -140,8 +140,10 @@ class Recorder:
         """Delete the checkpoints of trials that were stopped."""
         for trial in self.trials.values():
             if trial.state in DISCARDED and trial.checkpoint:
+                folder, storage = self._folder / trial.id, self._store.storage
                 with suppress(S3Error):  # what is left only takes space
-                    self._store.storage.discard(self._folder / trial.id / RAY_FOLDER)
+                    for name in filter(term_of, storage.folders_in(folder)):
+                        storage.discard(folder / name)
                 trial.checkpoint = None
                 self._write(trial)
 

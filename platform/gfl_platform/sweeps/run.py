@@ -15,8 +15,7 @@ from gfl_platform.cluster.events import Event, FolderWritten
 from gfl_platform.cluster.resources import START_TIMEOUT, Workers, most_resources
 from gfl_platform.config import BudgetConfig, JobConfig, SweepConfig
 from gfl_platform.registry import models
-from gfl_platform.storage.files import held
-from gfl_platform.storage.storage import Storage
+from gfl_platform.storage.storage import RunFolder, Storage
 from gfl_platform.sweeps.analysis.verdicts import analyse
 from gfl_platform.sweeps.formatting import identity
 from gfl_platform.sweeps.recorder import EndOfTrials, Recorder
@@ -91,8 +90,7 @@ class _Sweep:
     """A sweep while it runs."""
 
     job: JobConfig
-    storage: Storage
-    folder: Path
+    folder: RunFolder
     workers: Workers
     recorder: Recorder
     train: Train
@@ -138,11 +136,14 @@ def run_sweep(
     storage = Storage(job.storage)
     store = Store(job.tracking, storage)
     folder, workers = _prepare(job, store, name, resume=resume)
-    with held(folder), RunTracker(store, folder, describe(job, name)) as tracker:
+    with (
+        storage.held(folder, resume=resume) as place,
+        RunTracker(store, folder, describe(job, name)) as tracker,
+    ):
         parent = tracker.require_run()
         devices = workers.count * (1 if workers.use_gpu else workers.cpus)
         recorder = Recorder(job, store, name, folder / "trials", parent, devices, watch)
-        sweep = _Sweep(job, storage, folder / "trials", workers, recorder, train)
+        sweep = _Sweep(job, place.below("trials"), workers, recorder, train)
         storage.share_state(folder)
         try:
             _search(sweep)
@@ -298,7 +299,7 @@ def _run(sweep: _Sweep, searcher: Any, scheduler: Any, budget: BudgetStopper) ->
     )
     from ray import tune
 
-    with sweep.storage.scratch_folder() as scratch, pumped(sweep.recorder.handle) as events:
+    with sweep.folder.storage.scratch_folder() as scratch, pumped(sweep.recorder.handle) as events:
         # A trial fits into the cluster, and may wait until other trials or jobs have ended.
         environment = {START_TIMEOUT: os.environ.get(START_TIMEOUT, str(NO_TIMEOUT_S))}
         settings = TrialSettings(
@@ -307,7 +308,7 @@ def _run(sweep: _Sweep, searcher: Any, scheduler: Any, budget: BudgetStopper) ->
         tune.run(
             tune.with_parameters(run_trial, settings=settings),
             name="tune",
-            **sweep.storage.ray_options(scratch),
+            **sweep.folder.storage.ray_options(scratch),
             resources_per_trial=tune.PlacementGroupFactory([_driver_resources(concurrency(sweep))]),
             num_samples=-1,
             search_alg=searcher,

@@ -5,7 +5,6 @@ import logging
 import os
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 from gfl.files import write_atomically
@@ -15,7 +14,7 @@ from gfl_platform.cluster.launch import DivergedError, JobFailedError, one_line
 from gfl_platform.cluster.resources import Workers
 from gfl_platform.config import JobConfig
 from gfl_platform.storage.files import read_rebuildable
-from gfl_platform.storage.storage import Storage
+from gfl_platform.storage.storage import RunFolder
 from gfl_platform.sweeps.space import trial_job
 from gfl_platform.tracking.client import Store
 from gfl_platform.training import fit
@@ -27,7 +26,7 @@ OUTCOME_FILE = "outcome.json"
 """File in a trial's folder once it has ended. A trial that is started again sends this outcome
 instead of training, unless it failed."""
 
-Train = Callable[[JobConfig, Path, Workers, Events], TrialOutcome]
+Train = Callable[[JobConfig, RunFolder, Workers, Events], TrialOutcome]
 """A function that trains a configuration in a folder, sends its epochs, and returns the outcome."""
 
 
@@ -45,7 +44,7 @@ class TrialSettings:
     """
 
     job: JobConfig
-    folder: Path
+    folder: RunFolder
     workers: Workers
     events: Events
     train: Train
@@ -62,21 +61,23 @@ def run_trial(planned: dict[str, Any], settings: TrialSettings) -> None:
     from ray import tune
 
     os.environ.update(settings.environment)
-    folder = settings.folder / planned["id"]
+    folder = settings.folder.below(planned["id"])
     job = trial_job(settings.job, planned["point"], planned["seed"])
     events = Events(settings.events.queue, planned["id"])
     events.tell(TrialStarted(planned))
-    record = read_rebuildable(folder / OUTCOME_FILE)
+    record = read_rebuildable(folder.path / OUTCOME_FILE)
     if record.get("state", "failed") == "failed":
-        folder.mkdir(parents=True, exist_ok=True)
+        folder.path.mkdir(parents=True, exist_ok=True)
         record = asdict(_train(settings, job, folder, events))
-        write_atomically(folder / OUTCOME_FILE, json.dumps(record) + "\n")
+        write_atomically(folder.path / OUTCOME_FILE, json.dumps(record) + "\n")
     outcome = TrialOutcome(**record)
     ray.get(events.tell(outcome))  # it arrives before Ray Tune reports the end
     tune.report({**outcome.figures, "epoch": outcome.epochs, "final": outcome.state})
 
 
-def _train(settings: TrialSettings, job: JobConfig, folder: Path, events: Events) -> TrialOutcome:
+def _train(
+    settings: TrialSettings, job: JobConfig, folder: RunFolder, events: Events
+) -> TrialOutcome:
     try:
         return settings.train(job, folder, settings.workers, events)
     except DivergedError as error:
@@ -88,11 +89,13 @@ def _train(settings: TrialSettings, job: JobConfig, folder: Path, events: Events
         return TrialOutcome("failed", one_line(error))
 
 
-def train_with_ray(job: JobConfig, folder: Path, workers: Workers, events: Events) -> TrialOutcome:
+def train_with_ray(
+    job: JobConfig, folder: RunFolder, workers: Workers, events: Events
+) -> TrialOutcome:
     """Train on `workers`; continue from the latest checkpoint in `folder` if there is one."""
     from ray.tune.integration.ray_train import TuneReportCallback
 
-    sources = fetch_sources(job, Store(job.tracking, Storage(job.storage)))
+    sources = fetch_sources(job, Store(job.tracking, folder.storage))
     callbacks = [TuneReportCallback()] if workers.stoppable else []
     result = fit.run(fit.Training(job, sources, workers, folder), events, callbacks)
     speed = {"fps": result.fps, "latency_ms": 1000 / result.fps}

@@ -96,8 +96,9 @@ class Store:
         """Check that the store answers.
 
         Raises:
-            TrackingError: it does not.
+            TrackingError: it does not, or would lie in the cache of this machine.
         """
+        self._require_place()
         try:
             client = self._client or self._open()
             client.search_experiments(max_results=1)
@@ -114,6 +115,7 @@ class Store:
         Raises:
             TrackingError: the experiment is deleted, or the store does not answer, and has to.
         """
+        self._require_place()
         try:
             self.require_answer()
         except TrackingError:
@@ -121,6 +123,19 @@ class Store:
                 raise
         else:
             self.known_experiment()
+
+    def _require_place(self) -> None:
+        """Refuse a store that would be lost with the head: runs are on S3, and no store is named.
+
+        Raises:
+            TrackingError: it is such a store.
+        """
+        if self.storage.is_remote and not self.chosen_uri:
+            raise TrackingError(
+                f"storage.root: '{self.storage.location}' is on S3, but no MLflow store is named: "
+                f"the only one would be a file in this machine's cache ({self.storage.root}); set "
+                "tracking.uri or MLFLOW_TRACKING_URI to an MLflow server"
+            )
 
     def known_experiment(self) -> "Experiment | None":
         """Return the experiment, None if it does not exist yet.

@@ -13,18 +13,17 @@ from gfl.config.loader import config_hash, dump_config, reproducible
 from gfl.config.schema import Config
 from gfl_platform.cluster import launch, resources
 from gfl_platform.cluster.event_queue import Events
+from gfl_platform.cluster.events import EpochEvaluated
 from gfl_platform.config import JobConfig
 from gfl_platform.provenance import git_state
-from gfl_platform.storage.s3 import S3Error, is_remote
-from gfl_platform.storage.storage import Storage
-from gfl_platform.training.ray_snapshot import mend_snapshot
+from gfl_platform.storage.lease import checkpoints_folder, term_of
+from gfl_platform.storage.s3 import S3Error, copy_folder, is_remote, list_objects
+from gfl_platform.storage.storage import RunFolder, Storage
+from gfl_platform.training.ray_snapshot import SNAPSHOT_FILE, mend_snapshot
 from gfl_platform.training.sources import CHECKSUM
 from gfl_platform.training.worker import train_worker
 
 logger = logging.getLogger(__name__)
-
-RAY_FOLDER = "ray"
-"""Folder in a run's folder, with the checkpoints and Ray's notes about them."""
 
 
 @dataclass(frozen=True)
@@ -54,13 +53,13 @@ class Training:
         job: Its configuration.
         sources: Weights to start from, as `fetch_sources` returns them.
         workers: The processes and devices to train on.
-        folder: Folder of the run.
+        folder: Folder of the run, which this job holds.
     """
 
     job: JobConfig
     sources: dict[str, Path | None]
     workers: resources.Workers
-    folder: Path
+    folder: RunFolder
 
 
 def run(training: Training, events: Events, callbacks: Sequence[UserCallback] = ()) -> FitResult:
@@ -77,8 +76,9 @@ def run(training: Training, events: Events, callbacks: Sequence[UserCallback] = 
     job, sources, workers, folder = (
         training.job, training.sources, training.workers, training.folder
     )  # fmt: skip
-    config, storage = reproducible(job), Storage(job.storage)
-    mend_snapshot(storage, folder / RAY_FOLDER)
+    config, storage = reproducible(job), folder.storage
+    inherit_checkpoints(folder)
+    mend_snapshot(storage, folder.checkpoints)
     kept_ones = CheckpointConfig(
         num_to_keep=job.storage.keep_checkpoints, checkpoint_score_attribute="AP"
     )
@@ -88,7 +88,7 @@ def run(training: Training, events: Events, callbacks: Sequence[UserCallback] = 
             "config": dump_config(config),
             "weights": _for_workers(storage, sources["weights"], job.model.pretrained),
             "teacher": _for_workers(storage, sources["teacher"], None),
-            "folder": str(folder),
+            "folder": str(folder.path),
             "report_every": job.tracking.every_steps,
             "checkpoint_every": job.storage.checkpoint_steps,
             "shards": workers.count,
@@ -99,20 +99,28 @@ def run(training: Training, events: Events, callbacks: Sequence[UserCallback] = 
         workers,
         events,
         launch.RunOptions(
-            {**storage.ray_options(folder), "name": RAY_FOLDER, "checkpoint_config": kept_ones},
+            {
+                **storage.ray_options(folder.path),
+                "name": folder.checkpoints.name,
+                "checkpoint_config": kept_ones,
+            },
             [HashCheck(config), *callbacks],
             job.cluster.max_failures,
             job.cluster.resize_seconds,
         ),
     )
     kept = [result.checkpoint, *(checkpoint for checkpoint, _ in result.best_checkpoints)]
-    discard_others(storage, folder / RAY_FOLDER, kept)
+    discard_others(folder, kept)
     summary = result.return_value
     epochs = summary["epochs"]
     if epochs < job.schedule.epochs:
         patience = job.schedule.patience
         logger.info("stopped after epoch %d: AP has not risen for %d epochs", epochs, patience)
     evaluated = [pair for pair in result.best_checkpoints if "AP" in pair[1]]
+    if folder.term > 1:  # MLflow knows them by the folder of an earlier term.
+        for checkpoint, facts in evaluated:
+            place = facts["step"], facts["epoch"], facts["metrics"], launch.uri_of(checkpoint)
+            events.tell(EpochEvaluated(*place, repeated=True))
     # Of two with the same AP the later: the first may be damaged, and its epoch trained again.
     best, facts = max(evaluated, key=lambda pair: (pair[1]["AP"], pair[0].path))
     return FitResult(
@@ -120,19 +128,40 @@ def run(training: Training, events: Events, callbacks: Sequence[UserCallback] = 
     )
 
 
-def discard_others(storage: Storage, folder: Path, kept: Sequence[Any]) -> None:
-    """Delete checkpoints that killed workers have left in `folder`, and that Ray did not keep.
+def inherit_checkpoints(folder: RunFolder) -> None:
+    """Begin a term of a run's lease with copies of the checkpoints of the term before.
+
+    The job that had that term may be alive, and go on to write and delete in its own folder.
+    """
+    storage = folder.storage
+    if not storage.is_remote:
+        return
+    keys = list_objects(storage.location_of(folder.path))
+    terms = {term_of(key.split("/")[0]) for key in keys} - {0}
+    # The list is copied last, so a folder without one may be half a copy.
+    complete = {t for t in terms if f"{checkpoints_folder(t)}/{SNAPSHOT_FILE}" in keys}
+    earlier = [term for term in complete or terms if term < folder.term]
+    if earlier and folder.term not in complete:
+        source = folder.path / checkpoints_folder(max(earlier))
+        target = storage.location_of(folder.checkpoints)
+        copy_folder(storage.location_of(source), target, last=SNAPSHOT_FILE)
+
+
+def discard_others(folder: RunFolder, kept: Sequence[Any]) -> None:
+    """Delete checkpoints of killed workers, which Ray did not keep, and those of earlier terms.
 
     Args:
-        storage: The storage that `folder` belongs to.
-        folder: Folder of the checkpoints of a training that has ended.
+        folder: Folder of a training that has ended.
         kept: The latest checkpoint, from which the run could continue, and the best ones.
     """
-    names = {Path(checkpoint.path).name for checkpoint in kept}
-    with suppress(OSError, S3Error):  # they only take room
-        for name in storage.folders_in(folder):
+    storage, names = folder.storage, {Path(checkpoint.path).name for checkpoint in kept}
+    with suppress(OSError, S3Error):  # They only take room.
+        for name in storage.folders_in(folder.checkpoints):
             if name.startswith("checkpoint_") and name not in names:
-                storage.discard(folder / name)
+                storage.discard(folder.checkpoints / name)
+        for name in storage.folders_in(folder.path):
+            if 0 < term_of(name) < folder.term:
+                storage.discard(folder.path / name)
 
 
 def _for_workers(storage: Storage, path: Path | None, origin: str | None) -> str | None:

@@ -28,7 +28,6 @@ from gfl_platform.registry import models
 from gfl_platform.registry.gate import promote
 from gfl_platform.registry.history import Decision
 from gfl_platform.registry.model_card import lineage
-from gfl_platform.storage.files import held
 from gfl_platform.storage.storage import Storage
 from gfl_platform.tracking import client
 from gfl_platform.tracking.client import Store
@@ -103,14 +102,14 @@ def train(job: JobConfig, name: str, *, resume: bool, watch: Watcher) -> Trainin
     require_same(folder / CONFIG_FILE, config, "run", LOCATIONS)
     origins = lineage(config, workers, sources)
     with (
-        held(folder),
+        storage.held(folder, resume=resume) as place,
         RunTracker(store, folder, describe(job, name, origins)) as tracker,
         StatusFile(folder, workers.count, resources.node_count()) as status,
     ):
         storage.share_state(folder)
         watch(TagsSet(origins))
         with pumped(event_handler(tracker, status, watch)) as events:
-            result = run(Training(job, sources, workers, folder), events)
+            result = run(Training(job, sources, workers, place), events)
         checkpoint = storage.cache.local(result.checkpoint)  # a copy if it is on S3
         tracker.handle(SpeedMeasured(result.fps, result.protocol))
         version = None

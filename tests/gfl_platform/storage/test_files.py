@@ -1,6 +1,7 @@
 """Local files: written whole, and down to the device before a write returns."""
 
 import errno
+import fcntl
 import os
 import stat
 
@@ -8,7 +9,7 @@ import pytest
 
 from gfl.checkpoint.files import CHECKSUMS, write_checksums
 from gfl.files import inside, write_atomically
-from gfl_platform.storage.files import StorageError, space_required
+from gfl_platform.storage.files import StorageError, held, read_rebuildable, space_required
 
 
 def test_a_file_and_its_folder_reach_the_device(tmp_path, monkeypatch):
@@ -79,3 +80,23 @@ def test_a_name_that_leads_out_is_refused(tmp_path, name):
     with pytest.raises(ValueError, match="not a name of a file below a folder") as error:
         inside(tmp_path, name)
     assert repr(name) in str(error.value)
+
+
+def test_a_file_system_without_locks_is_told_of(tmp_path, monkeypatch):
+    """It was told that another job holds the run, with no name in it."""
+
+    def refuse(*_):
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    with pytest.raises(StorageError, match=r"has no locks \(No locks available\).*storage\.root"):
+        held(tmp_path).__enter__()
+
+
+@pytest.mark.parametrize("content", ["", "{", "[1]", "null", "\0\0"])
+def test_a_damaged_file_whose_content_can_be_had_again_is_told_of_once(tmp_path, caplog, content):
+    (tmp_path / "a.json").write_text(content)
+    assert read_rebuildable(tmp_path / "a.json") == {}
+    assert len(caplog.records) == 1
+    assert str(tmp_path / "a.json") in caplog.text
+    assert read_rebuildable(tmp_path / "none.json") == {}

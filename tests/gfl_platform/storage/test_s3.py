@@ -11,7 +11,7 @@ import pytest
 
 from gfl.config.loader import ConfigError
 from gfl_platform.cluster.events import CheckpointSaved
-from gfl_platform.config import StorageConfig, load_job
+from gfl_platform.config import StorageConfig, TrackingConfig, load_job
 from gfl_platform.registry.models import fetch_checkpoint
 from gfl_platform.storage.cache import MANIFEST, Cache
 from gfl_platform.storage.files import StorageError
@@ -26,6 +26,7 @@ from gfl_platform.storage.s3 import (
     upload,
 )
 from gfl_platform.storage.storage import Storage
+from gfl_platform.tracking.client import Store, TrackingError
 from gfl_platform.training import train
 from tests.support.tracking import store_of
 
@@ -253,6 +254,23 @@ def test_a_run_lives_on_s3(remote, tmp_path):
     assert not list_objects(f"{remote.storage.root}/{half}")
     with pytest.raises(ConfigError, match=r"another configuration \(seed 0 -> 1\)"):
         train.train(again.model_copy(update={"seed": 1}), "far", resume=True, watch=print)
+
+
+@pytest.mark.parametrize("unreachable", ["fail", "spool"])
+def test_a_run_on_s3_without_a_tracking_server_is_refused(monkeypatch, tmp_path, unreachable):
+    """The only store and registry would have been in the cache of the head, and lost with it."""
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    storage = Storage(StorageConfig(root="s3://gfl/runs", cache=str(tmp_path)))
+    store = Store(TrackingConfig(unreachable=unreachable), storage)
+    for use in (store.require_ready, store.require_answer, lambda: store.client):
+        with pytest.raises(
+            TrackingError, match=r"is on S3, .*; set tracking\.uri or MLFLOW"
+        ) as error:
+            use()
+        assert "\n" not in str(error.value)
+    assert not any(tmp_path.iterdir())
+    named = TrackingConfig(uri=f"sqlite:///{tmp_path}/mlflow.db")
+    Store(named, storage).require_ready()
 
 
 @pytest.mark.ray

@@ -22,6 +22,7 @@ from gfl_platform.cluster.events import (
     name_of,
 )
 from gfl_platform.config import load_job
+from gfl_platform.storage.storage import RunFolder, Storage
 from gfl_platform.sweeps.recorder import Recorder
 from gfl_platform.sweeps.run import CONFIG_FILE, comparable, concurrency, free_names, run_sweep
 from gfl_platform.sweeps.search import BudgetStopper, DrawnTrials, EarlyStopping
@@ -519,7 +520,9 @@ def test_a_trial_that_is_started_again_sends_its_outcome_unless_it_failed(tmp_pa
             raise result
         return result
 
-    settings = TrialSettings(job_of(GRID), tmp_path, None, Events(queue), train, {})
+    job = job_of(GRID)
+    folder = RunFolder(Storage(job.storage), tmp_path)
+    settings = TrialSettings(job, folder, None, Events(queue), train, {})
     planned = vars(Planned("000", {BETA: 2, BINS: 4}, 0, "search"))
     for _ in range(3):
         run_trial(planned, settings)

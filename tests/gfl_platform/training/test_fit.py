@@ -7,6 +7,7 @@ from ray.train import Checkpoint
 from gfl_platform.cluster import launch
 from gfl_platform.cluster.resources import Workers
 from gfl_platform.config import load_job
+from gfl_platform.storage.storage import RunFolder, Storage
 from gfl_platform.training import fit
 
 
@@ -22,8 +23,9 @@ def test_the_latest_checkpoint_stays_with_the_best(tiny_file, tmp_path, monkeypa
     )
     monkeypatch.setattr(launch, "run_workers", lambda *_, **__: result)
     job = load_job(tiny_file, [f"storage.root={tmp_path}"])
+    folder = RunFolder(Storage(job.storage), tmp_path / "run")
     sources = {"weights": None, "teacher": None}
-    training = fit.Training(job, sources, Workers(1, 1, False, 1), tmp_path / "run")
+    training = fit.Training(job, sources, Workers(1, 1, False, 1), folder)
     trained = fit.run(training, None)
     assert trained == fit.FitResult(str(best), {"AP": 0.6}, 9.0, {"batch": 1}, 3)
     assert {path.name for path in best.parent.iterdir()} == {"another", best.name, latest.name}
