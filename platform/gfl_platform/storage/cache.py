@@ -1,8 +1,9 @@
 """Copies of files on S3, kept on every node that reads them.
 
-One process of a node downloads while the others wait. A copy stays as long as a process uses it;
-an unused one is deleted when its space is needed. The locks are `flock`s, which the operating
-system releases when a process dies.
+One process of a node lists the objects of a job's data and downloads them while the others wait;
+these, and processes that start later for the same job, use its list. A copy stays as long as a
+process uses it; an unused one is deleted when its space is needed. The locks are `flock`s, which
+the operating system releases when a process dies.
 """
 
 import fcntl
@@ -12,14 +13,16 @@ import logging
 import shutil
 import threading
 import time
+import uuid
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 
 from gfl.config.schema import Config, SplitConfig
 from gfl.files import inside, write_atomically
+from gfl_platform.storage.files import read_rebuildable
 from gfl_platform.storage.s3 import (
     CONNECTIONS,
     Object,
@@ -43,6 +46,9 @@ REPORT_SECONDS = 5.0
 MANIFEST = "manifest.json"
 """File in a copy's folder: ETag and size of the objects that have arrived, by relative name."""
 
+LISTING = "listing.json"
+"""File in a copy's folder: the objects on S3, and the job for which they were listed."""
+
 FILES = "files"
 """Folder in a copy's folder that holds the files."""
 
@@ -60,13 +66,15 @@ class Cache:
     Attributes:
         folder: Folder that holds the copies.
         limit: Size of all copies together, in bytes.
+        job: Identifier of the job; a location is listed once for a job on each node.
     """
 
     folder: Path
     limit: int
+    job: str = field(default_factory=lambda: uuid.uuid4().hex)
 
     def local(self, location: str, report: Report = logger.info) -> Path:
-        """Return the path of an up-to-date copy; a local path is returned as it is.
+        """Return the path of a copy, as of the job's begin; a local path is returned as it is.
 
         Only objects that changed are downloaded. The copy stays until this process ends.
 
@@ -79,18 +87,35 @@ class Cache:
         """
         if not is_remote(location):
             return Path(location).expanduser()
-        objects = list_objects(location)
-        if not objects:
-            raise S3Error(f"{location}: nothing is there; correct it, or upload the files")
         copy = self.folder.expanduser() / hashlib.sha256(location.encode()).hexdigest()[:16]
-        (copy / FILES).mkdir(parents=True, exist_ok=True)
+        copy.mkdir(parents=True, exist_ok=True)
         _use(copy)
         with (copy / DOWNLOADING).open("a") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
+            objects = self._listed(location, copy)
             self._make_room(location, copy, sum(size for _, size in objects.values()))
-            _Download(location, copy, objects, report).run()
-        name = Path(split_location(location)[1]).name if "" in objects else ""
+            try:
+                _Download(location, copy, objects, report).run()
+            except S3Error:  # An object may have changed; the next attempt lists them again.
+                (copy / LISTING).unlink(missing_ok=True)
+                raise
+        name = split_location(location)[1].rpartition("/")[2] if "" in objects else ""
         return copy / FILES / name
+
+    def _listed(self, location: str, copy: Path) -> dict[str, Object]:
+        """Return the objects at `location`, as another process listed them for this job.
+
+        Raises:
+            S3Error: there is nothing, or it cannot be read.
+        """
+        listing = read_rebuildable(copy / LISTING)
+        if listing.get("job") == self.job:
+            return {name: (etag, size) for name, (etag, size) in listing["objects"].items()}
+        objects = list_objects(location)
+        if not objects:
+            raise S3Error(f"{location}: nothing is there; correct it, or upload the files")
+        write_atomically(copy / LISTING, json.dumps({"job": self.job, "objects": objects}))
+        return objects
 
     def localized(self, config: Config, report: Report = logger.info) -> Config:
         """Return `config` with local copies in place of data on S3.
@@ -117,7 +142,7 @@ class Cache:
             )
         others = [path.parent for path in copy.parent.glob(f"*/{USED}") if path.parent != copy]
         others.sort(key=lambda other: (other / USED).stat().st_mtime)
-        sizes = {other: sum(size for _, size in _manifest(other).values()) for other in others}
+        sizes = {other: _size(other) for other in others}
         for other in others:
             if sum(sizes.values()) + needed <= self.limit:
                 return
@@ -145,7 +170,7 @@ class _Download:
     ) -> None:
         self._location, self._copy, self._objects, self._report = location, copy, objects, report
         self._paths = {name: self._path(name) for name in objects}
-        self._arrived = _manifest(copy)
+        self._arrived = _manifest(copy) or self._recovered()
         self._lock, self._reported = threading.Lock(), time.monotonic()
 
     def run(self) -> None:
@@ -160,6 +185,18 @@ class _Download:
                 patiently(self._fetch_missing, S3UnavailableError)
             finally:
                 self._write_manifest()
+
+    def _recovered(self) -> dict[str, Object]:
+        """Return the objects whose copies have their MD5, for a copy without a manifest."""
+        names = {path: name for name, path in self._paths.items()}
+        arrived = {}
+        for path in _files(self._copy):
+            name = names.get(path)
+            if name is None:  # A part of a file, or a file that is gone from S3.
+                path.unlink()
+            elif _md5(path) == self._objects[name][0]:
+                arrived[name] = self._objects[name]
+        return arrived
 
     def _missing(self) -> list[str]:
         return [name for name in self._objects if name not in self._arrived]
@@ -224,10 +261,19 @@ class _Download:
 
 
 def _manifest(copy: Path) -> dict[str, Object]:
-    """Return the objects that have arrived in a copy."""
-    path = copy / MANIFEST
-    content: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
-    return {name: (etag, size) for name, (etag, size) in content.items()}
+    """Return the objects that have arrived in a copy; none if the manifest is damaged."""
+    return {name: (etag, size) for name, (etag, size) in read_rebuildable(copy / MANIFEST).items()}
+
+
+def _size(copy: Path) -> int:
+    """Return the size of a copy's files, in bytes."""
+    if manifest := _manifest(copy):
+        return sum(size for _, size in manifest.values())
+    return sum(path.stat().st_size for path in _files(copy))
+
+
+def _files(copy: Path) -> list[Path]:
+    return [path for path in (copy / FILES).rglob("*") if path.is_file()]
 
 
 def _md5(path: Path) -> str:

@@ -13,7 +13,7 @@ from gfl.config.loader import ConfigError
 from gfl_platform.cluster.events import CheckpointSaved
 from gfl_platform.config import StorageConfig, TrackingConfig, load_job
 from gfl_platform.registry.models import fetch_checkpoint
-from gfl_platform.storage.cache import MANIFEST, Cache
+from gfl_platform.storage.cache import LISTING, MANIFEST, Cache
 from gfl_platform.storage.files import StorageError
 from gfl_platform.storage.s3 import (
     S3Error,
@@ -48,6 +48,11 @@ def cache(tmp_path):
     return Cache(tmp_path / "cache", 1000)
 
 
+def next_job(cache):
+    """The cache as another job of this process sees it, which lists the bucket again."""
+    return Cache(cache.folder, cache.limit)
+
+
 def contents(folder):
     return {path.name: path.read_text() for path in folder.iterdir()}
 
@@ -63,7 +68,13 @@ def test_a_folder_is_copied_once_and_follows_its_original(bucket, cache, monkeyp
     unchanged = (folder / "a.txt").stat().st_mtime_ns
     bucket(b="deux")
     boto3.client("s3").delete_object(Bucket="gfl", Key="set/c.txt")
-    assert contents(cache.local("s3://gfl/set/")) == {"a.txt": "one", "b.txt": "deux"}
+    assert contents(cache.local("s3://gfl/set")) == {
+        "a.txt": "one",
+        "b.txt": "two",
+        "c.txt": "three",
+    }
+    again = next_job(cache)
+    assert contents(again.local("s3://gfl/set")) == {"a.txt": "one", "b.txt": "deux"}
     assert (folder / "a.txt").stat().st_mtime_ns == unchanged
     assert cache.local("s3://gfl/set/b.txt").read_text() == "deux"
 
@@ -75,6 +86,58 @@ def test_a_damaged_copy_and_an_interrupted_one_are_mended(bucket, cache):
     (folder / "b.txt").unlink()
     assert contents(cache.local("s3://gfl/set")) == {"a.txt": "one", "b.txt": "two"}
     assert set(json.loads((folder.parent / MANIFEST).read_text())) == {"a.txt", "b.txt"}
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", "\0\0\0", None])
+def test_a_damaged_manifest_is_rebuilt_from_the_files(bucket, cache, caplog, content):
+    bucket(a="one", b="two")
+    folder = cache.local("s3://gfl/set")
+    path, unchanged = folder.parent / MANIFEST, (folder / "a.txt").stat().st_mtime_ns
+    (folder / "b.txt").write_text("2wo")
+    (folder / "gone.txt").write_text("from an earlier job")
+    for name in (MANIFEST, LISTING):
+        if content is None:
+            (folder.parent / name).unlink()
+        else:
+            (folder.parent / name).write_text(content)
+    assert contents(next_job(cache).local("s3://gfl/set")) == {"a.txt": "one", "b.txt": "two"}
+    assert (folder / "a.txt").stat().st_mtime_ns == unchanged
+    assert set(json.loads(path.read_text())) == {"a.txt", "b.txt"}
+    assert caplog.text.count(MANIFEST) == (0 if content is None else 1)
+
+
+def test_one_process_of_a_node_lists_the_bucket_for_all(bucket, cache, tmp_path):
+    bucket(a="one", b="two")
+    child = (
+        "import sys; from pathlib import Path; from gfl_platform.storage import cache\n"
+        "real = cache.list_objects\n"
+        "def counted(location):\n"
+        f"    Path({str(tmp_path)!r}, 'calls').open('a').write(location + ' ')\n"
+        "    return real(location)\n"
+        "cache.list_objects = counted\n"
+        f"here = cache.Cache(Path({str(cache.folder)!r}), 1000, sys.argv[1])\n"
+        "assert len(list(here.local('s3://gfl/set').iterdir())) == 2"
+    )
+
+    def start(job, count):
+        command = [sys.executable, "-c", child, job]
+        processes = [subprocess.Popen(command, env=os.environ) for _ in range(count)]
+        assert [process.wait() for process in processes] == [0] * count
+        return (tmp_path / "calls").read_text().split()
+
+    assert start("one", 4) == ["s3://gfl/set"]
+    assert start("one", 1) == ["s3://gfl/set"]  # A worker that starts later, or again.
+    assert start("two", 1) == 2 * ["s3://gfl/set"]
+
+
+def test_an_object_that_changes_during_a_job_is_read_again(bucket, cache):
+    bucket(a="one")
+    folder = cache.local("s3://gfl/set")
+    bucket(a="uno")
+    (folder / "a.txt").unlink()
+    with pytest.raises(S3Error, match="changed while it was read; try again"):
+        cache.local("s3://gfl/set")
+    assert contents(cache.local("s3://gfl/set")) == {"a.txt": "uno"}
 
 
 def test_a_download_that_is_killed_goes_on_where_it_was(bucket, cache):
@@ -101,7 +164,7 @@ def test_a_key_that_leads_out_of_the_copy_is_refused(bucket, cache, name):
     with pytest.raises(S3Error, match=r"s3://gfl/set: .*rename it"):
         cache.local("s3://gfl/set")
     files = [path for path in cache.folder.parent.rglob("*") if path.is_file()]
-    assert {path.name for path in files} <= {"downloading.lock", "used.lock"}
+    assert {path.name for path in files} <= {"downloading.lock", "used.lock", LISTING}
 
 
 def test_a_location_that_leads_out_of_the_copy_is_refused(bucket, cache):
