@@ -134,15 +134,18 @@ def _take(folder: str) -> _Lease:
     content, version = read_versioned(lease.location)
     record = _record_of(content)
     holder = record.get("holder", "an unknown job")
-    seen, began = version, time.monotonic()
+    seen, age = version, 0.0
     if not record.get("ended"):
         logger.info(
             "%s: held by %s; waiting up to %.0f s to see whether it lives",
             lease.location, holder, AGE_SECONDS,
         )  # fmt: skip
-    while not record.get("ended") and time.monotonic() - began < AGE_SECONDS:
+    while not record.get("ended") and age < AGE_SECONDS:
+        asked = time.monotonic()
         time.sleep(RENEWAL_SECONDS / 2)
         content, version = read_versioned(lease.location)
+        # While S3 does not answer its holder cannot renew it either: that counts for little.
+        age += min(time.monotonic() - asked, RENEWAL_SECONDS)
         record = _record_of(content)
         if version != seen and not record.get("ended"):
             raise StorageError(
@@ -159,7 +162,7 @@ def _take(folder: str) -> _Lease:
     if not record.get("ended"):
         logger.warning(
             "warning: %s: taken over from %s, which has been silent for %.0f s",
-            folder, holder, time.monotonic() - began,
+            folder, holder, age,
         )  # fmt: skip
     return lease
 
