@@ -211,7 +211,7 @@ def _search(sweep: _Sweep) -> None:
         searcher = ListedTrials(remaining, plan, budget.used_up)
     else:
         searcher = DrawnTrials(
-            job, known, free_names(sweep.folder, trial_name), plan, budget.used_up
+            job, known, free_names(sweep.folder.path, trial_name), plan, budget.used_up
         )
     stops_early = config.scheduler.name != "none"
     scheduler = EarlyStopping(config, job.schedule.epochs, known) if stops_early else None
@@ -244,7 +244,7 @@ def _finalists(sweep: _Sweep) -> list[Planned]:
         for trial in sweep.known
         if trial.stage == "finalists" or trial.state in ("finished", "nan")
     }
-    free = free_names(sweep.folder, finalist_name)
+    free = free_names(sweep.folder.path, finalist_name)
     return [
         Planned(known.get((identity(point), seed)) or next(free), point, seed, "finalists")
         for point in points
