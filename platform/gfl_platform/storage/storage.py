@@ -10,7 +10,7 @@ import difflib
 import hashlib
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePath
@@ -32,7 +32,10 @@ from gfl_platform.storage.s3 import (
     upload,
 )
 
-STATE_FILES = ("config.yaml", "sweep.yaml", "run.json", "trial.json")
+RECORDS = ("run.json", "trial.json")
+"""Files in the folder of a run, sweep or trial that change while it runs."""
+
+STATE_FILES = ("config.yaml", "sweep.yaml", *RECORDS)
 """Files that a driver on another machine needs to continue a run, or a sweep and its trials."""
 
 Kind = Literal["runs", "sweeps"]
@@ -175,7 +178,7 @@ class Storage:
         folder = self.root / kind / name
         what = kind.removesuffix("s")
         if self.is_remote:
-            self._fetch_state(folder, resume=resume)
+            self._fetch_state(folder, STATE_FILES, resume=resume)
         if resume and not folder.is_dir():
             existing = [path.name for path in folder.parent.glob("*")]
             near = difflib.get_close_matches(name, existing, n=1)
@@ -218,12 +221,14 @@ class Storage:
                 yield RunFolder(self, path)
                 return
             with leased(self.location_of(path)) as term:
-                self._fetch_state(path, resume=resume)
+                self._fetch_state(
+                    path, RECORDS, resume=resume
+                )  # The holder before may have written.
                 self.share_state(path)
                 yield RunFolder(self, path, term)
 
-    def _fetch_state(self, folder: Path, *, resume: bool) -> None:
-        """Download the state of a run that was begun on another machine.
+    def _fetch_state(self, folder: Path, names: Sequence[str], *, resume: bool) -> None:
+        """Download the named state of a run that was begun on another machine.
 
         Raises:
             StorageError: there is such a run, but it is not to be resumed.
@@ -236,7 +241,7 @@ class Storage:
                 f"run '{folder.name}' exists in {location}; continue it with --resume, or choose "
                 "another run.name"
             )
-        for name in state_files:
+        for name in (key for key in state_files if PurePath(key).name in names):
             path = inside(folder, name)
             arrived = path.with_name(f"{path.name}.arrived")
             path.parent.mkdir(parents=True, exist_ok=True)

@@ -157,8 +157,11 @@ def test_a_run_that_was_begun_meanwhile_is_not_begun_again(folder, tmp_path):
     put(f"{folder}/config.yaml", b"seed: 0")
     with pytest.raises(StorageError, match="run 'x' exists"):
         storage.held(path, resume=False).__enter__()
+    (path / "config.yaml").write_text("seed: 0\ndata: {moved: there}")
+    put(f"{folder}/run.json", b'{"run_id": "1"}')
     with storage.held(path, resume=True) as held:
-        assert (held.path / "config.yaml").read_text() == "seed: 0"
+        assert (held.path / "run.json").read_text() == '{"run_id": "1"}'
+        assert "moved" in read_versioned(f"{folder}/config.yaml")[0]
 
 
 def test_what_an_earlier_holder_deletes_is_not_what_the_new_one_has(folder, tmp_path):
