@@ -117,10 +117,10 @@ def run(training: Training, events: Events, callbacks: Sequence[UserCallback] = 
         patience = job.schedule.patience
         logger.info("stopped after epoch %d: AP has not risen for %d epochs", epochs, patience)
     evaluated = [pair for pair in result.best_checkpoints if "AP" in pair[1]]
-    if folder.term > 1:  # MLflow knows them by the folder of an earlier term.
-        for checkpoint, facts in evaluated:
-            place = facts["step"], facts["epoch"], facts["metrics"], launch.uri_of(checkpoint)
-            events.tell(EpochEvaluated(*place, repeated=True))
+    if folder.term > 1:  # MLflow knows some of them by the folder of an earlier term.
+        for checkpoint, facts in sorted(evaluated, key=lambda pair: pair[1]["step"]):
+            uri = launch.uri_of(checkpoint)
+            events.tell(EpochEvaluated(facts["step"], facts["epoch"], facts["metrics"], uri))
     # Of two with the same AP the later: the first may be damaged, and its epoch trained again.
     best, facts = max(evaluated, key=lambda pair: (pair[1]["AP"], pair[0].path))
     return FitResult(
