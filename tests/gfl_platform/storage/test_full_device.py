@@ -43,7 +43,7 @@ def test_neither_a_full_device_nor_a_damaged_checkpoint_changes_a_digit(trained,
         JobFailedError, match="no space left on the device for a checkpoint"
     ) as error:
         train.train(job, "full", resume=False, watch=print)
-    assert "but no checkpoint of this run, and go on with --resume" in str(error.value)
+    assert "without deleting checkpoints of this run, then use --resume" in str(error.value)
     assert "\n" not in str(error.value)
     (kept,) = (root / "runs" / "full" / "ray").glob("checkpoint_2*")  # nothing is half there
     require_whole(kept)
