@@ -1,4 +1,4 @@
-"""Micro-batches: the parts of a global batch that go through the network one after the other.
+"""Gradient accumulation: micro-batches of a global batch go through the network in turn.
 
 A step has one global batch. It is cut into equal *shards*, one for each worker, or several for each
 when a training goes on with fewer workers than it began with. A worker cuts a shard into
