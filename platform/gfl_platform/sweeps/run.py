@@ -121,12 +121,7 @@ def run_sweep(
 ) -> SweepResults:
     """Run the sweep that `job` describes, or continue it, and write its report.
 
-    Args:
-        job: Configuration with a `sweep:` section.
-        name: Name of the sweep.
-        resume: Whether to continue an interrupted sweep.
-        watch: Called with a trial and each of its events.
-        train: Function that trains a trial.
+    Each event of a trial is given to `watch` together with the trial.
 
     Raises:
         ValueError: the sweep, dataset, cluster or MLflow store cannot be used.

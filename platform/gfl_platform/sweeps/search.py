@@ -101,15 +101,7 @@ class DrawnTrials(Trials):
         plan: Callable[[Planned], None],
         used_up: Callable[[], bool],
     ) -> None:
-        """Create a searcher that draws.
-
-        Args:
-            job: Configuration of the sweep.
-            known: Trials of earlier sessions.
-            names: Ids for further trials.
-            plan: Records a trial before any of its processes starts, so that its id is taken.
-            used_up: Returns whether the budget is used up.
-        """
+        """Build the study from the `known` trials of earlier sessions; `names` are further ids."""
         super().__init__(plan, used_up)
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         self._job, self._sweep = job, sweep_of(job)

@@ -34,13 +34,8 @@ Train = Callable[[JobConfig, RunFolder, Workers, Events], TrialOutcome]
 class TrialSettings:
     """Settings that all trials of a sweep have in common.
 
-    Attributes:
-        job: Configuration of the sweep.
-        folder: Folder with the trials' folders.
-        workers: Workers of each trial.
-        events: The way to the sweep's driver.
-        train: Function that trains.
-        environment: Environment variables that the sweep's driver passes to its trials.
+    `folder` holds the trials' folders, `events` lead to the sweep's driver, which passes on its
+    `environment` variables.
     """
 
     job: JobConfig
