@@ -255,7 +255,8 @@ def test_figures_of_an_epoch_are_where_ray_tune_looks(tiny, monkeypatch):
     monkeypatch.setattr("ray.train.report", lambda facts, **_: said.append(facts))
     monkeypatch.setattr("ray.train.get_context", lambda: SimpleNamespace(get_world_rank=lambda: 1))
     metrics = {"AP": 0.1, "AP50": 0.2}
-    WorkerListener(None).on_epoch(SimpleNamespace(epoch=1, step=2, metrics=metrics, config=tiny))
+    epoch = SimpleNamespace(epoch=1, step=2, metrics=metrics, config=tiny)
+    WorkerListener(None, {}).on_epoch(epoch)
     assert said[0].items() >= {"AP": 0.1, "AP50": 0.2, "epoch": 1, "metrics": metrics}.items()
 
 
