@@ -88,9 +88,9 @@ def read_state_dict(path: Path) -> Mapping[str, Tensor]:
             "'state_dict'"
         )
     for key, value in state.items():
-        if not isinstance(value, Tensor):
+        if not isinstance(key, str) or not isinstance(value, Tensor):
             raise ValueError(
-                f"{path}: {key!r} is no tensor; expected a state dict of tensors, or one under "
+                f"{path}: {key!r} is no {'tensor' if isinstance(key, str) else 'name'}; expected a state dict of tensors, or one under "
                 "'state_dict'"
             )
     return state
