@@ -75,7 +75,7 @@ def rename_mmdet(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _require_unit_bins(bins: Tensor) -> None:
-    if not torch.equal(bins.cpu(), torch.arange(len(bins), dtype=bins.dtype)):
+    if bins.ndim != 1 or bins.tolist() != list(range(len(bins))):
         raise ValueError(f"{BINS}: expected bins 0, 1, ..., got {bins.tolist()}")
 
 

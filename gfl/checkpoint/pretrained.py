@@ -45,7 +45,10 @@ def load_weights(
     """
     name = "weights" if isinstance(source, Mapping) else str(source)
     entries = source if isinstance(source, Mapping) else read_state_dict(Path(source))
-    kind, state = _recognise({key.removeprefix("module."): v for key, v in entries.items()})
+    try:
+        kind, state = _recognise({key.removeprefix("module."): v for key, v in entries.items()})
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from error
     expected = detector.state_dict()
     if kind == "torchvision classifier":
         expected = {

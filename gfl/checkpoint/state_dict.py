@@ -35,6 +35,9 @@ BACKBONES = {
 }
 """Backbones by their blocks: whether they are bottlenecks, whether grouped, how many per stage."""
 
+CONVOLUTION = re.compile(r"_logits\.weight|conv2\.weight|conv_offset\.weight|predictor.*\.weight")
+"""Names of weights from whose shapes an architecture is inferred."""
+
 ZIP_SIGNATURE = b"PK\x03\x04"
 """First bytes of a file of `torch.save` since torch 1.6."""
 
@@ -89,8 +92,9 @@ def read_state_dict(path: Path) -> Mapping[str, Tensor]:
         )
     for key, value in state.items():
         if not isinstance(key, str) or not isinstance(value, Tensor):
+            what = "tensor" if isinstance(key, str) else "name of a tensor"
             raise ValueError(
-                f"{path}: {key!r} is no {'tensor' if isinstance(key, str) else 'name'}; expected a state dict of tensors, or one under "
+                f"{path}: {key!r} is no {what}; expected a state dict of tensors, or one under "
                 "'state_dict'"
             )
     return state
@@ -203,6 +207,9 @@ def infer_model(state: Mapping[str, Tensor]) -> ModelConfig:
         ValueError: No detector of ours has such entries.
         LookupError: An entry that determines the architecture is missing; the argument is its name.
     """
+    for key, value in state.items():
+        if CONVOLUTION.search(key) and (value.ndim != 4 or not value.numel()):
+            raise ValueError(f"{key}: shape {tuple(value.shape)} is not that of a convolution")
     classes, channels = state["head.cls_logits.weight"].shape[:2]
     tower = {int(m[1]) for key in state if (m := re.match(r"head\.\w+_tower\.(\d+)\.", key))}
     quality = state.get("head.quality_predictor.layers.0.weight")
@@ -319,6 +326,11 @@ def require_same_entries(
             raise ValueError(
                 f"{source}: {name_in_source(key)}: shape {tuple(value.shape)}, but the model has "
                 f"{tuple(expected[key].shape)}"
+            )
+        if not torch.can_cast(value.dtype, expected[key].dtype):
+            raise ValueError(
+                f"{source}: {name_in_source(key)}: has {value.dtype}, but the model has "
+                f"{expected[key].dtype}"
             )
 
 
