@@ -26,6 +26,9 @@ Floats = npt.NDArray[np.float64]
 
 IOU_THRESHOLDS = tuple(f"{percent / 100:.2f}" for percent in range(50, 100, 5))
 
+CERTAIN = 0.3
+"""Smallest score of the detections that `score_images` counts."""
+
 NO_GROUND_TRUTH = -1.0
 """COCO's value of a statistic without ground truth, such as APl without a large object."""
 
@@ -92,12 +95,12 @@ def match_split(split: Split, rows: Rows, config: Config) -> list[dict[str, Any]
     return matches
 
 
-def score_images(split: Split, rows: Rows, config: Config, min_score: float = 0.3) -> Floats:
-    """Return the F1 score of every image of `split`, (I,), for detections from `min_score` on.
+def score_images(split: Split, rows: Rows, config: Config) -> Floats:
+    """Return the F1 score of every image of `split`, (I,), for its certain detections.
 
     A detection is correct at an IoU of 0.5. An image without objects and detections has 1.
     """
-    evaluator = _hotcoco(_ground_truth(_numbered(split)), rows[rows[:, 5] >= min_score])
+    evaluator = _hotcoco(_ground_truth(_numbered(split)), rows[rows[:, 5] >= CERTAIN])
     _match(evaluator, split.numbers, sorted(config.evaluation.max_detections))
     summaries = evaluator.image_diagnostics(iou_thr=0.5)["img_summary"]
     f1 = [summaries[image]["f1"] if image in summaries else 1.0 for image in split.numbers]

@@ -19,7 +19,6 @@ def evaluate(
     split: Split,
     loader: DataLoader[Batch],
     device: torch.device,
-    progress: Callable[[int], None] | None = None,
 ) -> dict[str, float]:
     """Return the COCO statistics over `split`, the same on every worker.
 
@@ -28,9 +27,8 @@ def evaluate(
         split: The images and their ground truths.
         loader: Loads this worker's images (`EvaluationBatches`).
         device: Device of the detector.
-        progress: Called after every batch with the number of images that this worker has done.
     """
-    rows = gather(detect(detector, split, loader, device, progress))
+    rows = gather(detect(detector, split, loader, device))
     metrics = [{} if rows is None else evaluate_split(split, rows, detector.config).metrics]
     if dist.is_initialized():
         dist.broadcast_object_list(metrics, src=0)

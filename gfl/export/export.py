@@ -137,12 +137,8 @@ def _published(folder: Path, names: Sequence[str] = ()) -> Iterator[Path]:
             file.replace(folder / file.name)
 
 
-def open_onnx(path: Path, threads: int | None = None) -> Run:
-    """Return a function that runs an ONNX file with onnxruntime on the CPU.
-
-    Args:
-        path: The file.
-        threads: Number of threads, by default torch's.
+def open_onnx(path: Path) -> Run:
+    """Return a function that runs an ONNX file with onnxruntime on the CPU, in torch's threads.
 
     Raises:
         ExportError: The package onnxruntime is not installed.
@@ -154,7 +150,7 @@ def open_onnx(path: Path, threads: int | None = None) -> Run:
             "onnxruntime: not installed; pip install 'gfl-platform[export]'"
         ) from error
     options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads or torch.get_num_threads()
+    options.intra_op_num_threads = torch.get_num_threads()
     options.log_severity_level = 3
     session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
     return lambda images: session.run(None, {INPUT: images.numpy()})
