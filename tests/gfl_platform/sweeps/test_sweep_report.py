@@ -192,7 +192,7 @@ def test_whatever_the_trials_are_there_is_a_report(trials, tmp_path, monkeypatch
     page = read_report(results, tmp_path)
     assert "All trials" in page.text
     assert "nan AP" not in page.text
-    console = Console(width=80, record=True)
+    console = Console(width=80, record=True, markup=False, emoji=False)
     monkeypatch.setattr(tables, "console", console)
     tables.show_sweep(results)
     assert "verdicts" in console.export_text()
@@ -222,7 +222,7 @@ def test_a_reader_is_warned(trials, warning):
 
 def terminal_rows(results, monkeypatch):
     """Return the cells of all rows that a terminal of 80 columns shows, without the headings."""
-    console = Console(width=80, record=True)
+    console = Console(width=80, record=True, markup=False, emoji=False)
     monkeypatch.setattr(tables, "console", console)
     tables.show_sweep(results)
     lines = [line for line in console.export_text().splitlines() if line.startswith("│")]
@@ -258,7 +258,7 @@ def test_a_terminal_shows_papers_figures_and_ours(monkeypatch):
     published = PublishedConfig(source="[bold] paper", rows=rows)
     trials = [trial(1), trial(2, ap=0.31), trial(4, state="failed", cause="[red] lost")]
     results = results_of(grid([1, 2]), trials, {BETA: 2}, published=published)
-    console = Console(width=80, record=True)
+    console = Console(width=80, record=True, markup=False, emoji=False)
     monkeypatch.setattr(tables, "console", console)
     tables.show_sweep(results)
     text = console.export_text()

@@ -144,7 +144,7 @@ def by_kind(records):
     """Return masked records by their kind: threads may tell of two kinds in either order."""
     kinds = {}
     for record in records:
-        if record["kind"] not in ("result", "evaluated"):  # not what the training's workers tell
+        if record["kind"] not in ("result", "items"):  # not what the training's workers tell
             kinds.setdefault(record["kind"], []).append(masked_record(record))
     return kinds
 
@@ -193,7 +193,7 @@ def record_stream(job, result, records):
     protocol = json.loads(run.data.tags["fps.protocol"])
     protocol |= {"device": "a CPU", "driver": "unknown"}
     # Evaluations of the gate come after the training's end.
-    records = [record for record in records if record["kind"] != "evaluated"]
+    records = [record for record in records if record["kind"] != "items"]
     ended = {"kind": "result", "fps": result.fps, "protocol": protocol, "epochs": 3}
     text = as_json(rounded([*records, ended], 6))
     path = GOLDEN / "events" / "stream.json"
