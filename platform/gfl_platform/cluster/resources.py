@@ -94,7 +94,6 @@ def connect() -> None:
     try:
         ray.init(**options)
     except (ConnectionError, RuntimeError, OSError) as error:
-        ray.shutdown()  # Half of a cluster would be in the way of the next attempt.
         raise ClusterError(_reason(error)) from error
 
 
