@@ -481,7 +481,7 @@ def _voc_object(element: Element, what: str) -> _VocObject:
 
 
 def _size(file: Path, root: Element, image: Path) -> tuple[int, int]:
-    """Return the annotated (height, width); the image's own where a tool wrote none or zeros."""
+    """Return (height, width) from the annotation, or from the image if it is absent or zero."""
     size = root.find("size")
     if size is None:
         return image_size(image)

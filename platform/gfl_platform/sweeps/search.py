@@ -64,7 +64,7 @@ class Trials(Searcher):
 
 
 class ListedTrials(Trials):
-    """The trials of a list, in its order."""
+    """Searcher that gives Ray Tune a fixed list of trials, in order."""
 
     def __init__(
         self,
