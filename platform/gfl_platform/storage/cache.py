@@ -14,8 +14,8 @@ import shutil
 import threading
 import time
 import uuid
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO
@@ -52,11 +52,11 @@ LISTING = "listing.json"
 FILES = "files"
 """Folder in a copy's folder that holds the files."""
 
-DOWNLOADING, USED = "downloading.lock", "used.lock"
-"""Lock files in a copy's folder: of the process that downloads, and of all that use the copy."""
+DOWNLOADING, USED, EVICTING = "downloading.lock", "used.lock", "evicting.lock"
+"""Lock files: of the process that downloads, of all that use a copy, of the one that deletes."""
 
-Report = Callable[[str], None]
-"""Function that is called with a sentence on a download's progress."""
+GONE = "gone-"
+"""Beginning of the names of copies that are being deleted."""
 
 
 @dataclass(frozen=True)
@@ -73,14 +73,13 @@ class Cache:
     limit: int
     job: str = field(default_factory=lambda: uuid.uuid4().hex)
 
-    def local(self, location: str, report: Report = logger.info) -> Path:
+    def local(self, location: str) -> Path:
         """Return the path of a copy, as of the job's begin; a local path is returned as it is.
 
         Only objects that changed are downloaded. The copy stays until this process ends.
 
         Args:
             location: A path, or `s3://BUCKET/KEY` of an object or of a folder.
-            report: Called with the progress of a download.
 
         Raises:
             S3Error: there is nothing at `location`, it cannot be read, or it does not fit.
@@ -88,14 +87,13 @@ class Cache:
         if not is_remote(location):
             return Path(location).expanduser()
         copy = self.folder.expanduser() / hashlib.sha256(location.encode()).hexdigest()[:16]
-        copy.mkdir(parents=True, exist_ok=True)
         _use(copy)
         with (copy / DOWNLOADING).open("a") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             objects = self._listed(location, copy)
             self._make_room(location, copy, sum(size for _, size in objects.values()))
             try:
-                _Download(location, copy, objects, report).run()
+                _Download(location, copy, objects).run()
             except S3Error:  # An object may have changed; the next attempt lists them again.
                 (copy / LISTING).unlink(missing_ok=True)
                 raise
@@ -117,7 +115,7 @@ class Cache:
         write_atomically(copy / LISTING, json.dumps({"job": self.job, "objects": objects}))
         return objects
 
-    def localized(self, config: Config, report: Report = logger.info) -> Config:
+    def localized(self, config: Config) -> Config:
         """Return `config` with local copies in place of data on S3.
 
         Raises:
@@ -126,7 +124,7 @@ class Cache:
 
         def localized_split(split: SplitConfig) -> SplitConfig:
             remote = {key: place for key, place in split if is_remote(place)}
-            copies = {key: str(self.local(place, report)) for key, place in remote.items()}
+            copies = {key: str(self.local(place)) for key, place in remote.items()}
             return split.model_copy(update=copies)
 
         data = config.data
@@ -140,6 +138,12 @@ class Cache:
                 f"{location}: {needed / 1e9:.1f} GB do not fit into storage.cache_gb "
                 f"({self.limit / 1e9:g}); raise it"
             )
+        with (copy.parent / EVICTING).open("a") as turn:
+            fcntl.flock(turn, fcntl.LOCK_EX)
+            self._evict(location, copy, needed)
+
+    def _evict(self, location: str, copy: Path, needed: int) -> None:
+        """Delete copies for `_make_room`, one process at a time."""
         others = [path.parent for path in copy.parent.glob(f"*/{USED}") if path.parent != copy]
         others.sort(key=lambda other: (other / USED).stat().st_mtime)
         sizes = {other: _size(other) for other in others}
@@ -151,7 +155,9 @@ class Cache:
                     fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 except OSError:
                     continue  # Another process uses this copy.
-                shutil.rmtree(other)
+                # A process that begins to use the copy meanwhile makes a folder of its own.
+                gone = other.rename(other.with_name(f"{GONE}{uuid.uuid4().hex}"))
+                shutil.rmtree(gone)
                 del sizes[other]
         used = sum(sizes.values())
         if used + needed > self.limit:
@@ -165,10 +171,8 @@ class Cache:
 class _Download:
     """Brings one copy up to date, file by file; the next attempt continues an interrupted one."""
 
-    def __init__(
-        self, location: str, copy: Path, objects: dict[str, Object], report: Report
-    ) -> None:
-        self._location, self._copy, self._objects, self._report = location, copy, objects, report
+    def __init__(self, location: str, copy: Path, objects: dict[str, Object]) -> None:
+        self._location, self._copy, self._objects = location, copy, objects
         self._paths = {name: self._path(name) for name in objects}
         self._arrived = _manifest(copy) or self._recovered()
         self._lock, self._reported = threading.Lock(), time.monotonic()
@@ -257,7 +261,7 @@ class _Download:
             self._reported = time.monotonic()
             self._write_manifest()
             arrived, total = len(self._arrived), len(self._objects)
-            self._report(f"{self._location}: {arrived} of {total} files are on this node")
+            logger.info("%s: %d of %d files are on this node", self._location, arrived, total)
 
 
 def _manifest(copy: Path) -> dict[str, Object]:
@@ -288,7 +292,13 @@ _LOCKS: dict[Path, IO[str]] = {}
 def _use(copy: Path) -> None:
     """Lock a copy against deletion until this process ends, and note the time of its use."""
     path = copy / USED
-    if path not in _LOCKS:
-        _LOCKS[path] = path.open("a")
-        fcntl.flock(_LOCKS[path], fcntl.LOCK_SH)
+    while path not in _LOCKS:
+        copy.mkdir(parents=True, exist_ok=True)
+        with suppress(FileNotFoundError):  # Another process may delete the copy meanwhile.
+            lock = path.open("a")
+            fcntl.flock(lock, fcntl.LOCK_SH)
+            if path.exists() and path.samefile(f"/dev/fd/{lock.fileno()}"):
+                _LOCKS[path] = lock
+            else:
+                lock.close()
     path.touch()

@@ -184,7 +184,7 @@ def test_a_folder_that_ray_cannot_use_is_named_by_its_variable(no_cluster, monke
     for name in ("RAY_TMPDIR", "RAY_ADDRESS"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("TMPDIR", str(long))
-    # In a process of its own: this one may hold the cluster of the session.
+    # Ray starts in another process, because this one may hold the cluster of the session.
     command = "from gfl_platform.cluster import resources; resources.connect()"
     ended = subprocess.run([sys.executable, "-c", command], capture_output=True, text=True)
     message = ended.stderr.splitlines()[-1]

@@ -131,7 +131,7 @@ def test_a_server_that_ignores_conditions_is_told_of_and_not_trusted(s3, folder,
 
 
 def test_a_renewal_whose_answer_was_lost_is_no_loss(folder, monkeypatch):
-    """Also if all attempts of a request got lost, and only the next one is answered."""
+    """The lease is kept even if no attempt of a request is answered, but only the next request."""
     held, real = lease._Lease(f"{folder}/{LEASE_FILE}"), lease.put_if
     assert held.write(None)
 

@@ -145,8 +145,8 @@ def test_a_download_that_is_killed_goes_on_where_it_was(bucket, cache):
     child = (
         "import os, signal, sys; from pathlib import Path; from gfl_platform.storage import cache\n"
         "cache.REPORT_SECONDS, cache.DOWNLOADS = 0, 1\n"
-        "def die(_): os.kill(os.getpid(), signal.SIGKILL)\n"
-        f"cache.Cache(Path({str(cache.folder)!r}), 1000).local('s3://gfl/set', die)"
+        "cache.logger.info = lambda *_: os.kill(os.getpid(), signal.SIGKILL)\n"
+        f"cache.Cache(Path({str(cache.folder)!r}), 1000).local('s3://gfl/set')"
     )
     killed = subprocess.run([sys.executable, "-c", child], env=os.environ, check=False)
     assert killed.returncode == -signal.SIGKILL
@@ -164,7 +164,12 @@ def test_a_key_that_leads_out_of_the_copy_is_refused(bucket, cache, name):
     with pytest.raises(S3Error, match=r"s3://gfl/set: .*rename it"):
         cache.local("s3://gfl/set")
     files = [path for path in cache.folder.parent.rglob("*") if path.is_file()]
-    assert {path.name for path in files} <= {"downloading.lock", "used.lock", LISTING}
+    assert {path.name for path in files} <= {
+        "downloading.lock",
+        "used.lock",
+        "evicting.lock",
+        LISTING,
+    }
 
 
 def test_a_location_that_leads_out_of_the_copy_is_refused(bucket, cache):
