@@ -36,6 +36,9 @@ an index of `IGNORED`."""
 IGNORED = ("", "difficult boxes", "crowd boxes", "boxes with ignore: 1")
 """Reasons for which training and AP ignore an object; 0 is none."""
 
+FARTHEST = 2.0**31
+"""Largest coordinate or side in px: what COCO and VOC files hold beyond is a mistake."""
+
 FORMAT = 1
 """Version of the files of `Annotations`: raise it when their content changes."""
 

@@ -22,9 +22,12 @@ import numpy.typing as npt
 
 from gfl.config.schema import Config, DataConfig, SplitConfig
 from gfl.data.annotations import IGNORED, Annotations
-from gfl.data.formats import Faults, find_classes, read_coco, read_voc, read_yolo
+from gfl.data.coco import read_coco
+from gfl.data.faults import Faults
 from gfl.data.images import ImageFolder, image_size
 from gfl.data.synthetic import render_shapes
+from gfl.data.voc import read_voc
+from gfl.data.yolo import find_classes, read_yolo
 from gfl.errors import DataError
 from gfl.structures import Id
 

@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from gfl.config.schema import Config
-from gfl.data.formats import is_ignored, object_area
+from gfl.data.coco import is_ignored, object_area
 from gfl.data.split import Split
 from gfl.structures import Rows
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from gfl.config.schema import Config
-from gfl.data.formats import annotations_of
+from gfl.data.coco import annotations_of
 from gfl.data.split import ImageRecord, Split
 from gfl.evaluation import bootstrap, coco_eval
 from gfl.evaluation.bootstrap import measure_gain
