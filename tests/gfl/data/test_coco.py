@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from gfl.data import coco as coco_format
 from gfl.data.coco import read_coco
 from gfl.errors import DataError
 
@@ -29,9 +30,9 @@ def test_processes_share_what_is_in_a_large_file(coco, monkeypatch):
     """The second reader maps arrays, and needs neither JSON nor polygons."""
     path = Path(coco(annotations=[OBJECT | {"segmentation": [[0, 0, 9, 9]]}] * 3)[1])
     plain = read(path)
-    monkeypatch.setattr(coco, "LARGE_FILE", 1)
+    monkeypatch.setattr(coco_format, "LARGE_FILE", 1)
     first = read(path)
-    monkeypatch.setattr(coco, "_parse_coco", None)
+    monkeypatch.setattr(coco_format, "_parse_coco", None)
     second = read(path)
     assert isinstance(second.objects, np.memmap)
     for shared in (first, second):
@@ -44,7 +45,7 @@ def test_a_damaged_cache_is_made_again_and_one_that_cannot_be_written_is_done_wi
     coco, monkeypatch, caplog
 ):
     path = Path(coco(annotations=[OBJECT])[1])
-    monkeypatch.setattr(coco, "LARGE_FILE", 1)
+    monkeypatch.setattr(coco_format, "LARGE_FILE", 1)
     whole = read(path)
     (lists,) = path.parent.glob("cache/*/lists.json")
     lists.write_text("[")
@@ -55,7 +56,7 @@ def test_a_damaged_cache_is_made_again_and_one_that_cannot_be_written_is_done_wi
 
 def test_annotations_that_are_wrong_are_refused_each_time(coco, monkeypatch):
     path = coco(annotations=[{**OBJECT, "area": "x"}])[1]
-    monkeypatch.setattr(coco, "LARGE_FILE", 1)
+    monkeypatch.setattr(coco_format, "LARGE_FILE", 1)
     for _ in range(2):
         with pytest.raises(DataError, match="area: got 'x'"):
             read(path)
