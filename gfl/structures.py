@@ -46,6 +46,12 @@ class Predictions:
         return Predictions(*(getattr(self, field.name)[keep] for field in fields(self)))
 
 
+def concatenated(parts: Sequence[Predictions]) -> Predictions:
+    """Return the detections of several `parts`, at least one, one part after the other."""
+    names = [field.name for field in fields(Predictions)]
+    return Predictions(*(torch.cat([getattr(part, name) for part in parts]) for name in names))
+
+
 @dataclass(frozen=True)
 class Targets:
     """Ground truths of a batch, padded to equal counts.

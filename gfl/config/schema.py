@@ -189,6 +189,24 @@ class ShapesConfig(Section):
     seed: Count = 0
 
 
+class TilesConfig(Section):
+    """Square windows of large images, which take the place of images."""
+
+    size: Annotated[int, Field(ge=32)]
+    """Side of a tile in px of the image; a smaller image is one tile."""
+    overlap: Count
+    """Smallest overlap of neighbouring tiles in px: about the size of the objects, or more."""
+
+    @model_validator(mode="after")
+    def _tiles_advance(self) -> "TilesConfig":
+        if self.overlap >= self.size:
+            raise ValueError(
+                f"data.tiles.overlap {self.overlap} is not below data.tiles.size {self.size}: "
+                "lower it"
+            )
+        return self
+
+
 class DataConfig(Section):
     """The training and evaluation sets, and the preparation of images."""
 
@@ -202,6 +220,8 @@ class DataConfig(Section):
         images="data/coco/val2017", annotations="data/coco/annotations/instances_val2017.json"
     )
     shapes: ShapesConfig | None = None
+    tiles: TilesConfig | None = None
+    """Tiles in place of whole images, scaled like images; none by default."""
     short_side: Positive = 800
     """Largest short side of a scaled image, in px; see `long_side`."""
     long_side: Positive = 1333

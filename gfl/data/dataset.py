@@ -22,7 +22,8 @@ from torchvision.transforms import v2
 from gfl.config.schema import Config, DataConfig
 from gfl.data.images import is_on_its_side, read_cached, read_image
 from gfl.data.samplers import Key, mix_seeds
-from gfl.data.split import ImageRecord, Split
+from gfl.data.split import ImageRecord, Split, Window
+from gfl.data.tiles import sample_records
 from gfl.errors import DataError
 from gfl.structures import Targets, pad_targets
 
@@ -92,7 +93,7 @@ class Sample:
         pixels: RGB in 0..255, (3, H, W), uint8.
         boxes: `xyxy` in px of `pixels`, (G, 4).
         labels: Classes, (G,), int64.
-        image: Index of the image in its split.
+        image: Index of the image in the records of its dataset.
         original_size: (height, width) in px before any transform.
     """
 
@@ -110,7 +111,7 @@ class Batch:
     Attributes:
         pixels: RGB in 0..255, (B, 3, H, W), uint8, padded with 0; channels last in memory.
         targets: Ground truths in px of `pixels`.
-        images: Index of every image in its split, (B,).
+        images: Index of every image in the records of its dataset, (B,).
         original_sizes: (height, width) of every image in px before any transform, (B, 2).
     """
 
@@ -129,20 +130,27 @@ class Batch:
 
 
 class DetectionDataset(Dataset[Sample]):
-    """The samples of a split, by (draw, image) as samplers give it."""
+    """The samples of a split, by (draw, image) as samplers give it.
+
+    Attributes:
+        split: The split.
+        records: The images of the split, or their tiles with `data.tiles`.
+    """
 
     def __init__(self, split: Split, config: Config, *, training: bool) -> None:
         self.split = split
+        self.records = sample_records(split.records, config.data, training=training)
         self._seed = config.seed
         self._cache = Path(config.data.cache) if config.data.cache else None
+        self._latest: tuple[Path, Tensor] | None = None
         self._transforms = build_transforms(config.data, training=training)
 
     def __len__(self) -> int:
-        return len(self.split.records)
+        return len(self.records)
 
     def __getitem__(self, key: Key) -> Sample:
         epoch, image = key
-        record = self.split.records[image]
+        record = self.records[image]
         pixels = self._read(record)
         with _seeded(self._seed, epoch, image):
             pixels, boxes = self._transforms(*as_sample(pixels, torch.tensor(record.boxes)))
@@ -152,12 +160,13 @@ class DetectionDataset(Dataset[Sample]):
         )
 
     def _read(self, record: ImageRecord) -> Tensor:
-        path, cache = record.path, self._cache
-        pixels = read_cached(path, cache) if cache else read_image(path)
+        """Return the pixels of an image or a tile."""
+        path, tile = record.path, record.tile
+        pixels = self._decoded(path, is_tile=tile is not None)
         size = tuple(pixels.shape[-2:])
-        if size == record.size:
-            return pixels
-        height, width = record.size
+        height, width = tile.image_size if tile else record.size
+        if size == (height, width):
+            return cut_window(pixels, tile.window) if tile else pixels
         problem = (
             f"{path}: is {pixels.shape[-1]} x {pixels.shape[-2]} px, but its annotations say "
             f"{width} x {height}"
@@ -167,6 +176,27 @@ class DetectionDataset(Dataset[Sample]):
             problem += ", as before the rotation by its EXIF orientation"
             advice = f"remove the orientation or {advice}"
         raise DataError(f"{problem}; {advice}")
+
+    def _decoded(self, path: Path, *, is_tile: bool) -> Tensor:
+        """Return the pixels of an image file, for a tile without reading what is not needed.
+
+        A cached file is mapped. Otherwise the image of the last tile is kept, because tiles of one
+        image follow each other in an evaluation.
+        """
+        if self._cache:
+            return read_cached(path, self._cache, mapped=is_tile)
+        if not is_tile:
+            return read_image(path)
+        if self._latest is None or self._latest[0] != path:
+            self._latest = (path, read_image(path))
+        return self._latest[1]
+
+
+def cut_window(pixels: Tensor, window: Window) -> Tensor:
+    """Return a copy of the pixels (3, H, W) in a window, with the channels of a pixel together."""
+    x1, y1, x2, y2 = window
+    part = pixels[:, y1:y2, x1:x2].permute(1, 2, 0)
+    return part.clone(memory_format=torch.contiguous_format).permute(2, 0, 1)
 
 
 def require_batch_statistics(config: Config, records: Sequence[ImageRecord], images: int) -> None:

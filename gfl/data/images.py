@@ -235,11 +235,16 @@ def _rgb(image: Image.Image) -> NDArray[np.uint8]:
     return np.array(image if image.mode == "RGB" else image.convert("RGB"))
 
 
-def read_cached(path: Path, folder: Path) -> Tensor:
+def read_cached(path: Path, folder: Path, *, mapped: bool = False) -> Tensor:
     """Return `read_image(path)`; decoded pixels are kept in `folder` and read from there next time.
 
     The key of an entry is the file's absolute path, modification time and size in bytes. Several
     processes may read and write at the same time: an entry appears complete or not at all.
+
+    Args:
+        path: The image file.
+        folder: The cache.
+        mapped: Whether to map the entry into memory, so that only pixels that are used are read.
 
     Raises:
         DataError: The file is missing or is no image.
@@ -251,19 +256,20 @@ def read_cached(path: Path, folder: Path) -> Tensor:
     key = f"{DECODER_VERSION} {path.absolute()} {status.st_mtime_ns} {status.st_size}"
     name = hashlib.sha256(key.encode()).hexdigest()
     entry = folder / name[:2] / f"{name}.npy"  # subfolders, because one would grow too large
-    pixels = _load(entry)
+    pixels = _load(entry, mapped=mapped)
     if pixels is None:
         pixels = read_image(path)
         _keep(pixels, entry, folder)
     return pixels
 
 
-def _load(entry: Path) -> Tensor | None:
+def _load(entry: Path, *, mapped: bool) -> Tensor | None:
     """Return the pixels of an entry; None where there is no entry or it is damaged."""
     if not entry.exists():
         return None
     try:
-        pixels = np.load(entry, allow_pickle=False)
+        # Mapped pixels can be changed like others: "c" copies what is written to.
+        pixels = np.load(entry, "c" if mapped else None, allow_pickle=False)
         if (pixels.dtype, pixels.ndim, pixels.shape[-1]) == (np.uint8, 3, 3):
             return torch.from_numpy(pixels).permute(2, 0, 1)
     except Exception:  # a damaged header makes numpy's parsers raise anything

@@ -83,16 +83,32 @@ class TrainBatches(Sampler[list[Key]]):
 
 
 class EvaluationBatches(Sampler[list[Key]]):
-    """Every `world`-th batch of a split, in order.
+    """This worker's part of the batches of a split, in order.
 
-    No image comes twice and none is left out, even where `world` does not divide their number. The
-    batches do not depend on `world`, so detections do not either.
+    No sample comes twice and none is left out, even where `world` does not divide their number. The
+    batches do not depend on `world`, so detections do not either. The tiles of an image follow each
+    other and belong to one worker.
     """
 
-    def __init__(self, images: int, batch: int, rank: int, world: int) -> None:
-        starts = range(0, images, batch)[rank::world]
+    def __init__(self, counts: Sequence[int], batch: int, rank: int, world: int) -> None:
+        """Deal out groups of whole images, each `batch` samples or more, to workers in turn.
+
+        Args:
+            counts: Number of samples of every image: 1, or that of its tiles.
+            batch: Largest number of samples in a batch.
+            rank: Rank of this worker.
+            world: Number of workers.
+        """
+        groups, start, end = [], 0, 0
+        for number, count in enumerate(counts, start=1):
+            end += count
+            if end - start >= batch or number == len(counts):
+                groups.append(range(start, end))
+                start = end
         self._batches = [
-            [(0, image) for image in range(start, min(start + batch, images))] for start in starts
+            [(0, sample) for sample in group[first : first + batch]]
+            for group in groups[rank::world]
+            for first in range(0, len(group), batch)
         ]
 
     def __len__(self) -> int:

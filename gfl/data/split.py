@@ -47,9 +47,28 @@ LEFT_OUT = (*IGNORED, SMALL, OUTSIDE)
 """Reasons for which boxes are left out; those that training adds come last."""
 
 
+Window = tuple[int, int, int, int]
+"""A part of an image: `xyxy` in px."""
+
+
+@dataclass(frozen=True)
+class Tile:
+    """The place of a tile in its image.
+
+    Attributes:
+        image: Index of the image in its split.
+        window: Part of the image that the tile shows.
+        image_size: (height, width) of the image in px.
+    """
+
+    image: int
+    window: Window
+    image_size: tuple[int, int]
+
+
 @dataclass(frozen=True)
 class ImageRecord:
-    """An image and its objects.
+    """An image, or a tile of one, and its objects.
 
     Attributes:
         image_id: The id in the annotation file.
@@ -57,6 +76,8 @@ class ImageRecord:
         size: (height, width) in px.
         boxes: `xyxy` in px, (G, 4), float32, as annotated: not clipped to the image.
         labels: Classes 0..C-1, (G,), int64, in the order of category ids.
+        tile: Place in the image `path`, of which this is a tile; None for a whole image. Size and
+            boxes are those of the tile, and its boxes are clipped to it.
     """
 
     image_id: Id
@@ -64,6 +85,7 @@ class ImageRecord:
     size: tuple[int, int]
     boxes: npt.NDArray[np.float32]
     labels: npt.NDArray[np.int64]
+    tile: Tile | None = None
 
 
 class Records(Sequence[ImageRecord]):

@@ -1,17 +1,20 @@
 """Evaluation of a detector: all workers detect, and rank 0 measures the gathered detections."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from torch.utils.data import DataLoader
 
+from gfl.config.schema import Config
 from gfl.data.dataset import Batch
-from gfl.data.split import Split
+from gfl.data.split import ImageRecord, Split, Window
+from gfl.data.tiles import TileRecords
 from gfl.evaluation.coco_eval import evaluate_split
 from gfl.model.detector import Detector, folded
-from gfl.structures import Rows, coco_rows
+from gfl.model.tile_merge import merge_tiles
+from gfl.structures import Predictions, Rows, coco_rows
 
 
 def evaluate(
@@ -42,23 +45,59 @@ def detect(
     device: torch.device,
     progress: Callable[[int], None] | None = None,
 ) -> Rows:
-    """Return the detections in this worker's images of `split`, (N, 7) as in `coco_rows`."""
+    """Return the detections in this worker's images of `split`, (N, 7) as in `coco_rows`.
+
+    The detections of tiles are merged to those of whole images.
+    """
     detector = folded(detector)
     parts = [np.empty((0, 7))]
+    records = loader.dataset.records  # type: ignore[attr-defined]
+    whole = _WholeImages(records, detector.config)
     done = 0
     for batch in loader:
-        images = batch.images.tolist()
         moved = batch.to(device)
         sizes = moved.targets.sizes
         predictions = detector.predict(
             detector.normalize(moved.pixels, sizes), sizes, moved.original_sizes
         )
-        for image, detections in zip(images, predictions, strict=True):
-            parts.append(coco_rows(detections, split.numbers[image]))
-        done += len(images)
+        for sample, detections in zip(batch.images.tolist(), predictions, strict=True):
+            complete = whole.add(sample, detections)
+            if complete is not None:
+                image, of_image = complete
+                parts.append(coco_rows(of_image, split.numbers[image]))
+                done += 1
         if progress is not None:
             progress(done)
     return np.concatenate(parts)
+
+
+class _WholeImages:
+    """The detections of images from those of their tiles, which follow each other."""
+
+    def __init__(self, records: Sequence[ImageRecord], config: Config) -> None:
+        self._records = records
+        self._settings = config.postprocess
+        self._waiting: list[Predictions] = []
+        self._windows: list[Window] = []
+
+    def add(self, sample: int, detections: Predictions) -> tuple[int, Predictions] | None:
+        """Return the index and the detections of the image that a sample completes, if it does.
+
+        Args:
+            sample: Index of an image or a tile in the records.
+            detections: Its detections.
+        """
+        if not isinstance(self._records, TileRecords):
+            return sample, detections
+        tile = self._records.tile(sample)
+        self._waiting.append(detections.cpu())
+        self._windows.append(tile.window)
+        if len(self._waiting) < self._records.counts[tile.image]:
+            return None
+        windows = torch.tensor(self._windows)
+        merged = merge_tiles(self._waiting, windows, tile.image_size, self._settings)
+        self._waiting, self._windows = [], []
+        return tile.image, merged
 
 
 def gather(rows: Rows) -> Rows | None:

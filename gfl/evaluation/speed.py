@@ -103,7 +103,9 @@ def record(
 ) -> dict[str, Any]:
     """Return the protocol of a measurement of `images` images of `split` on `device`."""
     on_gpu = device.type == "cuda"
+    tiles = config.data.tiles
     return {
+        **({"tiles": tiles.model_dump()} if tiles else {}),
         "device": torch.cuda.get_device_name(device) if on_gpu else _cpu_name(),
         "driver": _nvidia_smi("driver_version", device) if on_gpu else platform.release(),
         "power": _power(device),

@@ -115,7 +115,7 @@ def draw_samples(dataset: DetectionDataset, folder: Path, count: int) -> None:
         _show(axes, sample.pixels)
         for box, label in zip(sample.boxes, sample.labels.tolist(), strict=True):
             _draw_box(axes, box, label, dataset.split.classes[label])
-        _save(figure, folder / f"{image:06d}-{dataset.split.records[image].path.stem}.png")
+        _save(figure, folder / f"{image:06d}-{dataset.records[image].path.stem}.png")
 
 
 def _save(figure: Figure, path: Path) -> None:

@@ -23,6 +23,7 @@ from gfl.config.schema import Config, DataConfig, ModelConfig
 from gfl.data.dataset import require_batch_statistics
 from gfl.data.images import read_image
 from gfl.data.split import ImageRecord, Split
+from gfl.data.tiles import sample_records
 from gfl.errors import DataError
 from gfl.inspection.regression_range import (
     ACCEPTED_SHARE,
@@ -156,7 +157,7 @@ def inspect_data(
         val: The evaluation set.
         files: Results of `check_files`; empty to inspect the annotations alone.
     """
-    ranges = _regression_ranges(train.records, config)
+    ranges = _regression_ranges(sample_records(train.records, config.data, training=True), config)
     return Inspection(
         files=len(files),
         splits={"train": describe(train, config.data), "val": describe(val, config.data)},
@@ -235,7 +236,7 @@ def find_all(
         *_file_findings("train", train, files),
         *_file_findings("val", val, files),
         *_same_images(train, val, files),
-        *_clipped_edges(ranges, config.model, len(train.records)),
+        *_clipped_edges(ranges, config.model, max(measured.images for measured in ranges)),
         *_unlearned_objects(ranges),
         *_single_values(config, train),
         *_crowded_images("train", train, config),
@@ -252,9 +253,10 @@ def find_cheaply(config: Config, train: Split, val: Split) -> list[Finding]:
     These are clipped edges in at most `SAMPLE` evenly spaced images of `train`, classes without
     boxes, and images with more objects than an evaluation counts.
     """
-    sample = train.records[:: ceil(len(train.records) / SAMPLE)]
+    records = sample_records(train.records, config.data, training=True)
+    ranges = _regression_ranges(records[:: ceil(len(records) / SAMPLE)], config)
     return [
-        *_clipped_edges(_regression_ranges(sample, config), config.model, len(train.records)),
+        *_clipped_edges(ranges, config.model, len(records)),
         *_empty_classes("train", train),
         *_crowded_images("val", val, config),
     ]
@@ -346,7 +348,8 @@ def _unlearned_objects(ranges: Sequence[RegressionRange]) -> Iterator[Finding]:
 
 def _single_values(config: Config, train: Split) -> Iterator[Finding]:
     try:
-        require_batch_statistics(config, train.records, config.data.batch)
+        records = sample_records(train.records, config.data, training=True)
+        require_batch_statistics(config, records, config.data.batch)
     except DataError as error:
         yield Finding(True, "train", 1, "batches with one value of each channel", [str(error)])
 

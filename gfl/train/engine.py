@@ -25,6 +25,7 @@ from gfl.config.schema import Config
 from gfl.data.dataset import Batch, DetectionDataset, build_loader
 from gfl.data.samplers import EvaluationBatches
 from gfl.data.split import Split
+from gfl.data.tiles import TileRecords
 from gfl.distributed import mean_over_workers, worker_rank
 from gfl.errors import PreemptedError
 from gfl.evaluation.evaluator import evaluate
@@ -188,8 +189,10 @@ def build_evaluation_loader(
 ) -> DataLoader[Batch]:
     """Return the loader of this worker's part of an evaluation set."""
     rank, world = worker_rank()
-    batches = EvaluationBatches(len(split.records), config.data.val_batch, rank, world)
     dataset = DetectionDataset(split, config, training=False)
+    records = dataset.records
+    counts = records.counts if isinstance(records, TileRecords) else [1] * len(records)
+    batches = EvaluationBatches(counts, config.data.val_batch, rank, world)
     return build_loader(dataset, batches, config.data.loader_workers, pin=device.type == "cuda")
 
 

@@ -116,12 +116,11 @@ class Trainer:
             load_weights(self.detector, start.weights, reset_classifier=reset)
         place(self.detector, device)
         self.step = read_about(resume).step if resume else 0
-        self.batches = TrainBatches(
-            train.records, config, self.rank, self.world, self.step, start.shards
-        )
-        shard = shard_size(config, self.batches.total_shards)
-        require_batch_statistics(config, train.records, shard)
         self.dataset = DetectionDataset(train, config, training=True)
+        records = self.dataset.records
+        self.batches = TrainBatches(records, config, self.rank, self.world, self.step, start.shards)
+        shard = shard_size(config, self.batches.total_shards)
+        require_batch_statistics(config, records, shard)
         self.optimizer = build_optimizer(self.detector, config)
         self.scheduler = build_scheduler(
             self.optimizer, config.schedule, self.batches.steps_per_epoch
@@ -298,7 +297,7 @@ class Trainer:
         for number in self.batches.shards:
             keys = self.batches.keys(step, number)
             shards.append(collate([self.dataset[key] for key in keys]).to(self.device))
-            of_shard = [str(self.train_split.records[image].path) for _, image in keys]
+            of_shard = [str(self.dataset.records[image].path) for _, image in keys]
             saved = {"pixels": shards[-1].pixels, **vars(shards[-1].targets), "images": of_shard}
             torch.save(saved, folder / f"batch-rank{number}.pt")
             images += of_shard

@@ -14,13 +14,16 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 import gfl
+from gfl.checkpoint.files import About
 from gfl.config.loader import derive
 from gfl.data.split import load_splits
 from gfl.evaluation.coco_eval import evaluate_detections, evaluate_split, format_statistic
 from gfl.evaluation.evaluator import detect, evaluate, gather
 from gfl.evaluation.speed import measure_fps
+from gfl.inference.predictor import Model
 from gfl.train.engine import build_evaluation_loader
 from tests.support.detections import as_rows, rows_on
+from tests.support.detectors import attentive_detector
 from tests.support.processes import run_workers
 
 CPU = torch.device("cpu")
@@ -225,28 +228,55 @@ def test_the_ground_truth_itself_is_perfect_with_the_limits_of_the_configuration
     assert metrics["AP"] == metrics["AR50"] == pytest.approx(1.0)
 
 
-def evaluate_share(rank, config, weights):
+def evaluate_share(rank, configs, weights):
     torch.set_num_threads(1)
-    detector = gfl.Detector(config)
-    gfl.load_weights(detector, weights)
-    val = load_splits(config)[1]
-    loader = build_evaluation_loader(config, val, CPU)
-    return evaluate(detector, val, loader, CPU), gather(detect(detector, val, loader, CPU))
+    results = []
+    for config in configs:
+        detector = gfl.Detector(config)
+        gfl.load_weights(detector, weights)
+        val = load_splits(config)[1]
+        loader = build_evaluation_loader(config, val, CPU)
+        rows = gather(detect(detector, val, loader, CPU))
+        results.append((evaluate(detector, val, loader, CPU), rows))
+    return results
 
 
 def test_two_workers_measure_exactly_what_one_does(tiny, tmp_path):
+    tiled = derive(type(tiny), tiny, ["data.tiles={size: 40, overlap: 16}"])
     torch.manual_seed(3)
     detector = gfl.Detector(tiny)
     detector.head.cls_logits.bias.data.fill_(-2.0)  # so that there is something to find
     torch.save(detector.state_dict(), tmp_path / "w.pth")
     threads = torch.get_num_threads()
-    metrics, detections = evaluate_share(0, tiny, tmp_path / "w.pth")
+    expected = evaluate_share(0, [tiny, tiled], tmp_path / "w.pth")
     torch.set_num_threads(threads)
-    first, second = run_workers(2, evaluate_share, tiny, tmp_path / "w.pth")
-    assert first[0] == second[0] == metrics
-    assert second[1] is None
-    assert np.array_equal(first[1], detections)
-    assert len(detections) > 100
+    shares = run_workers(2, evaluate_share, [tiny, tiled], tmp_path / "w.pth")
+    for (metrics, detections), first, second in zip(expected, *shares, strict=True):
+        assert first[0] == second[0] == metrics
+        assert second[1] is None
+        assert np.array_equal(first[1], detections)
+        assert len(detections) > 100
+
+
+def test_tiles_are_evaluated_as_predicted_on_whole_images(tiny, splits):
+    config = derive(type(tiny), tiny, ["data.tiles={size: 40, overlap: 16}"])
+    detector, val = attentive_detector(config), splits[1]
+    rows = detect(detector, val, build_evaluation_loader(config, val, CPU), CPU)
+    model = Model(detector, About(val.classes, val.category_ids, 0, 0, {}), CPU)
+    for image, (record, number) in enumerate(zip(val.records, val.numbers, strict=True)):
+        (expected,) = model.predict(record.path, batch=3)
+        of_image = rows[rows[:, 0] == number]
+        assert len(of_image) == len(expected) > 20, image
+        boxes = expected.boxes.numpy()
+        np.testing.assert_allclose(of_image[:, 1:3], boxes[:, :2], rtol=0, atol=1e-3)
+        np.testing.assert_allclose(of_image[:, 5], expected.scores, rtol=0, atol=1e-5)
+    assert len(evaluate_split(val, rows, config).ap_by_class) == 3
+
+
+def test_fps_of_tiles_has_another_protocol(tiny, splits):
+    config = derive(type(tiny), tiny, ["data.tiles={size: 40, overlap: 16}"])
+    _, protocol = measure_fps(gfl.Detector(config), splits[1], config, CPU, images=4)
+    assert protocol["tiles"] == {"size": 40, "overlap": 16}
 
 
 def test_fps_comes_with_its_protocol(tiny, splits):
