@@ -43,6 +43,13 @@ def main() -> None:
         default=[1.0],
         help="test-time augmentation: image scales",
     )
+    cli.add_argument(
+        "--tiles",
+        type=int,
+        nargs=2,
+        metavar=("SIZE", "OVERLAP"),
+        help="detect in tiles, in px (default: data.tiles of the model's configuration)",
+    )
     run(predict, parse(cli))
 
 
@@ -76,7 +83,11 @@ def predict(arguments: argparse.Namespace) -> None:
 
         def shown() -> "Iterator[Detections]":
             stream = model.stream(
-                files, batch=arguments.batch, flip=arguments.flip, scales=arguments.scales
+                files,
+                batch=arguments.batch,
+                flip=arguments.flip,
+                scales=arguments.scales,
+                tiles=tuple(arguments.tiles) if arguments.tiles else True,
             )
             for number, detections in enumerate(stream, start=1):
                 yield detections

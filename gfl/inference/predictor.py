@@ -1,7 +1,7 @@
 """Prediction with a trained model: `gfl.load(folder).predict(images)`."""
 
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import fields
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -14,15 +14,21 @@ from torchvision.ops import batched_nms
 
 from gfl.checkpoint.files import About
 from gfl.checkpoint.snapshot import load_checkpoint
-from gfl.config.schema import Config
-from gfl.data.dataset import Sample, as_sample, build_transforms, collate
+from gfl.config.loader import derive
+from gfl.config.schema import Config, TilesConfig
+from gfl.data.dataset import Sample, as_sample, build_transforms, collate, cut_window
 from gfl.data.images import list_images, pixels_of, read_image
+from gfl.data.tiles import windows
 from gfl.inference.detections import Detections
 from gfl.model.detector import Detector, folded, place
-from gfl.structures import Predictions
+from gfl.model.tile_merge import merge_tiles
+from gfl.structures import Predictions, concatenated
 
 ImageLike: TypeAlias = str | Path | bytes | NDArray[np.uint8] | Tensor | Image.Image
 """A file, its content, or RGB pixels: (H, W, 3) as an array, (3, H, W) as a tensor, both uint8."""
+
+Tiles: TypeAlias = bool | tuple[int, int]
+"""(size, overlap) of tiles in px; True for those of the configuration, False for whole images."""
 
 WAITING = 8
 """Largest number of batches of images that wait for others of their size."""
@@ -58,9 +64,13 @@ class Model:
         min_score: float = 0.0,
         flip: bool = False,
         scales: Sequence[float] = (1.0,),
+        tiles: Tiles = True,
     ) -> list[Detections]:
         """Return the detections of each image, in the order of the images; see `stream`."""
-        return list(self.stream(images, batch=batch, min_score=min_score, flip=flip, scales=scales))
+        stream = self.stream(
+            images, batch=batch, min_score=min_score, flip=flip, scales=scales, tiles=tiles
+        )
+        return list(stream)
 
     def stream(
         self,
@@ -70,6 +80,7 @@ class Model:
         min_score: float = 0.0,
         flip: bool = False,
         scales: Sequence[float] = (1.0,),
+        tiles: Tiles = True,
     ) -> Iterator[Detections]:
         """Yield the detections of each image, in the order of the images.
 
@@ -78,26 +89,35 @@ class Model:
         Args:
             images: One image, several images, or a folder. Images of an iterator are released as
                 soon as possible.
-            batch: Images per forward pass. Only images of one size share a pass, so the results
-                differ from those of single images by rounding alone.
+            batch: Images or tiles per forward pass. Only images of one size share a pass, so the
+                results differ from those of single images by rounding alone.
             min_score: Smallest score of a detection, in addition to `postprocess.score_threshold`.
             flip: Whether to detect in the mirrored image, too, and merge (test-time augmentation).
             scales: Multiples of an image's usual size at which to detect, and to merge.
+            tiles: (size, overlap) in px of tiles in which to detect, and to merge. True stands for
+                `data.tiles` of the configuration, if it has tiles; False for whole images.
 
         Raises:
             DataError: A file is missing or is no image.
-            ValueError: An image has an unexpected form.
+            ValueError: An image has an unexpected form, or tiles do.
         """
         if batch < 1 or not scales or min(scales) <= 0:
             raise ValueError(
                 f"batch {batch!r}, scales {list(scales)!r}: expected a positive batch and at least "
                 "one scale, all positive"
             )
+        grid = _grid(tiles, self.config)
+        detect = partial(self._detect, flip=flip, scales=scales)
         sources: dict[int, str] = {}
         ready: dict[int, Detections] = {}
         following = 0
-        for places, pixels in _batches(_noted(_listed(images), sources), batch):
-            for number, predictions in zip(places, self._detect(pixels, flip, scales), strict=True):
+        together = 1 if grid else batch  # a batch of tiles comes from one image
+        for places, pixels in _batches(_noted(_listed(images), sources), together):
+            if grid is None:
+                found = detect(pixels)
+            else:
+                found = [self._detect_tiles(pixels[0], grid, batch, detect)]
+            for number, predictions in zip(places, found, strict=True):
                 ready[number] = Detections(
                     source=sources.pop(number),
                     size=(pixels[0].shape[1], pixels[0].shape[2]),
@@ -109,6 +129,23 @@ class Model:
             while following in ready:
                 yield ready.pop(following)
                 following += 1
+
+    def _detect_tiles(
+        self,
+        image: Tensor,
+        grid: TilesConfig,
+        batch: int,
+        detect: Callable[[list[Tensor]], list[Predictions]],
+    ) -> Predictions:
+        """Return the detections in an image (3, H, W), merged from those in its tiles."""
+        size = (image.shape[1], image.shape[2])
+        of_image = windows(*size, grid)
+        found: list[Predictions] = []
+        for start in range(0, len(of_image), batch):
+            places = of_image[start : start + batch].tolist()
+            found += detect([cut_window(image, place) for place in places])
+        settings = self.config.postprocess
+        return merge_tiles(found, torch.from_numpy(of_image), size, settings)
 
     def _detect(
         self, images: list[Tensor], flip: bool, scales: Sequence[float]
@@ -148,13 +185,21 @@ class Model:
         """Return the detections in several views of one image after NMS over all of them."""
         if len(views) == 1:
             return views[0]
-        names = [field.name for field in fields(Predictions)]
-        together = Predictions(
-            *(torch.cat([getattr(view, name) for view in views]) for name in names)
-        )
+        together = concatenated(views)
         settings = self.config.postprocess
         keep = batched_nms(together.boxes, together.scores, together.labels, settings.nms_iou)
         return together.select(keep[: settings.detections_per_image])
+
+
+def _grid(tiles: Tiles, config: Config) -> TilesConfig | None:
+    """Return the tiles that `tiles` asks for; None for whole images."""
+    if isinstance(tiles, bool):
+        return config.data.tiles if tiles else None
+    if not isinstance(tiles, Sequence) or len(tiles) != 2:
+        raise ValueError(f"tiles: got {tiles!r}; expected (size, overlap) in px, True or False")
+    size, overlap = tiles
+    changes = [f"data.tiles.size={size}", f"data.tiles.overlap={overlap}"]
+    return derive(Config, Config(), changes, "tiles").data.tiles
 
 
 def load(

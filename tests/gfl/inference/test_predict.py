@@ -12,10 +12,13 @@ from PIL import Image
 import gfl
 from gfl.checkpoint.files import About
 from gfl.checkpoint.snapshot import take_snapshot
+from gfl.config.loader import derive
+from gfl.config.schema import Config
 from gfl.data.images import list_images, read_image
 from gfl.errors import DataError
 from gfl.inference.detections import Detections, require_own_names, write_detections
 from gfl.inference.predictor import Model, _batches, _mirror
+from gfl.model.tile_merge import merge_tiles
 from tests.support.detectors import attentive_detector
 
 
@@ -69,6 +72,53 @@ def test_a_batch_changes_no_more_than_rounding(model, files):
     mixed = [*files[:3], torch.zeros(3, 40, 96, dtype=torch.uint8), thin, *files[3:5]]
     for one, other in zip(model.predict(mixed), model.predict(mixed, batch=4), strict=True):
         same(one, other)
+
+
+def test_detections_of_tiles_are_merged_in_px_of_the_image(model, files):
+    pixels = torch.cat([read_image(file) for file in files[:2]], dim=2)  # 64 x 128
+    places = [[0, 0, 64, 64], [40, 0, 104, 64], [64, 0, 128, 64]]
+    of_tiles = [model.predict(pixels[:, :, x1:x2])[0].predictions for x1, _, x2, _ in places]
+    settings = model.config.postprocess
+    expected = merge_tiles(of_tiles, torch.tensor(places), (64, 128), settings)
+    for batch in (1, 2, 5):
+        (detections,) = model.predict(pixels, tiles=(64, 24), batch=batch)
+        assert detections.size == (64, 128)
+        same(detections, expected)
+    (both,) = model.predict(pixels, tiles=(64, 32), flip=True)
+    (mirrored,) = model.predict(pixels.flip(2), tiles=(64, 32), flip=True)
+    same(_mirror(mirrored.predictions, 128), both)
+
+
+class WithMore(Config):
+    """A configuration with more than the detector's part, like that of a job."""
+
+    where: str = "here"
+
+
+def test_tiles_are_those_of_the_configuration_unless_others_are_asked_for(folder, model, files):
+    changes = ["data.tiles={size: 40, overlap: 16}"]
+    tiled = gfl.load(folder, derive(WithMore, model.config, changes))
+    (expected,) = model.predict(files[0], tiles=(40, 16))
+    same(tiled.predict(files[0])[0], expected)
+    (whole,) = model.predict(files[0])
+    same(tiled.predict(files[0], tiles=False)[0], whole)
+    same(tiled.predict(files[0], tiles=(64, 0))[0], whole)  # the image is one tile
+    assert len(whole) != len(expected)
+    same(tiled.predict(files[0], tiles=(40, 16))[0], expected)
+
+
+@pytest.mark.parametrize(
+    ("tiles", "message"),
+    [
+        (640, r"tiles: got 640; expected \(size, overlap\) in px, True or False"),
+        ((640,), r"tiles: got \(640,\); expected \(size, overlap\)"),
+        ((16, 0), r"tiles: data\.tiles\.size: got 16: Input should be greater than or equal to 32"),
+        ((64, 80), r"tiles: data\.tiles\.overlap 80 is not below data\.tiles\.size 64: lower it"),
+    ],
+)
+def test_tiles_of_another_form_are_refused(model, files, tiles, message):
+    with pytest.raises(ValueError, match=message):
+        model.predict(files[0], tiles=tiles)
 
 
 def test_images_of_many_sizes_do_not_pile_up():
