@@ -43,8 +43,10 @@ def starts(side: int, size: int, overlap: int) -> list[int]:
     return [min(number * step, side - size) for number in range(count)]
 
 
-def windows(height: int, width: int, tiles: TilesConfig) -> npt.NDArray[np.int64]:
-    """Return the windows of an image, `xyxy` in px, row by row, (W, 4)."""
+def windows(height: int, width: int, tiles: TilesConfig | None) -> npt.NDArray[np.int64]:
+    """Return the windows of an image, `xyxy` in px, row by row, (W, 4): one if `tiles` is None."""
+    if tiles is None:
+        return np.array([[0, 0, width, height]], dtype=np.int64)
     tall, wide = min(tiles.size, height), min(tiles.size, width)
     corners = [
         (x, y, x + wide, y + tall)

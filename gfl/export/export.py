@@ -18,9 +18,10 @@ from torch import Tensor
 from torch.nn.functional import pad
 from torchvision.ops import clip_boxes_to_image
 
-from gfl.data.dataset import SIZE_MULTIPLE, as_sample, build_transforms
+from gfl.data.dataset import SIZE_MULTIPLE, as_sample, build_transforms, cut_window
 from gfl.data.images import read_image
 from gfl.data.split import Split
+from gfl.data.tiles import windows
 from gfl.evaluation.coco_eval import evaluate_split
 from gfl.export.exportable import (
     INPUT,
@@ -36,6 +37,7 @@ from gfl.inference.predictor import Model
 from gfl.model.boxes import flatten_levels, level_points
 from gfl.model.detector import Detector
 from gfl.model.postprocess import decode
+from gfl.model.tile_merge import merge_tiles
 from gfl.structures import Predictions, Rows, coco_rows
 
 logger = logging.getLogger(__name__)
@@ -301,7 +303,8 @@ def quantize(
 
     class Reader(CalibrationDataReader):
         def __init__(self) -> None:
-            self._inputs = ({INPUT: scaled(model, read_image(p)).numpy()} for p in calibration)
+            pixels = (tile for path in calibration for tile in _tiles(model, path)[1])
+            self._inputs = ({INPUT: scaled(model, tile).numpy()} for tile in pixels)
 
         def get_next(self) -> dict[str, Any] | None:
             return next(self._inputs, None)
@@ -334,16 +337,30 @@ def quantize(
 def _rows(model: Model, run: Run, split: Split) -> Iterator[Rows]:
     """Yield the detections of a file with NMS in every image of `split`."""
     for number, record in zip(split.numbers, split.records, strict=True):
-        pixels = read_image(record.path)
-        image = scaled(model, pixels)
-        boxes, scores, labels, edge_std = (torch.from_numpy(o) for o in run(image)[:4])
-        rescale = Tensor([pixels.shape[2] / image.shape[3], pixels.shape[1] / image.shape[2]])
-        filled = scores > 0
-        predictions = Predictions(
-            boxes=(boxes * rescale.repeat(2))[filled],
-            scores=scores[filled],
-            labels=labels[filled],
-            edge_std=edge_std[filled],
-            distributions=torch.empty(int(filled.sum()), 4, 0),
-        )
-        yield coco_rows(predictions, number)
+        places, tiles = _tiles(model, record.path)
+        found = [_detections(model, run, pixels) for pixels in tiles]
+        settings = model.config.postprocess
+        yield coco_rows(merge_tiles(found, places, record.size, settings), number)
+
+
+def _tiles(model: Model, path: Path) -> tuple[Tensor, list[Tensor]]:
+    """Return the windows of an image (W, 4) and their pixels, a single one without `data.tiles`."""
+    pixels = read_image(path)
+    height, width = pixels.shape[1:]
+    places = windows(height, width, model.config.data.tiles)
+    return torch.from_numpy(places), [cut_window(pixels, place) for place in places.tolist()]
+
+
+def _detections(model: Model, run: Run, pixels: Tensor) -> Predictions:
+    """Return the detections of a file with NMS in an image (3, H, W)."""
+    image = scaled(model, pixels)
+    boxes, scores, labels, edge_std = (torch.from_numpy(o) for o in run(image)[:4])
+    rescale = Tensor([pixels.shape[2] / image.shape[3], pixels.shape[1] / image.shape[2]])
+    filled = scores > 0
+    return Predictions(
+        boxes=(boxes * rescale.repeat(2))[filled],
+        scores=scores[filled],
+        labels=labels[filled],
+        edge_std=(edge_std * rescale.repeat(2))[filled],
+        distributions=torch.empty(int(filled.sum()), 4, 0),
+    )

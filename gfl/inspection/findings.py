@@ -12,7 +12,7 @@ from collections import defaultdict
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from math import ceil
+from math import ceil, prod
 from pathlib import Path
 
 import numpy as np
@@ -20,10 +20,10 @@ import torch
 from torch import Tensor
 
 from gfl.config.schema import Config, DataConfig, ModelConfig
-from gfl.data.dataset import require_batch_statistics
+from gfl.data.dataset import fitted_size, require_batch_statistics
 from gfl.data.images import read_image
 from gfl.data.split import ImageRecord, Split
-from gfl.data.tiles import sample_records
+from gfl.data.tiles import sample_records, windows
 from gfl.errors import DataError
 from gfl.inspection.regression_range import (
     ACCEPTED_SHARE,
@@ -113,7 +113,7 @@ class SplitStatistics:
         aspect: Spread of the images' width divided by height.
         boxes: Number of boxes in all images.
         boxes_per_image: Spread of the number of boxes in an image.
-        sizes: Number of boxes of each of COCO's `SIZES`, as scaled to `data.short_side`.
+        sizes: Number of boxes of each of COCO's `SIZES`, as scaled for the network.
         classes: Number of boxes of each class, by name.
         dropped: Number of images and boxes that do not take part, by reason.
     """
@@ -171,10 +171,8 @@ def describe(split: Split, data: DataConfig) -> SplitStatistics:
     records = split.records
     height, width = torch.tensor([record.size for record in records]).double().unbind(1)
     counts = torch.tensor([len(record.boxes) for record in records])
-    boxes = [network_boxes(record, data.short_side, data.long_side)[0] for record in records]
-    size = torch.bucketize(
-        box_area(torch.cat(boxes)).sqrt(), torch.tensor(list(SIZES.values())), right=True
-    )
+    areas = torch.cat([_network_areas(record, data) for record in records])
+    size = torch.bucketize(areas.sqrt(), torch.tensor(list(SIZES.values())), right=True)
     boxes_of_size = torch.bincount(size - 1, minlength=len(SIZES))
     return SplitStatistics(
         images=len(records),
@@ -187,6 +185,19 @@ def describe(split: Split, data: DataConfig) -> SplitStatistics:
         classes=boxes_of_classes(split),
         dropped=split.dropped,
     )
+
+
+def _network_areas(record: ImageRecord, data: DataConfig) -> Tensor:
+    """Return the areas of an image's boxes, (G,), in px of the network's input.
+
+    With tiles that is the scale of a tile, but no box is cut.
+    """
+    short, long = data.short_side, data.long_side
+    boxes, of_image = network_boxes(record, short, long)
+    _, _, width, height = windows(*record.size, data.tiles)[0].tolist()
+    of_tile = fitted_size(height, width, short, long)
+    zoom = (prod(of_tile) / (height * width)) / (prod(of_image) / prod(record.size))
+    return box_area(boxes) * zoom
 
 
 def boxes_of_classes(split: Split) -> dict[str, int]:

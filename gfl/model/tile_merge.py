@@ -62,15 +62,16 @@ def merge_tiles(
     if len(tiles) == 1:
         return tiles[0]
     found = _in_image(tiles, windows.float(), size)
-    group = torch.arange(len(found.tile))  # every group is named after one of its members
-    pieces = torch.zeros(len(group), dtype=torch.bool)
+    same: list[tuple[int, int]] = []
+    is_piece = torch.zeros(len(found.tile), dtype=torch.bool)
     for first, second in _neighbours(found):
-        for one, other in _matches(found, first, second).tolist():
-            group[group == group[other]] = group[one].clone()
-        pieces[_pieces(found, first, second)] = True
-    counts = torch.bincount(group, minlength=len(group))
-    merged = _merged(found, group, counts)
-    kept = merged.select((counts > 1) | ((counts == 1) & ~pieces))
+        same += _matches(found, first, second).tolist()
+        is_piece[_pieces(found, first, second)] = True
+    groups = _connected(same)
+    grouped = [member for group in groups for member in group]
+    alone = ~is_piece
+    alone[grouped] = False
+    kept = concatenated([found.all.select(alone), *(_merged(found, group) for group in groups)])
     keep = batched_nms(kept.boxes, kept.scores, kept.labels, settings.nms_iou)
     return kept.select(keep[: settings.detections_per_image])
 
@@ -138,20 +139,33 @@ def _pieces(found: _Found, first: Tensor, second: Tensor) -> Tensor:
     return torch.cat(pieces)
 
 
-def _merged(found: _Found, group: Tensor, counts: Tensor) -> Predictions:
-    """Return the detections, each group merged in the place of the member it is named after."""
-    fields = {name: value.clone() for name, value in vars(found.all).items()}
-    for name in (counts > 1).nonzero().flatten().tolist():
-        members = (group == name).nonzero().flatten()
-        best = members[found.all.scores[members].argmax()]
-        edges, sides = _surest_edges(found, members), torch.arange(4)
-        box = found.all.boxes[edges, sides]
-        if (box[2:] <= box[:2]).any():  # edges of far ends of a chain may contradict each other
-            edges = best.repeat(4)
-        fields["scores"][name] = found.all.scores[best]
-        for field in ("boxes", "edge_std", "distributions"):
-            fields[field][name] = getattr(found.all, field)[edges, sides]
-    return Predictions(**fields)
+def _connected(pairs: Sequence[tuple[int, int]]) -> list[list[int]]:
+    """Return the groups of detections that pairs connect, each in ascending order."""
+    group_of: dict[int, list[int]] = {}
+    for pair in pairs:
+        one, other = (group_of.setdefault(member, [member]) for member in pair)
+        if one is not other:
+            one += other
+            group_of.update(dict.fromkeys(other, one))
+    groups = {id(group): group for group in group_of.values()}
+    return [sorted(group) for group in groups.values()]
+
+
+def _merged(found: _Found, group: Sequence[int]) -> Predictions:
+    """Return the object that a group of detections shows, N = 1."""
+    members = torch.tensor(group)
+    best = members[found.all.scores[members].argmax()]
+    edges, sides = _surest_edges(found, members), torch.arange(4)
+    box = found.all.boxes[edges, sides]
+    if (box[2:] <= box[:2]).any():  # edges from far ends of a chain may contradict each other
+        edges = best.repeat(4)
+    return Predictions(
+        boxes=found.all.boxes[edges, sides][None],
+        scores=found.all.scores[best, None],
+        labels=found.all.labels[best, None],
+        edge_std=found.all.edge_std[edges, sides][None],
+        distributions=found.all.distributions[edges, sides][None],
+    )
 
 
 def _surest_edges(found: _Found, members: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ from gfl.data.images import read_image
 from gfl.data.samplers import EvaluationBatches
 from gfl.data.split import ImageRecord, load_splits
 from gfl.data.tiles import VISIBLE, TileRecords, starts, visible_boxes, windows
-from gfl.inspection.findings import inspect_data
+from gfl.inspection.findings import describe, inspect_data
 from gfl.train.trainer import Trainer
 
 sizes = st.integers(32, 90).flatmap(lambda size: st.tuples(st.just(size), st.integers(0, size - 1)))
@@ -213,10 +213,13 @@ def test_the_doctor_measures_objects_in_tiles(tiny):
     config = derive(type(tiny), tiny, ["data.tiles={size: 32, overlap: 16}"])
     splits = load_splits(tiny)
     plain = inspect_data(tiny, *splits, {}).regression_ranges[0]
-    of_tiles = inspect_data(config, *splits, {}).regression_ranges[0]
+    inspection = inspect_data(config, *splits, {})
+    of_tiles = inspection.regression_ranges[0]
     assert of_tiles.images == len(DetectionDataset(splits[0], config, training=True))
     assert of_tiles.objects > plain.objects
     assert max(level.largest for level in of_tiles.levels.values()) <= 8
+    doubled = derive(type(tiny), tiny, ["data.short_side=128", "data.long_side=128"])
+    assert inspection.splits["train"].sizes == describe(splits[0], doubled.data).sizes
 
 
 def test_tiles_that_do_not_advance_are_refused(tiny):

@@ -16,7 +16,7 @@ from gfl.data.images import list_images
 from gfl.data.split import load_splits
 from gfl.export import export as export_module
 from gfl.export import exportable as exportable_module
-from gfl.export.export import compare, export, open_onnx, open_pt2, quantize
+from gfl.export.export import _rows, compare, export, open_onnx, open_pt2, quantize
 from gfl.export.exportable import METADATA, Exportable, ExportError, Form
 from gfl.inference.predictor import Model
 from gfl.model.postprocess import decode
@@ -158,6 +158,16 @@ def test_int8_states_what_it_costs(model, exported, tiny, files):
     assert {"float32 AP", "int8 AP"} <= figures.keys()
     assert json.loads((folder / "model.int8.json").read_text()) == figures
     assert (folder / "model.int8.onnx").stat().st_size < (folder / "model.onnx").stat().st_size
+
+
+def test_a_file_is_measured_by_tiles_like_its_model(exported, opened, tiny):
+    config = derive(type(tiny), tiny, ["data.tiles={size: 40, overlap: 16}"])
+    model, split = model_of(config), load_splits(config)[1]
+    for record, rows in zip(split.records[:3], _rows(model, opened["model.onnx"], split)):  # noqa: B905
+        (expected,) = model.predict(record.path)
+        assert len(rows) == len(expected) > 20
+        np.testing.assert_allclose(rows[:, 1:3], expected.boxes[:, :2], rtol=0, atol=0.01)
+        np.testing.assert_allclose(rows[:, 5], expected.scores, rtol=0, atol=1e-4)
 
 
 @pytest.mark.slow
