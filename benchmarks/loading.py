@@ -15,7 +15,8 @@ from PIL import Image
 from torchvision.transforms import functional
 
 import gfl
-from gfl.data.dataset import as_sample, build_transforms, fitted_size
+from gfl.data.augment import as_sample
+from gfl.data.dataset import build_transforms, fitted_size
 from gfl.data.images import list_images, read_image
 
 IMAGES = 64
@@ -26,7 +27,7 @@ def compare(folder: Path, rounds: int) -> dict[str, dict[str, float]]:
     """Return the median images a second of both on the images in `folder`, in turns."""
     paths = list_images(folder)[:IMAGES]
     data = gfl.load_config("configs/gfl_r50_1x.yaml").data
-    transforms = build_transforms(data, training=True)
+    transforms = build_transforms(data)
     boxes = torch.tensor([[1.0, 2.0, 30.0, 40.0]])
     threads = torch.get_num_threads()
     torch.set_num_threads(1)

@@ -5,7 +5,7 @@ With overrides from a command line:
     config = gfl.load_config("configs/demo.yaml", overrides=["loss.qfl.beta=1.5"])
 
 A file may name one `base:`, relative to itself. Mappings merge, lists replace, and overrides of the
-command line come last.
+command line come last. A mapping with a key `preset` replaces the mapping before it.
 """
 
 import difflib
@@ -183,7 +183,8 @@ def _override(
 ) -> dict[str, Any]:
     """Merge overrides into `values`, and return them as they were typed: every scalar a text."""
     typed: dict[str, Any] = {}
-    for override in overrides:
+    # Presets come first, because single keys of the same command line override them.
+    for override in sorted(overrides, key=lambda text: ".preset=" not in text):
         key, equals, text = override.partition("=")
         if not equals or not all(key.split(".")):
             raise ConfigError(f"{override!r}: expected section.key=value, as in data.batch=8")
@@ -213,7 +214,8 @@ def _merge(
             path = (*prefix, str(name))
             origins[path] = origin
             if isinstance(value, Mapping):
-                below = into.get(str(name))
+                # A preset sets all keys of its section, so it replaces those that came before.
+                below = None if "preset" in value else into.get(str(name))
                 into[str(name)] = below = below if isinstance(below, dict) else {}
                 merge(below, value, path)
             else:

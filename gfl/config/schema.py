@@ -1,7 +1,7 @@
 """The schema of a configuration: everything that reproduces a number."""
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
@@ -9,6 +9,7 @@ Positive = Annotated[int, Field(gt=0)]
 Count = Annotated[int, Field(ge=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Weight = Annotated[float, Field(ge=0)]
+Scale = Annotated[float, Field(ge=0.1, le=10)]
 Rgb = tuple[float, float, float]
 
 
@@ -207,6 +208,81 @@ class TilesConfig(Section):
         return self
 
 
+PRESETS: dict[str, dict[str, Any]] = {
+    "coco": {},
+    "light": {"scale_jitter": (0.8, 1.25), "photometric": 0.5},
+    "strong": {
+        "scale_jitter": (0.5, 2.0),
+        "iou_crop": 0.05,
+        "zoom_out": 0.05,
+        "photometric": 0.4,
+        "blur": 0.01,
+        "jpeg": 0.02,
+        "mosaic": 0.1,
+        "mixup": 0.05,
+        "close_epochs": 2,
+    },
+    "aerial": {
+        "flip_vertical": 0.5,
+        "quarter_turn": 0.75,
+        "scale_jitter": (0.8, 1.25),
+        "photometric": 0.5,
+    },
+}
+"""Values of `data.augment` by preset, where they differ from the defaults."""
+
+
+class AugmentConfig(Section):
+    """Random changes of training images; keys without a range are probabilities."""
+
+    preset: Literal["coco", "light", "strong", "aerial"] = "coco"
+    """Values of all other keys of this section, each of which a key of its own overrides."""
+    flip: Share = 0.5
+    """Probability of a horizontal flip."""
+    flip_vertical: Share = 0.0
+    quarter_turn: Share = 0.0
+    """Probability of a rotation by 90, 180 or 270 degrees, all alike."""
+    scale_jitter: tuple[Scale, Scale] | None = None
+    """Range of a zoom: above 1 a random part of the image, below 1 the image on a black canvas."""
+    iou_crop: Share = 0.0
+    """Probability of a crop that keeps a share of some object (Liu et al., SSD, ECCV 2016)."""
+    zoom_out: Share = 0.0
+    """Probability of a black canvas of up to twice the image's sides (SSD)."""
+    affine: Share = 0.0
+    """Probability of a rotation by up to 10 degrees and a shear by up to 5."""
+    photometric: Share = 0.0
+    """Probability of other brightness, contrast, saturation and hue."""
+    blur: Share = 0.0
+    jpeg: Share = 0.0
+    """Probability of JPEG compression with a quality from 30 to 90."""
+    mosaic: Share = 0.0
+    """Probability of a picture of this and three other images of the set."""
+    mixup: Share = 0.0
+    """Probability of a blend with another image of the set."""
+    close_epochs: Count = 0
+    """Number of last epochs without mosaic and mixup."""
+    visible: Share = 0.25
+    """Smallest visible share of an object's box, by area, with which a cut object is taught."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_in_preset(cls, values: Any) -> Any:
+        if not isinstance(values, dict):
+            return values
+        merged = {**PRESETS.get(str(values.get("preset")), {}), **values}
+        # What a validator returns counts as Python values, where a list is no tuple.
+        return {key: tuple(v) if isinstance(v, list) else v for key, v in merged.items()}
+
+    @model_validator(mode="after")
+    def _jitter_is_a_range(self) -> "AugmentConfig":
+        if self.scale_jitter and self.scale_jitter[0] > self.scale_jitter[1]:
+            raise ValueError(
+                f"data.augment.scale_jitter {list(self.scale_jitter)}: expected [smallest, "
+                "largest] factor; swap them"
+            )
+        return self
+
+
 class DataConfig(Section):
     """The training and evaluation sets, and the preparation of images."""
 
@@ -228,8 +304,7 @@ class DataConfig(Section):
     """Largest long side in px. Images are scaled to fit within both, keeping the aspect ratio."""
     multi_scale: tuple[Positive, Positive] | None = None
     """Range from which training draws each image's short side (px), in place of `short_side`."""
-    flip: Share = 0.5
-    """Probability of a horizontal flip in training."""
+    augment: AugmentConfig = AugmentConfig()
     mean: Rgb = (123.675, 116.28, 103.53)
     """Mean of RGB pixels in 0..255, subtracted from the network's input."""
     std: Rgb = (58.395, 57.12, 57.375)

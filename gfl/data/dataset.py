@@ -16,12 +16,13 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
-from torchvision import tv_tensors
 from torchvision.transforms import v2
 
 from gfl.config.schema import Config, DataConfig
+from gfl.data.augment import Augmentation, Labelled, as_sample
 from gfl.data.images import is_on_its_side, read_cached, read_image
-from gfl.data.samplers import Key, mix_seeds
+from gfl.data.mosaic import Combination
+from gfl.data.samplers import Key, combining_draws, mix_seeds
 from gfl.data.split import ImageRecord, Split, Window
 from gfl.data.tiles import sample_records
 from gfl.errors import DataError
@@ -65,24 +66,17 @@ class FitWithin(v2.Transform):
         return self._call_kernel(resize, inpt, size=params["size"], antialias=False)
 
 
-def build_transforms(config: DataConfig, *, training: bool) -> v2.Transform:
-    """Return the transforms from an image and its boxes (`tv_tensors`) to a sample."""
+def fit_within(config: DataConfig, *, training: bool) -> FitWithin:
+    """Return the scaling to the size for the network."""
     shorts = (config.short_side, config.short_side)
     if training and config.multi_scale is not None:
         shorts = config.multi_scale
-    steps: list[v2.Transform] = [FitWithin(shorts, config.long_side)]
-    if training:
-        steps.append(v2.RandomHorizontalFlip(config.flip))
-    return v2.Compose([*steps, v2.ClampBoundingBoxes()])
+    return FitWithin(shorts, config.long_side)
 
 
-def as_sample(pixels: Tensor, boxes: Tensor) -> tuple[tv_tensors.Image, tv_tensors.BoundingBoxes]:
-    """Return `pixels` (3, H, W) and `xyxy` `boxes` (G, 4) as the types that transforms expect."""
-    height, width = pixels.shape[-2:]
-    wrapped = tv_tensors.BoundingBoxes(
-        boxes.reshape(-1, 4), format="XYXY", canvas_size=(height, width)
-    )
-    return tv_tensors.Image(pixels), wrapped
+def build_transforms(config: DataConfig) -> v2.Transform:
+    """Return the transforms from an image and its boxes to a sample that is not augmented."""
+    return v2.Compose([fit_within(config, training=False), v2.ClampBoundingBoxes()])
 
 
 @dataclass(frozen=True)
@@ -95,6 +89,7 @@ class Sample:
         labels: Classes, (G,), int64.
         image: Index of the image in the records of its dataset.
         original_size: (height, width) in px before any transform.
+        changes: What augmentation did, in order.
     """
 
     pixels: Tensor
@@ -102,6 +97,7 @@ class Sample:
     labels: Tensor
     image: int
     original_size: tuple[int, int]
+    changes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -143,21 +139,44 @@ class DetectionDataset(Dataset[Sample]):
         self._seed = config.seed
         self._cache = Path(config.data.cache) if config.data.cache else None
         self._latest: tuple[Path, Tensor] | None = None
-        self._transforms = build_transforms(config.data, training=training)
+        self._training = training
+        self._transforms = build_transforms(config.data)
+        self._augment = Augmentation(config.data, fit_within(config.data, training=True))
+        self._combine = Combination(config.data.augment, self._load, len(self.records))
+        self._combining_draws = combining_draws(self.records, config) if training else 0
 
     def __len__(self) -> int:
         return len(self.records)
 
     def __getitem__(self, key: Key) -> Sample:
-        epoch, image = key
-        record = self.records[image]
-        pixels = self._read(record)
-        with _seeded(self._seed, epoch, image):
-            pixels, boxes = self._transforms(*as_sample(pixels, torch.tensor(record.boxes)))
-        labels = torch.tensor(record.labels)
+        draw, image = key
+        with _seeded(self._seed, draw, image):
+            sample, changes = self._changed(self._load(image), draw)
         return Sample(
-            pixels.as_subclass(Tensor), boxes.as_subclass(Tensor), labels, image, record.size
+            sample.image.as_subclass(Tensor),
+            sample.boxes.as_subclass(Tensor),
+            sample.labels,
+            image,
+            self.records[image].size,
+            tuple(changes),
         )
+
+    def _load(self, image: int) -> Labelled:
+        """Return an image of the set and its objects, before any change."""
+        record = self.records[image]
+        pixels, boxes = as_sample(self._read(record), torch.tensor(record.boxes))
+        return Labelled(pixels, boxes, torch.tensor(record.labels))
+
+    def _changed(self, sample: Labelled, draw: int) -> tuple[Labelled, list[str]]:
+        """Return an image as the network takes it, and what augmentation did to it."""
+        if not self._training:
+            image, boxes = self._transforms(sample.image, sample.boxes)
+            return Labelled(image, boxes, sample.labels), []
+        combined: list[str] = []
+        if draw < self._combining_draws:
+            sample, combined = self._combine(sample)
+        sample, changes = self._augment(sample)
+        return sample, [*combined, *changes]
 
     def _read(self, record: ImageRecord) -> Tensor:
         """Return the pixels of an image or a tile."""

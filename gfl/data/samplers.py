@@ -144,6 +144,15 @@ def repeats_per_epoch(records: Sequence[ImageRecord], config: DataConfig) -> lis
     ]
 
 
+def combining_draws(records: Sequence[ImageRecord], config: Config) -> int:
+    """Return the number of first draws of an image in which mosaic and mixup take part."""
+    augment, schedule = config.data.augment, config.schedule
+    if not augment.mosaic and not augment.mixup:
+        return 0
+    draws_per_epoch = max(repeats_per_epoch(records, config.data))
+    return draws_per_epoch * max(0, schedule.epochs - augment.close_epochs)
+
+
 def batches_of_one_group(order: Sequence[int], group: Sequence[bool], batch: int) -> list[int]:
     """Return `order` rearranged into batches whose members belong to one group.
 

@@ -18,7 +18,8 @@ from torch import Tensor
 from torch.nn.functional import pad
 from torchvision.ops import clip_boxes_to_image
 
-from gfl.data.dataset import SIZE_MULTIPLE, as_sample, build_transforms, cut_window
+from gfl.data.augment import as_sample
+from gfl.data.dataset import SIZE_MULTIPLE, build_transforms, cut_window
 from gfl.data.images import read_image
 from gfl.data.split import Split
 from gfl.data.tiles import windows
@@ -176,7 +177,7 @@ OPENERS = {"onnx": open_onnx, "pt2": open_pt2}
 
 def scaled(model: Model, pixels: Tensor) -> Tensor:
     """Return an image (3, H, W) as input of an exported file: (1, 3, H', W') float32."""
-    transforms = build_transforms(model.config.data, training=False)
+    transforms = build_transforms(model.config.data)
     resized, _ = transforms(*as_sample(pixels, torch.zeros(0, 4)))
     return resized.as_subclass(Tensor).float().unsqueeze(0)
 

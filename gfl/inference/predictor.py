@@ -16,7 +16,8 @@ from gfl.checkpoint.files import About
 from gfl.checkpoint.snapshot import load_checkpoint
 from gfl.config.loader import derive
 from gfl.config.schema import Config, TilesConfig
-from gfl.data.dataset import Sample, as_sample, build_transforms, collate, cut_window
+from gfl.data.augment import as_sample
+from gfl.data.dataset import Sample, build_transforms, collate, cut_window
 from gfl.data.images import list_images, pixels_of, read_image
 from gfl.data.tiles import windows
 from gfl.inference.detections import Detections
@@ -168,7 +169,7 @@ class Model:
         """Return the detections in images (3, H, W) at a multiple of their usual size."""
         data = self.config.data
         sides = {key: round(getattr(data, key) * scale) for key in ("short_side", "long_side")}
-        transforms = build_transforms(data.model_copy(update=sides), training=False)
+        transforms = build_transforms(data.model_copy(update=sides))
         no_boxes, no_labels = torch.zeros(0, 4), torch.zeros(0, dtype=torch.long)
         samples = []
         for pixels in images:

@@ -10,13 +10,13 @@ import torch
 from PIL import Image
 
 from gfl.config.loader import ConfigError, derive
+from gfl.data.augment import Augmentation, Labelled, as_sample
 from gfl.data.dataset import (
     DetectionDataset,
     FitWithin,
-    as_sample,
     build_loader,
-    build_transforms,
     collate,
+    fit_within,
     fitted_size,
 )
 from gfl.data.samplers import EvaluationBatches, TrainBatches, repeats_per_epoch
@@ -53,12 +53,15 @@ def test_boxes_scale_with_their_image():
 
 
 def test_boxes_flip_with_their_image_and_are_clipped(tiny):
-    flipped = build_transforms(derive(type(tiny), tiny, ["data.flip=1.0"]).data, training=True)
+    data = derive(type(tiny), tiny, ["data.augment.flip=1.0"]).data
+    flipped = Augmentation(data, fit_within(data, training=True))
     pixels = torch.zeros(3, 64, 64, dtype=torch.uint8)
     pixels[:, :, :10] = 255
-    image, boxes = flipped(*as_sample(pixels, torch.tensor([[-5.0, 2, 10, 70]])))
+    sample = as_sample(pixels, torch.tensor([[-5.0, 2, 10, 70]]))
+    (image, boxes, _), changes = flipped(Labelled(*sample, torch.tensor([0])))
     assert image[0, 0].tolist() == [0] * 54 + [255] * 10
     assert boxes.tolist() == [[54, 2, 64, 64]]
+    assert changes == ["horizontal flip"]
 
 
 def test_a_sample_depends_on_epoch_and_image_alone(dataset):
@@ -141,7 +144,7 @@ def test_rare_classes_are_shown_more_often(tiny):
 
 
 def test_the_short_side_is_drawn_for_training_alone(tiny):
-    config = derive(type(tiny), tiny, ["data.multi_scale=[48, 60]", "data.flip=0"])
+    config = derive(type(tiny), tiny, ["data.multi_scale=[48, 60]"])
     split = load_splits(config)[0]
     training = DetectionDataset(split, config, training=True)
     sizes = {training[draw, 0].pixels.shape[1] for draw in range(60)}

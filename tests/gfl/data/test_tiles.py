@@ -132,7 +132,7 @@ def test_an_evaluation_has_all_tiles_and_training_those_with_objects():
 
 def tiled(tiny, *changes):
     return derive(type(tiny), tiny, ["data.tiles={size: 40, overlap: 16}", "data.short_side=40",
-                                     "data.flip=0", *changes])  # fmt: skip
+                                     "data.augment.flip=0", *changes])  # fmt: skip
 
 
 @pytest.mark.parametrize("training", [True, False])

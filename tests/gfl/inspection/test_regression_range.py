@@ -10,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gfl.config.schema import AssignerConfig, Config, DataConfig, ModelConfig
-from gfl.data.dataset import as_sample, build_transforms, fitted_size
+from gfl.data.augment import as_sample
+from gfl.data.dataset import build_transforms, fitted_size
 from gfl.data.split import ImageRecord
 from gfl.inspection.regression_range import (
     ACCEPTED_SHARE,
@@ -162,8 +163,8 @@ def test_shares_are_those_of_an_independent_loop(short):
 def test_boxes_are_those_of_training(size):
     (r,) = random_records(seed=7, count=1)
     r = record([*r.boxes.tolist(), [-9, -9, 999, 30]], *size)
-    data = DataConfig(short_side=100, long_side=170, flip=0.0)
-    pixels, expected = build_transforms(data, training=True)(
+    data = DataConfig(short_side=100, long_side=170)
+    pixels, expected = build_transforms(data)(
         *as_sample(torch.zeros(3, *size, dtype=torch.uint8), torch.tensor(r.boxes))
     )
     boxes, new_size = network_boxes(r, 100, 170)
