@@ -34,7 +34,7 @@ def main() -> None:
     made.add_argument("--beside", default=",".join(detectors.TORCHVISION), help="of torchvision's")
     made.add_argument("--threads", type=int, default=torch.get_num_threads())
     made.add_argument("--rounds", type=int, default=7, help="turns of each contender")
-    made.add_argument("--images", type=Path, help="folder of images, by default coco128's")
+    made.add_argument("--images", type=Path, help="of a set like coco128, by default that")
     made.add_argument("--official", action="store_true", help="run pycocotools, too (a minute)")
     made.add_argument("--out", type=Path, default=Path("outputs/benchmarks.json"))
     arguments = made.parse_args()

@@ -32,7 +32,7 @@ def inspect(arguments: argparse.Namespace) -> None:
     from gfl.data.split import load_splits
     from gfl.errors import DataError
     from gfl.files import write_atomically
-    from gfl.inference.visualize import draw_samples
+    from gfl.inference.visualize import draw_augmentation, draw_samples
     from gfl.inspection.findings import check_files, inspect_data
     from gfl_platform.config import load_job
     from gfl_platform.storage.storage import Storage
@@ -52,7 +52,9 @@ def inspect(arguments: argparse.Namespace) -> None:
     if errors := [str(finding) for finding in inspection.findings if finding.error]:
         raise DataError("; ".join(errors))
     if arguments.draw:
-        draw_samples(DetectionDataset(train, config, training=True), arguments.draw, DRAWN)
+        dataset = DetectionDataset(train, config, training=True)
+        draw_samples(dataset, arguments.draw, DRAWN)
+        draw_augmentation(dataset, arguments.draw / "augmentation.png")
 
 
 if __name__ == "__main__":

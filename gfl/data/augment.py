@@ -11,6 +11,7 @@ from io import BytesIO
 from math import cos, exp, log, sin, tau
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from PIL import Image, ImageFilter
 from torch import Tensor
@@ -103,7 +104,7 @@ class Augmentation:
         done = [name for name in done if name]
         if self._cuts:
             return without_cut_objects(Labelled(image, boxes, labels), self._visible), done
-        return Labelled(image, v2.ClampBoundingBoxes()(boxes), labels), done
+        return Labelled(image, functional.clamp_bounding_boxes(boxes), labels), done
 
 
 def geometric_steps(config: AugmentConfig) -> list[Step]:
@@ -138,7 +139,7 @@ def flip_steps(config: AugmentConfig) -> list[Step]:
 
 def whole(boxes: tv_tensors.BoundingBoxes) -> tv_tensors.BoundingBoxes:
     """Return boxes clipped to their image once, and by no later transform."""
-    return tv_tensors.wrap(v2.ClampBoundingBoxes()(boxes), like=boxes, clamping_mode=None)
+    return tv_tensors.wrap(functional.clamp_bounding_boxes(boxes), like=boxes, clamping_mode=None)
 
 
 def visible_share(boxes: Tensor, region: Tensor) -> Tensor:
@@ -157,7 +158,9 @@ def without_cut_objects(sample: Labelled, visible: float) -> Labelled:
     height, width = image.shape[-2:]
     kept = visible_share(boxes.as_subclass(Tensor), boxes.new_tensor([0, 0, width, height]))
     taught = kept >= visible
-    clipped = v2.ClampBoundingBoxes("hard")(tv_tensors.wrap(boxes[taught], like=boxes))
+    clipped = functional.clamp_bounding_boxes(
+        tv_tensors.wrap(boxes[taught], like=boxes), clamping_mode="hard"
+    )
     sanitize = v2.SanitizeBoundingBoxes(labels_getter=lambda inputs: inputs[2])
     return Labelled(*sanitize(image, clipped, labels[taught]))
 
@@ -356,8 +359,7 @@ def to_pillow(image: Tensor) -> Image.Image:
 
 def from_pillow(image: Image.Image) -> tv_tensors.Image:
     """Return Pillow's image as (3, H, W), uint8, with the channels of a pixel together."""
-    pixels = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
-    return tv_tensors.Image(pixels.reshape(image.height, image.width, 3).permute(2, 0, 1))
+    return tv_tensors.Image(torch.from_numpy(np.array(image)).permute(2, 0, 1))
 
 
 def as_sample(pixels: Tensor, boxes: Tensor) -> tuple[tv_tensors.Image, tv_tensors.BoundingBoxes]:

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from math import ceil
 from pathlib import Path
+from textwrap import fill
 
 import numpy as np
 import torch
@@ -116,6 +117,26 @@ def draw_samples(dataset: DetectionDataset, folder: Path, count: int) -> None:
         for box, label in zip(sample.boxes, sample.labels.tolist(), strict=True):
             _draw_box(axes, box, label, dataset.split.classes[label])
         _save(figure, folder / f"{image:06d}-{dataset.records[image].path.stem}.png")
+
+
+def draw_augmentation(dataset: DetectionDataset, path: Path) -> None:
+    """Draw a grid into one file: a row for each of a few images, a column for each of its epochs.
+
+    A caption above each sample says what augmentation did to it. Epochs are the first ones, in
+    which mosaic and mixup take part.
+    """
+    images = range(0, len(dataset), ceil(len(dataset) / COLUMNS))
+    figure = Figure(figsize=(PANEL_INCHES * COLUMNS, PANEL_INCHES * len(images)))
+    figure.set_layout_engine("constrained")
+    for row, image in enumerate(images):
+        for column in range(COLUMNS):
+            sample = dataset[column, image]
+            axes = figure.add_subplot(len(images), COLUMNS, row * COLUMNS + column + 1)
+            axes.set_title(fill(", ".join(sample.changes) or "unchanged", 40), fontsize=8)
+            _show(axes, sample.pixels)
+            for box, label in zip(sample.boxes, sample.labels.tolist(), strict=True):
+                _draw_box(axes, box, label, dataset.split.classes[label])
+    _save(figure, path)
 
 
 def _save(figure: Figure, path: Path) -> None:

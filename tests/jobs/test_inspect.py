@@ -39,7 +39,8 @@ def test_all_is_told_written_and_drawn(inspect_says, tiny_file, tmp_path):
     assert content["splits"]["train"]["classes"].keys() == {"rectangle", "ellipse", "triangle"}
     assert content["regression_ranges"][0]["levels"]["8"]["share"] > 0
     assert [f["what"] for f in content["findings"] if "reg_max" in f["what"]]
-    assert 8 <= len(list(samples.glob("*.png"))) <= 16
+    assert 8 <= len(list(samples.glob("0*.png"))) <= 16
+    assert (samples / "augmentation.png").exists()
 
 
 def test_errors_are_one_line_and_the_status(inspect_says, coco, tiny_file, tmp_path):

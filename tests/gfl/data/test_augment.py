@@ -1,6 +1,8 @@
 """Augmentation: presets, geometry of boxes, the rule of cut objects, the same digits everywhere."""
 
+import re
 from itertools import islice
+from pathlib import Path
 
 import pytest
 import torch
@@ -55,6 +57,19 @@ def test_a_preset_replaces_the_values_of_the_one_before(tmp_path):
     assert config.data.augment == AugmentConfig(preset="light")
     assert parse_config(dump_config(config), "again") == config
     assert load_config(base, ["data.augment.blur=1"]).data.augment.mosaic > 0
+
+
+def test_the_page_has_the_values_of_every_preset():
+    page = (Path(__file__).parents[3] / "docs" / "data.md").read_text()
+    rows = re.findall(r"^\| `(\w+)` \|[^|]+\|(.+)\|$", page, re.MULTILINE)
+    printed = {key: [cell.strip() for cell in cells.split("|")] for key, cells in rows}
+    for number, preset in enumerate(("coco", "light", "strong", "aerial")):
+        for key, value in AugmentConfig(preset=preset).model_dump().items():
+            if key in ("preset", "blur", "jpeg"):
+                continue
+            text = f"{value:g}" if isinstance(value, float | int) else None
+            expected = text or (f"{value[0]:g} to {value[1]:g}" if value else "none")
+            assert printed[key][number] == expected, (preset, key)
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """The data doctor on sets with one thing wrong each, on rendered shapes and on real images."""
 
+import re
 import time
 from dataclasses import replace
 
@@ -12,7 +13,7 @@ from gfl.config.loader import derive, load_config
 from gfl.data.dataset import DetectionDataset
 from gfl.data.split import ImageRecord, load_splits
 from gfl.errors import DataError
-from gfl.inference.visualize import draw_samples
+from gfl.inference.visualize import draw_augmentation, draw_samples
 from gfl.inspection.findings import EXAMPLES, check_files, describe, find_cheaply, inspect_data
 from gfl.train.trainer import Trainer
 
@@ -215,7 +216,7 @@ def test_samples_are_drawn_as_training_sees_them(tiny, prepared, tmp_path):
     train, _ = prepared
     boxes = np.array([[16, 16, 48, 40]], np.float32)
     train = changed(train, 0, boxes=boxes, labels=np.zeros(1, np.int64))
-    config = tiny.model_copy(update={"data": tiny.data.model_copy(update={"flip": 0.0})})
+    config = derive(type(tiny), tiny, ["data.augment.flip=0"])
     draw_samples(DetectionDataset(train, config, training=True), tmp_path / "new", count=5)
     drawn = sorted((tmp_path / "new").iterdir())
     assert len(drawn) == 5
@@ -227,6 +228,16 @@ def test_samples_are_drawn_as_training_sees_them(tiny, prepared, tmp_path):
         around = picture[y - 2 : y + 3, x - 2 : x + 3]
         assert np.abs(around - blue).sum(axis=-1).min() < 60
     assert np.abs(picture[280, 320] - blue).sum() > 60
+
+
+def test_captions_say_what_augmentation_did(tiny, prepared, tmp_path):
+    """A mosaic of the first epoch has a caption, and takes part in no later one."""
+    changes = ["mosaic=1", "flip=0", "close_epochs=2"]
+    config = derive(type(tiny), tiny, [f"data.augment.{change}" for change in changes])
+    picture = tmp_path / "grid.svg"
+    draw_augmentation(DetectionDataset(prepared[0], config, training=True), picture)
+    captions = re.findall(r"<!-- (mosaic|unchanged) -->", picture.read_text())
+    assert captions == ["mosaic", "unchanged", "unchanged", "unchanged"] * 4
 
 
 @pytest.mark.real_data
