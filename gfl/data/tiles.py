@@ -106,7 +106,8 @@ class TileRecords(Sequence[ImageRecord]):
         Args:
             records: The images.
             tiles: Size and overlap of the tiles.
-            training: Whether to leave out tiles that teach no object.
+            training: Whether to leave out tiles in which only pieces are visible that are too small
+                to be taught: they are neither objects nor background.
         """
         self._records = records
         parts = []
@@ -114,7 +115,8 @@ class TileRecords(Sequence[ImageRecord]):
             of_image = windows(*record.size, tiles)
             if training:
                 _, shares = visible_boxes(record.boxes, record.size, of_image)
-                of_image = of_image[(shares >= VISIBLE).any(axis=1)]
+                taught, empty = (shares >= VISIBLE).any(axis=1), (shares == 0).all(axis=1)
+                of_image = of_image[taught | empty]
             parts.append(of_image)
         self.counts = [len(part) for part in parts]
         self._images = np.repeat(np.arange(len(records)), self.counts)

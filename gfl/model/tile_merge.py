@@ -24,7 +24,14 @@ SAME_OBJECT = 0.5
 PIECE = 0.5
 """Share of a cut box above which it is a piece of the better box that covers it."""
 
-BORDER_PX = 2.0
+ABOUT_BEST = 0.9
+"""Share of the best score above which a detection has a say in an edge.
+
+Scores learn the IoU of boxes, so a detection with a much lower one is worse as a whole, however
+sure it is of an edge.
+"""
+
+BORDER_PX = 4.0
 """Distance from a border of the tile, besides the edge's standard deviation, of a cut edge."""
 
 
@@ -171,16 +178,14 @@ def _merged(found: _Found, group: Sequence[int]) -> Predictions:
 def _surest_edges(found: _Found, members: Tensor) -> Tensor:
     """Return the members from which the edges of their object are taken, (4,).
 
-    Only tiles that contain the outermost of the edges that are not cut have a say: another tile
-    cannot see how far the object reaches. Without such an edge the outermost one counts.
+    An edge comes from the detection with the smallest standard deviation of it among those that do
+    not cut it, and whose score is about the best of these. Where all cut it, the outermost counts.
     """
-    outwards = torch.tensor([-1.0, -1.0, 1.0, 1.0])
-    reach = found.all.boxes[members] * outwards  # (members, 4), larger is further out
-    seen = found.windows[found.tile[members]] * outwards
-    uncut = ~found.cut[members]
-    outermost = reach.masked_fill(~uncut, -torch.inf).amax(dim=0)
-    able = uncut & (seen >= outermost)
+    uncut = ~found.cut[members]  # (members, 4)
+    scores = found.all.scores[members][:, None].masked_fill(~uncut, 0)
+    able = uncut & (scores >= ABOUT_BEST * scores.amax(dim=0))
     surest = found.all.edge_std[members].masked_fill(~able, torch.inf).argmin(dim=0)
+    reach = found.all.boxes[members] * torch.tensor([-1.0, -1.0, 1.0, 1.0])
     return members[torch.where(able.any(dim=0), surest, reach.argmax(dim=0))]
 
 
