@@ -1,7 +1,7 @@
 """Augmentation: the random changes of a training image and its boxes that `data.augment` names.
 
-Every change draws from torch's CPU generator, which the dataset seeds for each sample. Pixels are
-computed in bytes by Pillow and torch, one thread each, so that no digit depends on the machine.
+Every change draws from torch's CPU generator, which the dataset seeds for each sample. No step
+sums in an order that threads decide, so digits do not depend on the number of threads.
 
 Shapes: G objects of an image, H and W height and width in px.
 """

@@ -107,8 +107,11 @@ def mask_of(box, height, width):
 
 
 def bounds(image):
-    """Return the box of a mask's white pixels at half their brightness; None for no mask."""
-    white = image[0] >= 128
+    """Return the box of a mask's pixels of 40 % brightness or more; None for no mask.
+
+    At half the brightness the tips of rotated corners would be missing.
+    """
+    white = image[0] >= 104
     if not white.any():
         return None
     rows, columns = white.any(dim=1).nonzero(), white.any(dim=0).nonzero()
@@ -127,7 +130,7 @@ GEOMETRY = [*geometric_steps(EVERYTHING), *flip_steps(EVERYTHING)]
 def test_warped_boxes_are_those_of_warped_masks(step, height, width, seed, corner):
     """A mask and its box are cut by the same border, and agree within half a pixel.
 
-    Sampling blunts the corners of a rotated mask, so there the box may be one pixel larger.
+    Sampling blunts the corners of a rotated mask, which adds up to a fifth of a pixel.
     """
     (box,) = rectangles(height, width, [corner])
     image, boxes = as_sample(mask_of(box, height, width), box[None])
@@ -141,7 +144,7 @@ def test_warped_boxes_are_those_of_warped_masks(step, height, width, seed, corne
     if found is None:
         assert (warped[2:] - warped[:2]).min() <= 1.5
     else:
-        allowed = 1.0 if step.name == "affine" else 0.5
+        allowed = 0.7 if step.name == "affine" else 0.5
         assert (warped - torch.tensor(found)).abs().max() <= allowed
 
 
@@ -235,9 +238,10 @@ def test_samples_depend_on_nothing_but_seed_epoch_and_image(tiny, preset):
                     assert hashes(again, keys) == [expected[key] for key in keys]
 
 
+@pytest.mark.parametrize("preset", PRESETS)
 @pytest.mark.filterwarnings("ignore:This DataLoader will create 4 worker processes")
-def test_loading_processes_give_the_same_mosaics(tiny):
-    dataset = augmented(tiny, "preset=strong", *BUSY)
+def test_loading_processes_give_the_same_samples(tiny, preset):
+    dataset = augmented(tiny, f"preset={preset}", *(BUSY if preset == "strong" else []))
     batches = TrainBatches(dataset.records, tiny, 0, 1, 0)
     here = list(islice(build_loader(dataset, batches, 0, pin=False), 4))
     there = list(islice(build_loader(dataset, batches, 4, pin=False), 4))
