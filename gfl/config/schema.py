@@ -240,6 +240,7 @@ class AugmentConfig(Section):
     flip: Share = 0.5
     """Probability of a horizontal flip."""
     flip_vertical: Share = 0.0
+    """Probability of a vertical flip."""
     quarter_turn: Share = 0.0
     """Probability of a rotation by 90, 180 or 270 degrees, all alike."""
     scale_jitter: tuple[Scale, Scale] | None = None
@@ -253,6 +254,7 @@ class AugmentConfig(Section):
     photometric: Share = 0.0
     """Probability of other brightness, contrast, saturation and hue."""
     blur: Share = 0.0
+    """Probability of Gaussian blur with a standard deviation from 0.3 to 1.5 px."""
     jpeg: Share = 0.0
     """Probability of JPEG compression with a quality from 30 to 90."""
     mosaic: Share = 0.0
@@ -305,6 +307,7 @@ class DataConfig(Section):
     multi_scale: tuple[Positive, Positive] | None = None
     """Range from which training draws each image's short side (px), in place of `short_side`."""
     augment: AugmentConfig = AugmentConfig()
+    """Random changes of training images, before they are scaled."""
     mean: Rgb = (123.675, 116.28, 103.53)
     """Mean of RGB pixels in 0..255, subtracted from the network's input."""
     std: Rgb = (58.395, 57.12, 57.375)

@@ -150,14 +150,16 @@ class DetectionDataset(Dataset[Sample]):
 
     def __getitem__(self, key: Key) -> Sample:
         draw, image = key
+        loaded = self._load(image)
+        height, width = loaded.image.shape[-2:]
         with _seeded(self._seed, draw, image):
-            sample, changes = self._changed(self._load(image), draw)
+            sample, changes = self._changed(loaded, draw)
         return Sample(
             sample.image.as_subclass(Tensor),
             sample.boxes.as_subclass(Tensor),
             sample.labels,
             image,
-            self.records[image].size,
+            (height, width),
             tuple(changes),
         )
 
