@@ -253,8 +253,9 @@ class Affine(v2.Transform):
             to_pillow(inpt) if is_image else inpt,
             translate=[0, 0],
             scale=1.0,
+            angle=params["angle"],
+            shear=params["shear"],
             interpolation=v2.InterpolationMode.BILINEAR,
-            **params,
         )
         return from_pillow(warped) if is_image else warped
 
@@ -287,9 +288,9 @@ class PixelChange(v2.Transform):
         """Change an image."""
         if not isinstance(inpt, tv_tensors.Image):
             return inpt
-        return from_pillow(self.changed(to_pillow(inpt), **params))
+        return from_pillow(self.changed(to_pillow(inpt), params))
 
-    def changed(self, image: Image.Image, **params: Any) -> Image.Image:
+    def changed(self, image: Image.Image, params: dict[str, Any]) -> Image.Image:
         """Return the changed image."""
         raise NotImplementedError
 
@@ -308,7 +309,7 @@ class Photometric(PixelChange):
         constant = torch.full((3, 1), 128 * brightness * (1 - contrast))
         return {"matrix": tuple(torch.cat([colours, constant], dim=1).flatten().tolist())}
 
-    def changed(self, image: Image.Image, **params: Any) -> Image.Image:
+    def changed(self, image: Image.Image, params: dict[str, Any]) -> Image.Image:
         """Return the image with other colours."""
         return image.convert("RGB", params["matrix"])
 
@@ -320,7 +321,7 @@ class Blur(PixelChange):
         """Draw the standard deviation."""
         return {"sigma": uniform(*SIGMA)}
 
-    def changed(self, image: Image.Image, **params: Any) -> Image.Image:
+    def changed(self, image: Image.Image, params: dict[str, Any]) -> Image.Image:
         """Return the blurred image."""
         return image.filter(ImageFilter.GaussianBlur(params["sigma"]))
 
@@ -332,7 +333,7 @@ class Jpeg(PixelChange):
         """Draw the quality."""
         return {"quality": int(torch.randint(QUALITY[0], QUALITY[1] + 1, ()))}
 
-    def changed(self, image: Image.Image, **params: Any) -> Image.Image:
+    def changed(self, image: Image.Image, params: dict[str, Any]) -> Image.Image:
         """Return the image as it was compressed."""
         content = BytesIO()
         image.save(content, "JPEG", quality=params["quality"])
