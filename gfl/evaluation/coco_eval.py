@@ -54,7 +54,9 @@ def evaluate_split(
 ) -> Evaluation:
     """Measure detections on all images of `split`; see `evaluate_detections`."""
     limits = config.evaluation.max_detections
-    return evaluate_detections(_numbered(split), rows, split.numbers, limits, official=official)
+    return evaluate_detections(
+        numbered_truth(split), rows, split.numbers, limits, official=official
+    )
 
 
 def evaluate_detections(
@@ -89,10 +91,19 @@ def evaluate_detections(
 
 def match_split(split: Split, rows: Rows, config: Config) -> list[dict[str, Any] | None]:
     """Return the matches of detections and objects of `split`: COCO's `evalImgs`."""
-    evaluator = _hotcoco(_ground_truth(_numbered(split)), rows)
-    _match(evaluator, split.numbers, sorted(config.evaluation.max_detections))
-    matches: list[dict[str, Any] | None] = evaluator.eval_imgs
+    matches: list[dict[str, Any] | None] = match_with_hotcoco(split, rows, config).eval_imgs
     return matches
+
+
+def match_with_hotcoco(split: Split, rows: Rows, config: Config) -> Any:
+    """Return hotcoco's `COCOeval` of detections in `split`, after its matching.
+
+    It numbers annotations from 1 in the order of `numbered_truth`, and detections in that of
+    `rows`.
+    """
+    evaluator = _hotcoco(_ground_truth(numbered_truth(split)), rows)
+    _match(evaluator, split.numbers, sorted(config.evaluation.max_detections))
+    return evaluator
 
 
 def score_images(split: Split, rows: Rows, config: Config) -> Floats:
@@ -100,8 +111,7 @@ def score_images(split: Split, rows: Rows, config: Config) -> Floats:
 
     A detection is correct at an IoU of 0.5. An image without objects and detections has 1.
     """
-    evaluator = _hotcoco(_ground_truth(_numbered(split)), rows[rows[:, 5] >= CERTAIN])
-    _match(evaluator, split.numbers, sorted(config.evaluation.max_detections))
+    evaluator = match_with_hotcoco(split, rows[rows[:, 5] >= CERTAIN], config)
     summaries = evaluator.image_diagnostics(iou_thr=0.5)["img_summary"]
     f1 = [summaries[image]["f1"] if image in summaries else 1.0 for image in split.numbers]
     return np.array(f1)
@@ -113,8 +123,8 @@ def _match(evaluator: Any, image_ids: Sequence[int], limits: Sequence[int]) -> N
     evaluator.evaluate()
 
 
-def _numbered(split: Split) -> dict[str, Any]:
-    """Return the ground truth of `split` with numbers of images and labels in place of ids."""
+def numbered_truth(split: Split) -> dict[str, Any]:
+    """Return COCO's ground truth of `split`, with numbers of images and labels in place of ids."""
     truth = split.truth
     number_of = dict(zip(split.image_ids, split.numbers, strict=True))
     label_of = {category: label for label, category in enumerate(split.category_ids)}

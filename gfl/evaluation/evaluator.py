@@ -1,6 +1,6 @@
 """Evaluation of a detector: all workers detect, and rank 0 measures the gathered detections."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import torch
@@ -45,12 +45,30 @@ def detect(
     device: torch.device,
     progress: Callable[[int], None] | None = None,
 ) -> Rows:
-    """Return the detections in this worker's images of `split`, (N, 7) as in `coco_rows`.
+    """Return the detections in this worker's images of `split`, (N, 7) as in `coco_rows`."""
+    parts = [np.empty((0, 7))]
+    for image, predictions in predict_split(detector, loader, device, progress):
+        parts.append(coco_rows(predictions, split.numbers[image]))
+    return np.concatenate(parts)
+
+
+def predict_split(
+    detector: Detector,
+    loader: DataLoader[Batch],
+    device: torch.device,
+    progress: Callable[[int], None] | None = None,
+) -> Iterator[tuple[int, Predictions]]:
+    """Yield the index of each of this worker's images in its split, and its detections.
 
     The detections of tiles are merged to those of whole images.
+
+    Args:
+        detector: The detector, whose mode does not change.
+        loader: Loads this worker's images (`EvaluationBatches`).
+        device: Device of the detector.
+        progress: Called with the number of images that are done, after every batch.
     """
     detector = folded(detector)
-    parts = [np.empty((0, 7))]
     records = loader.dataset.records  # type: ignore[attr-defined]
     whole = _WholeImages(records, detector.config)
     done = 0
@@ -63,12 +81,10 @@ def detect(
         for sample, detections in zip(batch.images.tolist(), predictions, strict=True):
             complete = whole.add(sample, detections)
             if complete is not None:
-                image, of_image = complete
-                parts.append(coco_rows(of_image, split.numbers[image]))
+                yield complete
                 done += 1
         if progress is not None:
             progress(done)
-    return np.concatenate(parts)
 
 
 class _WholeImages:

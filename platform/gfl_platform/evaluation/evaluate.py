@@ -5,12 +5,17 @@ objects on their shards of the images; rank 0 computes AP from all detections an
 """
 
 import json
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from gfl.checkpoint.snapshot import load_checkpoint
 from gfl.config.loader import dump_config, parse_config, reproducible
-from gfl.data.split import read_split, require_same_classes
+from gfl.config.schema import Config
+from gfl.data.split import Split, read_split, require_same_classes
 from gfl.data.synthetic import render_shapes
 from gfl.distributed import worker_rank
 from gfl.errors import DataError
@@ -19,7 +24,7 @@ from gfl.evaluation.evaluator import detect, gather
 from gfl.evaluation.protocol import data_digest
 from gfl.evaluation.speed import measure_fps
 from gfl.files import write_atomically
-from gfl.model.detector import place
+from gfl.model.detector import Detector, place
 from gfl.structures import coco_records
 from gfl.train.engine import build_evaluation_loader
 from gfl_platform.cluster import resources
@@ -70,8 +75,25 @@ def evaluate_checkpoint(
     return figures
 
 
-def evaluate_worker(settings: dict[str, Any]) -> dict[str, Any]:
-    """Evaluate in one process of the cluster; return the figures of all on rank 0."""
+@dataclass(frozen=True)
+class Prepared:
+    """What a worker needs to evaluate a checkpoint: its detector, and the images as local files."""
+
+    detector: Detector
+    split: Split
+    config: Config
+    device: torch.device
+
+
+def prepare(settings: dict[str, Any]) -> Prepared:
+    """Load a checkpoint and its images in one process of the cluster.
+
+    Args:
+        settings: `config`, `checkpoint`, `cache` and `device`.
+
+    Raises:
+        DataError: the images cannot be used, or have other classes than the model.
+    """
     config = parse_config(settings["config"], "job")
     device = settings["device"] or resources.worker_device()
     cache = settings["cache"]
@@ -81,19 +103,32 @@ def evaluate_worker(settings: dict[str, Any]) -> dict[str, Any]:
     render_shapes(config)
     split = read_split(config.data, "val", config.model.num_classes, about.classes)
     require_same_classes("the model", about.classes, str(split.annotations), split.classes)
-    if not settings["results"] and not any(len(record.labels) for record in split.records):
-        raise DataError(
-            f"{split.annotations}: no annotations, so nothing can be measured; write the "
-            "detections with --results FILE"
-        )
+    return Prepared(detector, split, config, device)
+
+
+def progress_of(settings: dict[str, Any], split: Split) -> Callable[[int], None] | None:
+    """Return the function that rank 0 calls to show its progress; None on other ranks."""
     rank, world = worker_rank()
 
     def tell_progress(images: int) -> None:
         total = len(split.records)
         settings["events"].tell(ItemsDone("images evaluated", min(images * world, total), total))
 
+    return tell_progress if rank == 0 else None
+
+
+def evaluate_worker(settings: dict[str, Any]) -> dict[str, Any]:
+    """Evaluate in one process of the cluster; return the figures of all on rank 0."""
+    prepared = prepare(settings)
+    detector, split = prepared.detector, prepared.split
+    config, device = prepared.config, prepared.device
+    if not settings["results"] and not any(len(record.labels) for record in split.records):
+        raise DataError(
+            f"{split.annotations}: no annotations, so nothing can be measured; write the "
+            "detections with --results FILE"
+        )
     loader = build_evaluation_loader(config, split, device)
-    progress = tell_progress if rank == 0 else None
+    progress = progress_of(settings, split)
     detections = gather(detect(detector, split, loader, device, progress))
     if detections is None:
         return {}

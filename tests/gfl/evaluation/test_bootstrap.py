@@ -1,38 +1,13 @@
 """Intervals of AP differences: pycocotools' figures, and what drawing images really gives."""
 
-from pathlib import Path
-
 import numpy as np
 import pytest
 
 from gfl.config.schema import Config
-from gfl.data.coco import annotations_of
-from gfl.data.split import ImageRecord, Split
 from gfl.evaluation import bootstrap, coco_eval
 from gfl.evaluation.bootstrap import measure_gain
 from gfl.evaluation.coco_eval import evaluate_split
-
-
-def split_of(annotations, images):
-    """Return a split of the classes a and b from (image, class, box, iscrowd)."""
-    content = {
-        "images": [{"id": n, "file_name": f"{n}.jpg"} for n in range(1, images + 1)],
-        "categories": [{"id": 3, "name": "a"}, {"id": 7, "name": "b"}],
-        "annotations": [
-            {"id": n, "image_id": i, "category_id": c, "bbox": list(box), "iscrowd": crowd,
-             "area": box[2] * box[3]}
-            for n, (i, c, box, crowd) in enumerate(annotations, start=1)
-        ],
-    }  # fmt: skip
-    records = [
-        ImageRecord(
-            n, Path(f"{n}.jpg"), (99, 99), np.empty((0, 4), np.float32), np.empty(0, np.int64)
-        )
-        for n in range(1, images + 1)
-    ]
-    truth = annotations_of(content, Path("none"), "")
-    return Split(records=records, classes=["a", "b"], category_ids=[3, 7], truth=truth,
-                 annotations=Path("none"), digest="", dropped={})  # fmt: skip
+from tests.support.splits import split_of
 
 
 @pytest.fixture
