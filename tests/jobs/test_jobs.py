@@ -19,6 +19,7 @@ from gfl.checkpoint.files import read_about
 from gfl.checkpoint.snapshot import load_checkpoint
 from gfl_platform.registry.history import Decision
 from tests.support.goldens import run_command
+from tests.support.tracking import store_of
 
 
 def start(*arguments):
@@ -176,6 +177,32 @@ def test_a_model_is_evaluated_by_alias(outputs, tmp_path, monkeypatch, capsys):
     assert figures["ap_by_class"] == {"rectangle": 0, "ellipse": 0, "triangle": 0}
     assert figures["ap_by_iou"]["0.95"] == 0
     assert figures["protocol"]["postprocess"]["score_threshold"] == 1.0
+
+
+@pytest.mark.ray
+def test_a_model_is_analysed_beside_another_and_the_report_is_kept_with_its_run(
+    trained, outputs, tmp_path, monkeypatch, capsys
+):
+    job, result, _ = trained
+    out = run_command(
+        monkeypatch,
+        capsys,
+        "jobs.analyse",
+        "models:/shapes@champion",
+        "models:/shapes/2",
+        f"storage.root={outputs}",
+        "cluster.workers=0",
+        "--out",
+        f"{tmp_path}/analysis",
+    )
+    assert out.endswith("exit status 0\n")
+    assert f"runs:/{result.run_id}/analysis" in out
+    page = (tmp_path / "analysis" / "report.html").read_text()
+    assert f"AP {result.metrics['AP']:.4f}" in page
+    assert "AP less that of models:/shapes/2: <strong>+0.0000</strong>" in page
+    kept = store_of(job).client.list_artifacts(result.run_id, "analysis")
+    files = {Path(entry.path).name for entry in kept}
+    assert {"report.html", "thresholds.json", "errors.csv", "confusion.png"} <= files
 
 
 @pytest.mark.ray
