@@ -10,7 +10,7 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
-from gfl.analysis.matches import Matches
+from gfl.analysis.matches import Integers, Matches
 
 Floats = npt.NDArray[np.float64]
 
@@ -21,21 +21,30 @@ class Curve:
 
     Attributes:
         score: Distinct scores, descending, (S,).
-        precision: Share of these detections that are correct, (S,).
-        recall: Share of the objects that these detections find, (S,).
+        kept: Number of these detections, (S,).
+        correct: Number of correct ones among them, (S,).
         objects: Number of objects of the class.
     """
 
     score: Floats
-    precision: Floats
-    recall: Floats
+    kept: Integers
+    correct: Integers
     objects: int
 
     @property
+    def precision(self) -> Floats:
+        """Share of the detections that are correct, (S,)."""
+        return self.correct / self.kept
+
+    @property
+    def recall(self) -> Floats:
+        """Share of the objects that are found, 0 without objects, (S,)."""
+        return self.correct / max(self.objects, 1)
+
+    @property
     def f1(self) -> Floats:
-        """Harmonic mean of precision and recall, 0 where both are 0, (S,)."""
-        total = self.precision + self.recall
-        return 2 * self.precision * self.recall / np.where(total > 0, total, 1)
+        """Harmonic mean of precision and recall, made from counts without rounding, (S,)."""
+        return 2 * self.correct / (self.kept + self.objects)
 
 
 @dataclass(frozen=True)
@@ -93,8 +102,8 @@ def curve_of(matches: Matches, label: int) -> Curve:
     objects = int((matches.object_label == label).sum())
     return Curve(
         score=score[last],
-        precision=correct[last] / (np.flatnonzero(last) + 1),
-        recall=correct[last] / max(objects, 1),
+        kept=np.flatnonzero(last) + 1,
+        correct=correct[last],
         objects=objects,
     )
 
