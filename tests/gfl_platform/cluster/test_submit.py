@@ -83,8 +83,8 @@ def test_what_would_be_lost_is_said_before_it_travels(words, message, monkeypatc
 
 
 COMMANDS = [
-    "benchmark", "demo", "evaluate", "export", "inspect", "predict", "registry", "status", "sweep",
-    "train",
+    "analyse", "benchmark", "demo", "evaluate", "export", "inspect", "predict", "registry",
+    "status", "sweep", "train",
 ]  # fmt: skip
 """All jobs but `submit` itself."""
 
